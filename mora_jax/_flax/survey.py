@@ -78,7 +78,10 @@ class Survey:
         # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
-        marked = Call(name, product, method, self._scale(name, rule, module), x.dtype)
+        scale, batch = self._scale(name, rule, module), product.batch_axes(x)
+        marked = Call(
+            name, product.claim, method, scale, x.dtype, batch, companion=name + SUFFIX
+        )
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -87,7 +90,7 @@ class Survey:
                 f"kernel, as its rule says, got {type(y).__name__}: exclude a class "
                 "that hands its kernel to another module, which cannot be taught"
             )
-        return mark(y, marked, end=True, m=m)
+        return mark(y, marked, end=True, companion=m)
 
     def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
         """The scale of the kernel at `name`, for its `Call`."""
@@ -107,7 +110,8 @@ class Survey:
     ) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
-        return mark(kernel, Call(name, product, cls), end=True, m=m)
+        call = Call(name, product.claim, cls, companion=name + SUFFIX)
+        return mark(kernel, call, end=True, companion=m)
 
     def trace(
         self,

@@ -1,31 +1,25 @@
 """Rows: the axis of each array that has the rows of a batch, whole and in order.
 
-A row of the call's inputs may have an adapter of its own (`serving.select`). A layer
-takes it for what is at the row's index of one axis of its input. So that axis must have
-the rows as the inputs have them, which `row_faults` reads from the program.
+A row of the call's inputs may have a companion of a kernel for itself. A layer takes it
+for what is at the row's index of one axis of its input. So that axis must have the rows
+as the inputs have them, which `row_faults` reads from the program.
 
-The view of a trail from `ROWS` has a stride for each axis, or 0. At index i of an axis
-of stride s is row i // s, modulo their number, as where heads are joined to the batch.
 Primitives that are not known to keep the rows lose them. A sum over all rows is of no
 row, and may be given to all of them, as may an array that depends on none.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._common.types import Shape
-from mora_jax._trace_check.steps import listed
-from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed, needed
-from mora_jax._trace_check.walk import PRODUCTS, Values, Walk, shapes
-
-ROWS, NUMBERS = 0, 1
-"""Starts of trails: the call's inputs, and the numbers of the rows along an axis."""
+from mora_jax._jax.walk import Domain, is_opaque, needed, shapes, walk
+from mora_jax._trace_check.marks import Call, mark_p
+from mora_jax._trace_check.trails import cannot_see, listed
 
 SETTINGS = frozenset(
     "accuracy exponent_bits input_dtype mantissa_bits new_dtype out_dtype "
@@ -44,161 +38,204 @@ VIEWS = frozenset(
     "broadcast_in_dim convert_element_type reshape squeeze transpose".split()
 )
 
-Move = Callable[[Any], Any]
-"""A function from the view of an operand to the view of an output."""
+Strides = tuple[int, ...]
+"""A stride for each axis, or 0; () for an array without rows. At index i of an axis of
+stride s is row i // s, modulo their number, as where heads are joined to the batch."""
+
+Move = Callable[[Strides], Strides]
+
+
+class Rows(NamedTuple):
+    """The rows in an array: the axes that have them.
+
+    Attributes:
+      strides: A stride for each axis that has them.
+      lost: The reason why no axis has them, though the array depends on them, or "".
+      call: The call whose companions the rows have first; None for the model's inputs.
+      numbers: The axes along which the array numbers the rows.
+      columns: For each column of an array of indices, the `numbers` of it.
+    """
+
+    strides: Strides = ()
+    lost: str = ""
+    call: Call | None = None
+    numbers: Strides = ()
+    columns: tuple[Strides, ...] = ()
+
+    def moved(self, name: str, move: Move) -> "Rows":
+        """The rows after the primitive `name`, which moves axes and may lose them."""
+        strides, numbers = (old and move(old) for old in (self.strides, self.numbers))
+        if self.strides and not any(strides):
+            return Rows((), f"by {listed([name])}", self.call)
+        return Rows(strides, self.lost, self.call, numbers if any(numbers) else ())
+
+
+NOTHING = Rows()
 
 
 def row_faults(
-    jaxpr: Jaxpr, rows: int, is_batched: Sequence[bool | None], adapted: Collection[str]
+    program: Jaxpr, rows: int, batched: Sequence[bool | None], kernels: Collection[str]
 ) -> dict[str, str]:
-    """{path of a kernel in `adapted`: the fault of its layer, if rows have adapters}.
+    """{path of a kernel in `kernels`: the fault of its layer, if rows differ in it}.
 
-    `jaxpr` is one call of a model, with marks. `is_batched` says of each of its inputs:
-    True if the first axis has the rows, should it have the length `rows`; None if any
-    axis of that length may, as in a cache; False for parameters.
+    `program` is one call of a model, with marks. `batched` says of each of its
+    inputs: True if the first axis has the rows, should it have the length `rows`; None
+    if any axis of that length may, as in a cache; False for parameters.
     """
-    program, kinds = needed(jaxpr, is_batched)
-    inputs: Values = []
+    program, kinds = needed(program, batched)
+    inputs = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
         # A vector in a cache may have a number for each layer.
         last = {True: 1, None: len(shape) * (len(shape) > 1), False: 0}[kind]
-        view: Any = tuple(int(n == rows and k < last) for k, n in enumerate(shape))
-        inputs.append({ROWS: Trail(view)} if any(view) else {})
-    walk = _RowWalk(rows, adapted)
+        strides = tuple(int(n == rows and k < last) for k, n in enumerate(shape))
+        inputs.append(Rows(strides) if any(strides) else NOTHING)
+    domain = RowsOfCall(rows, kernels)
     if rows > 1:  # a single row is in any order
-        walk.run(program, inputs)
-    return walk.uses.faults
+        walk(domain, program, inputs)
+    return domain.faults
 
 
-def _moved(name: str, move: Move, trail: Trail) -> Trail:
-    """The trail after the primitive `name`, which moves axes and may lose the rows."""
-    moved = trail.moved(move)
-    return moved if moved.view is None or any(moved.view) else trail.passed(name)
+class RowsOfCall(Domain[Rows]):
+    """The domain of so many `rows`, which may have companions of the `kernels`."""
 
+    nothing = NOTHING
 
-class _RowWalk(Walk):
-    """A walk that follows so many `rows`."""
+    def __init__(self, rows: int, kernels: Collection[str]) -> None:
+        self.rows, self.kernels = rows, kernels
+        self.faults: dict[str, str] = {}
 
-    def __init__(self, rows: int, adapted: Collection[str]) -> None:
-        super().__init__(Uses())
-        self.rows, self.adapted = rows, adapted
-        # {an array of indices: the values of its columns, if several were joined}
-        self.columns: dict[Any, Values] = {}
+    def constant(self, literal: Literal) -> Rows:
+        return NOTHING
 
-    in_one_round = staticmethod(partial(_moved, "scan", lambda view: view[1:]))
-    of_all_rounds = staticmethod(partial(_moved, "scan", lambda view: (0, *view)))
-
-    @staticmethod
-    def in_either(left: Value, right: Value) -> Value:
+    def join(self, left: Rows, right: Rows) -> Rows:
         return left if left == right else _joined("a branch or a loop", [left, right])
 
-    def step(self, eqn: Any, values: Values) -> Values:
-        name, outs = eqn.primitive.name, shapes(eqn.outvars)
-        if name == "iota" and outs[0][axis := eqn.params["dimension"]] == self.rows:
-            return [{NUMBERS: Trail(_at({axis: 0}, len(outs[0]), (1,)))}]
-        if name == "concatenate" and eqn.params["dimension"] == len(outs[0]) - 1:
-            if outs[0][-1] == len(values):
-                self.columns[eqn.outvars[0]] = values
-        is_control = name in self.handlers and name not in PRODUCTS
-        is_array = outs and None not in outs  # and not a token
-        if is_control or not is_array or (moves := self._moves(eqn, values)) is None:
-            results = super().step(eqn, values)
-        else:
-            results = [self._value(eqn, values, moves, shape) for shape in outs]
+    def sliced(self, value: Rows) -> Rows:
+        return value.moved("scan", lambda strides: strides[1:])
+
+    def stacked(self, value: Rows) -> Rows:
+        return value.moved("scan", lambda strides: (0, *strides))
+
+    def bypassed(self, eqn: Any, outputs: list[Rows]) -> list[Rows]:
+        return outputs
+
+    def step(self, eqn: Any, values: list[Rows]) -> list[Rows]:
+        outs, p = shapes(eqn.outvars), eqn.params
+        if eqn.primitive is mark_p:
+            return [self._mark(eqn, values[0])]
+        if eqn.primitive.name == "iota" and outs[0][p["dimension"]] == self.rows:
+            return [Rows(numbers=_at({p["dimension"]: 0}, len(outs[0]), (1,)))]
+        if all(value == NOTHING for value in values):
+            return [NOTHING] * len(outs)
+        is_array = outs and None not in outs  # and no token
+        moves = self._moves(eqn, values) if is_array else None
+        lost = _lost(eqn, values)
+        results = [self._value(eqn, values, moves, n) if moves else lost for n in outs]
         # What has fewer numbers than there are rows does not hold them.
         few = [math.prod(shape or ()) < self.rows for shape in outs]
-        return [{} if is_few else v for v, is_few in zip(results, few, strict=True)]
+        return [
+            NOTHING if is_few else v for v, is_few in zip(results, few, strict=True)
+        ]
 
-    def _moves(self, eqn: Any, values: Values) -> Sequence[Move] | None:
-        """For each operand what becomes of its view; None if that is not known."""
+    def _moves(self, eqn: Any, values: list[Rows]) -> Sequence[Move] | None:
+        """For each operand what becomes of its strides; None if that is not known."""
         before, (after, *_) = shapes(eqn.invars), shapes(eqn.outvars)
         if eqn.primitive.name == "reshape":
             return [partial(_reshaped, before[0], after, self.rows)]
         if eqn.primitive.name.startswith(("gather", "scatter")):
-            columns = self.columns.get(eqn.invars[1], values[1:2])
+            columns = values[1].columns or (values[1].numbers,)
             places = _indexed(eqn.params["dimension_numbers"], before, after, columns)
         else:
             places = _places(eqn, before, after)
         return places and [partial(_at, axes, len(after)) for axes in places]
 
-    def _value(self, eqn: Any, values: Values, moves: Any, shape: Shape) -> Value:
-        """The value of an output of `shape`, with the views of operands moved."""
+    def _value(self, eqn: Any, values: list[Rows], moves: Any, shape: Shape) -> Rows:
+        """The value of an output of `shape`, with the strides of operands moved."""
         name, moved = eqn.primitive.name, []
         sums = "axes" in eqn.params or name == "dot_general"
         for atom, value, move in zip(eqn.invars, values, moves, strict=True):
-            kept = changed(value, partial(_moved, name, move))
-            if sums and ROWS in value and (view := value[ROWS].view):
+            kept = value.moved(name, move)
+            if sums and value.strides and not kept.strides:
                 # A sum, unless a matrix may have brought them in another order.
-                sizes = {n for n, s in zip(atom.aval.shape, view, strict=True) if s}
-                is_sum = not {self.rows, *sizes} & {*shape} and not kept[ROWS].view
-                kept = {} if is_sum else kept
+                both = zip(atom.aval.shape, value.strides, strict=True)
+                sizes = {self.rows, *(n for n, stride in both if stride)}
+                kept = kept if sizes & {*shape} else NOTHING
             moved.append(kept)
         result = _joined(name, moved)
-        for trail in (value[ROWS] for value in moved if ROWS in value):
-            if trail.call and not result[ROWS].view:
-                self._refuse(trail.call, "on no axis, though one has their number")
+        for value in moved:
+            if value.call and not result.strides:
+                self._refuse(value.call, "on no axis, though one has their number")
+        if name == "concatenate" and eqn.params["dimension"] == len(shape) - 1:
+            if shape[-1] == len(values):
+                columns = tuple(value.numbers for value in values)
+                result = result._replace(columns=columns)
         # `jnp` adds the length of an axis to indices, which may be negative.
         first, *others = moved[name == "select_n" :]
-        trail, added = first.get(NUMBERS), getattr(eqn.invars[-1], "val", 1)
-        if not trail or not trail.view:
-            return result
+        added = getattr(eqn.invars[-1], "val", 1)
         wraps = name == "add" and not np.any(added % self.rows)
         same = name == "select_n" and all(value == first for value in others)
-        return result | ({NUMBERS: trail} if name in VIEWS or wraps or same else {})
+        if first.numbers and (name in VIEWS or wraps or same):
+            result = result._replace(numbers=first.numbers)
+        return result
 
-    def _mark(self, eqn: Any, values: Values) -> Values:
+    def _mark(self, eqn: Any, value: Rows) -> Rows:
         call, (lead, *_) = eqn.params["call"], eqn.params["leads"]
-        value, x = values[0], eqn.invars[0].aval
-        inner = np.broadcast_to(0, x.shape[lead:])  # any array of this shape
-        axes = None if eqn.params["end"] else call.product.batch_axes(inner)
-        axis = lead + axes[0] if axes else 0
-        # Of an axis of another length the layer itself says so.
-        if axes is None or x.shape[axis] != self.rows or call.name not in self.adapted:
-            return [value]
-        own = Trail(_at({axis: 0}, x.ndim, (1,)))
-        # An input without rows has them from here on, by its layer's adapters.
-        trail = value.get(ROWS, dataclasses.replace(own, call=call))
-        if trail.unseen or not trail.view:
-            why = trail.unseen or f"by {listed(sorted(trail.through))}"
-            self._refuse(call, f"mixed or in another order, {why}")
-        elif not trail.view[axis]:
-            at = next(k for k, stride in enumerate(trail.view) if stride)
+        if eqn.params["end"] or call.batch is None or call.name not in self.kernels:
+            return value
+        axis, shape = lead + call.batch[0], eqn.invars[0].aval.shape
+        if shape[axis] != self.rows:  # the layer itself says so
+            return value
+        if value.lost:
+            self._refuse(call, f"mixed or in another order, {value.lost}")
+            return value
+        if value.strides and not value.strides[axis]:
+            at = next(k for k, stride in enumerate(value.strides) if stride)
             self._refuse(call, f"on axis {at} of its input, and not on axis {axis}")
-        else:
-            return [{ROWS: dataclasses.replace(own, call=trail.call)}]
-        return [value]
+            return value
+        # An input without rows has them from here on, by its layer's companions.
+        own = _at({axis: 0}, len(shape), (1,))
+        return Rows(own, call=value.call if value.strides else call)
 
     def _refuse(self, call: Call, why: str) -> None:
         fault = f"{call.method} gets rows of the batch {why}"
-        self.uses.faults.setdefault(call.name, fault)
+        self.faults.setdefault(call.name, fault)
 
 
-def _joined(name: str, values: Sequence[Value]) -> dict[Any, Trail]:
+def _joined(name: str, values: Sequence[Rows]) -> Rows:
     """The rows of what `name` computes from several arrays of one shape."""
-    trails = [value[ROWS] for value in values if ROWS in value]
-    trails.sort(key=lambda trail: trail.call is not None)
-    for trail in trails:
-        if trail.view is None or trail.unseen:
-            return {ROWS: trail}
-    views: Any = zip(*(trail.view or () for trail in trails), strict=True)
-    view: Any = tuple(s[0] if len({*s}) == 1 else 0 for s in views)
-    return {ROWS: _moved(name, lambda _: view, trails[0])} if trails else {}
+    found = [value for value in values if value.strides or value.lost]
+    found.sort(key=lambda value: value.call is not None)
+    for value in found:
+        if value.lost:
+            return Rows((), value.lost, value.call)
+    views = zip(*(value.strides for value in found), strict=True)
+    strides = tuple(s[0] if len({*s}) == 1 else 0 for s in views)
+    return found[0].moved(name, lambda _: strides) if found else NOTHING
 
 
-def _at(places: Mapping[int, int | None], ndim: int, view: Any) -> Any:
+def _lost(eqn: Any, values: Sequence[Rows]) -> Rows:
+    """The rows after a primitive that is not known to keep them."""
+    name = eqn.primitive.name
+    why = cannot_see(name) if is_opaque(eqn) else f"by {listed([name])}"
+    found = [value for value in values if value.strides or value.lost]
+    return _joined(name, [Rows((), v.lost or why, v.call) for v in found])
+
+
+def _at(places: Mapping[int, int | None], ndim: int, strides: Strides) -> Strides:
+    """The strides of `ndim` axes, by the place of each among those before."""
     axes = [places.get(k) for k in range(ndim)]
-    return tuple(0 if axis is None else view[axis] for axis in axes)
+    return tuple(0 if axis is None else strides[axis] for axis in axes)
 
 
-def _reshaped(before: Shape, after: Shape, rows: int, view: Any) -> Any:
-    strides = [0] * len(after)
-    for axis, stride in enumerate(view):
+def _reshaped(before: Shape, after: Shape, rows: int, strides: Strides) -> Strides:
+    moved = [0] * len(after)
+    for axis, stride in enumerate(strides):
         step = stride * math.prod(before[axis + 1 :])  # from a row to the next one
         for k, n in enumerate(after):
             inner = math.prod(after[k + 1 :]) or 1
             if step and step % inner == 0 and inner * n % (step * rows) == 0:
-                strides[k] = step // inner
-    return tuple(strides)
+                moved[k] = step // inner
+    return tuple(moved)
 
 
 def _places(eqn: Any, operands: list[Shape], out: Shape) -> list[Any] | None:
@@ -245,7 +282,7 @@ def _worked_axes(p: Any, operands: list[Shape], out: Shape) -> set[int]:
     return axes | {k for x in operands for k, n in enumerate(x) if n != out[k]}
 
 
-def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Values) -> Any:
+def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Any) -> Any:
     """`_places` for a gather or a scatter."""
     # Both have the same five fields: a part that a scatter takes, a gather returns.
     inner, dropped, starts, batched, along = numbers
@@ -256,9 +293,8 @@ def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Values) -
     same = dict(zip(inner, windows, strict=True))
     same = {at: k for at, k in same.items() if part[at] == whole[k]}
     for start, column in zip(starts, columns, strict=False):
-        trail = column.get(NUMBERS)
-        if trail and trail.view and 1 in trail.view[:-1]:
-            pairs[start] = trail.view.index(1)
+        if 1 in column[:-1]:
+            pairs[start] = column.index(1)
     outer = [k for k in range(len(part)) if k not in inner]
     same |= {outer[at]: k for k, at in pairs.items()}
     if len(operands) == 2:  # a gather

@@ -1,9 +1,8 @@
-"""Comparison of the programs of a model without and with adapters beside its kernels.
+"""Comparison of the programs of a model without and with companions of its kernels.
 
-At M = 0 an adapted model must compute what its base computes. While a model is traced
-with marks, its layers add no delta. So the two programs must then be the same, apart
-from marks and from what is done to the M's alone. Code that counts its own leaves, or
-that asks for the type of its layers, makes another one.
+While a model is traced with marks, its layers add no delta. So the two programs must be
+the same, apart from marks and from what is done to the companions alone. Code that
+counts its own leaves, or that asks for the type of its layers, makes another one.
 """
 
 import itertools
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-from mora_jax._trace_check.trails import inside, mark_p, needed, opened
+from mora_jax._jax.walk import inside, needed, opened
+from mora_jax._trace_check.marks import mark_p
 
 
-def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
+def difference(base: Jaxpr, other: Jaxpr, added: Sequence[bool]) -> str:
     """The first step in which two programs differ, or "".
 
-    `ms` says which of the adapted program's first inputs are M's, which the base lacks.
+    `added` says which of the other program's first inputs the base lacks.
     """
-    pair = needed(base, []), needed(adapted, ms)
+    pair = needed(base, []), needed(other, added)
     steps = itertools.zip_longest(*(_steps(*program) for program in pair))
     for before, after in steps:
         if before != after:
@@ -31,11 +31,11 @@ def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
     return ""
 
 
-def _steps(program: Jaxpr, ms: Sequence[bool]) -> Generator[Any, None, list[bool]]:
-    """Yield the steps that do not depend on M's; return which outputs do."""
-    of_m = set(itertools.compress(program.invars, ms))
+def _steps(program: Jaxpr, added: Sequence[bool]) -> Generator[Any, None, list[bool]]:
+    """Yield the steps that depend on nothing `added`; return which outputs do."""
+    new = set(itertools.compress(program.invars, added))
     for eqn in program.eqns:
-        flags = [not isinstance(v, Literal) and v in of_m for v in eqn.invars]
+        flags = [not isinstance(v, Literal) and v in new for v in eqn.invars]
         results = [any(flags)] * len(eqn.outvars)
         if eqn.primitive is mark_p:
             results = flags[:1]
@@ -47,8 +47,8 @@ def _steps(program: Jaxpr, ms: Sequence[bool]) -> Generator[Any, None, list[bool
                     results = list(map(operator.or_, results, last))
         elif not any(flags):
             yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
-        of_m |= set(itertools.compress(eqn.outvars, results))
-    return [not isinstance(v, Literal) and v in of_m for v in program.outvars]
+        new |= set(itertools.compress(eqn.outvars, results))
+    return [not isinstance(v, Literal) and v in new for v in program.outvars]
 
 
 def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:

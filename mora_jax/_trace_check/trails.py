@@ -1,120 +1,28 @@
-"""Trails: how arrays depend on kernels and on inputs of layers, which marks show."""
+"""Trails: the ways of a program to an array, and what primitives make of them."""
 
-import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Primitive
-from jax.interpreters import ad, batching, mlir, partial_eval
+import numpy as np
 
-from mora_jax._trace_check.views import View
-from mora_jax.products import Product
+from mora_jax._common.types import Shape
+from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
+from mora_jax._trace_check.marks import Call
+from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
-T = TypeVar("T")
+OTHER_INPUT = "multiplies it with another array than the input that its rule names"
 
-
-@dataclasses.dataclass(eq=False, repr=False)
-class Call:
-    """One call of a method of a known layer; two calls are never equal.
-
-    Attributes:
-      name: The path of the kernel.
-      product: The product that the method computes, according to the layer's rule.
-      method: The method, such as "Dense.__call__".
-      scale: The factor of the kernel by the rule: a number, the path of a parameter, ""
-        for another array, or None.
-      dtype: The dtype of the input, for lookups.
-    """
-
-    name: str
-    product: Product
-    method: str
-    scale: float | str | None = None
-    dtype: Any = None
-
-    def __repr__(self) -> str:  # in a printed program
-        return f"{self.method} of {self.name}"
-
-    @functools.cached_property
-    def transposed(self) -> "Call":
-        """The transposed call, through which a gradient goes."""
-        # Kept, and each is the other's: two calls are never equal, and a model that
-        # takes a gradient of a gradient is back in the call where it began.
-        call = dataclasses.replace(self, product=self.product.transposed)
-        call.__dict__["transposed"] = self
-        return call
+EVALUATED = frozenset(
+    "add and clamp convert_element_type div eq ge gt le lt max min mul ne not or rem "
+    "rsqrt select_n sqrt sub".split()
+)
+"""Primitives that are computed where the check knows all numbers."""
 
 
-def opened(jaxpr: Any) -> Any:
-    """A program, which may be closed."""
-    # JAX 0.12 no longer tells closed programs and others apart.
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def inside(eqn: Any) -> list[Jaxpr]:
-    """The programs inside a step of a program."""
-    values: list[Any] = []
-    for value in eqn.params.values():
-        values += value if isinstance(value, tuple | list) else [value]
-    return [p for p in map(opened, values) if isinstance(p, Jaxpr)]
-
-
-def needed(program: Jaxpr, told: Sequence[T]) -> tuple[Jaxpr, list[T]]:
-    """A program without what no output needs; what is told of its first inputs."""
-    program, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
-    return program, list(itertools.compress(told, used))
-
-
-mark_p = Primitive("mora_mark")
-
-
-def mark(x: Any, call: Call, *, end: bool, m: Any = None) -> jax.Array:
-    """`x`, with a mark that it is the input or (`end`) the output of `call`.
-
-    `m` is the M that arrives at the call, if the model has its adapters.
-    """
-    operands = [jnp.asarray(x)] + ([] if m is None else [jnp.asarray(m)])
-    return mark_p.bind(*operands, call=call, end=end, leads=(0,) * len(operands))
-
-
-def _batch_mark(args: Any, axes: Any, *, leads: Any, **settings: Any) -> Any:
-    mapped = [axis is not None for axis in axes]
-    args = [
-        jnp.moveaxis(x, axis, 0) if one else x
-        for x, axis, one in zip(args, axes, mapped, strict=True)
-    ]
-    leads = tuple(lead + one for lead, one in zip(leads, mapped, strict=True))
-    return mark_p.bind(*args, leads=leads, **settings), 0 if mapped[0] else None
-
-
-def _differentiate_mark(args: Any, dots: Any, *, leads: Any, **settings: Any) -> Any:
-    y, tangent = mark_p.bind(*args, leads=leads, **settings), dots[0]
-    if not isinstance(tangent, ad.Zero):
-        tangent = mark_p.bind(tangent, leads=leads[:1], **settings)
-    return y, tangent
-
-
-def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, leads: Any) -> Any:
-    if isinstance(y, ad.Zero):
-        return [y]
-    return [mark_p.bind(y, call=call.transposed, end=not end, leads=leads)]
-
-
-mark_p.def_impl(lambda x, *_, **__: x)
-mark_p.def_abstract_eval(lambda x, *_, **__: x)
-ad.primitive_jvps[mark_p] = _differentiate_mark
-ad.primitive_transposes[mark_p] = _transpose_mark
-batching.primitive_batchers[mark_p] = _batch_mark
-mlir.register_lowering(mark_p, lambda context, x, *_, **__: [x])
-
-
-@dataclasses.dataclass(frozen=True)
-class Trail:
-    """Way from one kernel, or from the input of one call, to an array.
+class Trail(NamedTuple):
+    """Way from one array of a model, or from the input of one call, to an array.
 
     Attributes:
       view: The axes of the kernel (numbers, negative for stack axes), of the input or
@@ -129,6 +37,7 @@ class Trail:
         None if it is not known.
       wrong: A fault of the input that multiplies the kernel, or "".
       unseen: The reason why a trace cannot look into a primitive on the way, or "".
+      is_companion: True if it begins at an array that is trained beside a kernel.
     """
 
     view: View | None
@@ -139,20 +48,30 @@ class Trail:
     numbers: Callable[[Any], Any] | None = None
     wrong: str = ""
     unseen: str = ""
+    is_companion: bool = False
 
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
         """The trail with its axes moved."""
         view = None if self.view is None else move(self.view)
-        return dataclasses.replace(self, view=view)
+        return self._replace(view=view)
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
         through = self.through | {name}
-        return dataclasses.replace(self, through=through, view=view, numbers=None)
+        return self._replace(through=through, view=view, numbers=None)
+
+    def hidden(self, name: str) -> "Trail":
+        """The trail after the primitive called `name`, which may do anything."""
+        return self._replace(unseen=cannot_see(name), numbers=None)
 
 
-Start = str | Call | int | None
-"""The path of an array; a call, for its input; None for constants; one of `rows`."""
+def cannot_see(name: str) -> str:
+    """Reason why nothing is known after the primitive called `name`."""
+    return f"a trace cannot look into `{name}`"
+
+
+Start = str | Call | None
+"""The path of an array; a call, for its input; None for constants."""
 
 Value = Mapping[Start, Trail]
 """All that an array depends on."""
@@ -168,44 +87,208 @@ def joined(values: Iterable[Value]) -> Value:
     trails: dict[Start, Trail] = {}
     for start, trail in (pair for value in values for pair in value.items()):
         if (other := trails.setdefault(start, trail)) != trail:
-            other = dataclasses.replace(other, view=None, numbers=None)
+            other = other._replace(view=None, numbers=None)
             through = trail.through | other.through
             unseen = trail.unseen or other.unseen
-            trails[start] = dataclasses.replace(other, through=through, unseen=unseen)
+            trails[start] = other._replace(through=through, unseen=unseen)
     return trails
 
 
-def in_either(left: Value, right: Value) -> Value:
-    """A value that holds after either of two branches, or in every round of a loop."""
-    return {
-        start: trail
-        if left.get(start) == right.get(start)
-        else trail.passed("a branch or a loop")
-        for start, trail in joined([left, right]).items()
-    }
-
-
-def kernels(value: Value) -> dict[str, Trail]:
-    """The trails of a value that begin at kernels."""
+def of_arrays(value: Value) -> dict[str, Trail]:
+    """The trails of a value that begin at arrays of the model."""
     return {start: t for start, t in value.items() if isinstance(start, str)}
 
 
-@dataclasses.dataclass
-class Uses:
-    """Uses of a model's arrays in one call.
+def after(eqn: Any, values: list[Value]) -> Value:
+    """The value of the outputs of an equation whose operands have `values`."""
+    if is_opaque(eqn):
+        name = eqn.primitive.name
+        return changed(joined(values), lambda trail: trail.hidden(name))
+    trails = joined(values).items()
+    value = {start: _step(eqn, start, trail, values) for start, trail in trails}
+    if None in value and not value[None].numbers:
+        del value[None]
+    return value
 
-    Attributes:
-      reached: The paths of the arrays that the outputs depend on.
-      multiplied: The paths of the arrays that are multiplied with something.
-      faults: {path of a kernel: the fault of its layer, by the rule's product}.
-      outside: {path of a kernel: the primitives outside of its layer that use it}.
-      unseen: {path of a kernel: the reason why its use is not proven}.
-      called: The paths of the kernels whose layers were called.
+
+def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
+    """The `trail` from `start` after an equation whose operands have `values`."""
+    at = [k for k, value in enumerate(values) if start in value]
+    name, alone = eqn.primitive.name, len(at) == 1
+    before, result = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
+    if numbers := _function(eqn, start, values):
+        views = {values[k][start].view for k in at}
+        view = views.pop() if len(views) == 1 else None
+        return trail._replace(view=view, numbers=numbers)
+    match name:
+        case "add" | "add_any":
+            # A bias may be added to a product, since it does not depend on the kernel.
+            return trail if alone and trail.by else trail.passed("add")
+        case "convert_element_type" if not _is_small(result[0].dtype):
+            return trail
+        case "convert_element_type":
+            name += f" to {result[0].dtype}"
+        case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
+            return trail
+        case "stop_gradient" if isinstance(start, str) and not trail.by:
+            # A kernel that is trained by its companion alone needs no gradient. But its
+            # companion does, and an input must have the one that it has by the kernel.
+            if not trail.is_companion:
+                return trail
+        case "transpose":
+            order = eqn.params["permutation"]
+            return trail.moved(lambda view: tuple(view[k] for k in order))
+        case "reshape" | "squeeze" | "expand_dims" | "broadcast_in_dim":
+            # A broadcast is a reshape too, unless it makes copies of numbers.
+            if before[0].size == result[0].size or start is None:
+                return trail.moved(lambda view: reshape(view, result[0].shape))
+        case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
+            if layer := _layer(trail.view, result[0].shape):
+                return trail._replace(view=layer)
+    # All others change numbers. A factor leaves the axes where they are.
+    if not (alone and (name == "mul" or (name == "div" and at == [0]))):
+        return trail.passed(name if alone else f"{name} by itself")
+    kept = before[at[0]].shape == result[0].shape
+    view, other = trail.view if kept else None, values[1 - at[0]]
+    factors = *trail.factors, _factor(trail.view, other, name == "div")
+    by_input = any(isinstance(start, Call) for start in other)
+    trail = trail._replace(factors=factors)
+    return trail.passed(f"{name} by its input" if by_input else name, view)
+
+
+def _is_small(dtype: Any) -> bool:
+    """True for all dtypes that are not real floating-point of 16 bits at least."""
+    return not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2
+
+
+def _keeps_all(bits: Mapping[str, int], dtype: Any) -> bool:
+    """True if a reduced precision is not below the precision of `dtype`."""
+    info = jnp.finfo(dtype)
+    return bits["exponent_bits"] >= info.nexp and bits["mantissa_bits"] >= info.nmant
+
+
+def _function(eqn: Any, start: Start, values: list[Value]) -> Any:
+    """The function of an output, as `Trail.numbers`, by the operands'."""
+    trails = [value.get(start, value.get(None)) for value in values]
+    functions = [trail.numbers for trail in trails if trail and trail.numbers]
+    if eqn.primitive.name not in EVALUATED or len(functions) < len(trails):
+        return None
+
+    def numbers(indices: Any) -> Any:
+        arrays = np.broadcast_arrays(*(function(indices) for function in functions))
+        with jax.ensure_compile_time_eval():
+            return np.asarray(eqn.primitive.bind(*arrays, **eqn.params))
+
+    return numbers
+
+
+def _factor(view: View | None, value: Value, divides: bool) -> float | str:
+    """The factor of an array with `view`: a number, a parameter's path, or a text."""
+    if None in value and (constant := value[None].numbers):
+        number = float(constant(()))
+        return 1 / number if divides else number
+    for path, trail in of_arrays(value).items():
+        if divides or trail.by or trail.through - {"broadcast_in_dim"}:
+            return f"{path} (changed)"
+        if view is None or trail.view is None:
+            return ""
+        axes = zip(view, trail.view, strict=False)  # a number has none
+        same = all(own in ((), axis) for axis, own in axes)
+        return path if same else f"{path} (along other axes)"
+    return "another array"
+
+
+def _layer(view: View, shape: Shape) -> View | None:
+    """The view of one layer of a stacked kernel; None for any other slice."""
+    # One layer is a kernel, since it has a companion of its own.
+    pairs = list(zip(view, shape, strict=True))
+    if all(length(a) == size or (size == 1 and _is_of_stack(a)) for a, size in pairs):
+        return tuple(axis if length(axis) == size else () for axis, size in pairs)
+    return None
+
+
+def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
+    """The trail of the array at path `kernel` after `eqn` has multiplied it.
+
+    `other` has the trails of the other factor; the kernel is the `first` one, or not.
     """
+    by, view, wrong, result = eqn.primitive.name, None, "", eqn.outvars[0].aval
+    if _is_small(result.dtype):
+        trail = trail.passed(f"{by} to {result.dtype}")
+    calls = (start for start in other if isinstance(start, Call))
+    call = next((call for call in calls if call.name == kernel), None)
+    x = other[call] if call else Trail(None)
+    passes = call.claim.passes - {"mul"} if call else ()  # which is of kernels alone
+    changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
+    if changes := changes - OWN_DERIVATIVE:
+        wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
+    if by == "dot_general" and call and call.claim.einsum and trail.view:
+        numbers = eqn.params["dimension_numbers"]
+        view = x.view and _dot(numbers, trail.view, x.view, first)
+    if by == "gather":
+        # It must take whole rows of the unchanged kernel, which is not the indices.
+        shape = eqn.invars[0].aval.shape
+        rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:]) and len(shape) == 2
+        if not (first and rows and trail.view == named(range(2), shape)):
+            trail = trail.passed("gather of something other than rows")
+        elif call:
+            wrong = _fault_of_rows(eqn, call, x.numbers)
+            view = x.view and (*x.view[:-1], *named([1], shape[1:]))
+    through = trail.through | (x.through & OWN_DERIVATIVE)
+    settings = {"by": by, "call": call, "view": view, "wrong": wrong}
+    return trail._replace(through=through, **settings)
 
-    reached: set[str] = dataclasses.field(default_factory=set)
-    multiplied: set[str] = dataclasses.field(default_factory=set)
-    faults: dict[str, str] = dataclasses.field(default_factory=dict)
-    outside: dict[str, str] = dataclasses.field(default_factory=dict)
-    unseen: dict[str, str] = dataclasses.field(default_factory=dict)
-    called: set[str] = dataclasses.field(default_factory=set)
+
+def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
+    """Reason why a gather at a function of the input is not as the rule says, or ""."""
+    if function is None:
+        return "looks up rows by other numbers than its input"
+    size, fill = eqn.invars[0].aval.shape[0], eqn.params["fill_value"]
+    inside = np.array([0, 1, size // 2, size - 1])
+    indices = np.concatenate([inside + n * size for n in range(-2, 3)])
+    indices = indices[indices.astype(call.dtype) == indices]  # the others wrap around
+    places = function(indices.astype(call.dtype))
+    if eqn.params["mode"].name in ("CLIP", "PROMISE_IN_BOUNDS"):
+        places = places.clip(0, size - 1)
+    # A row that is filled with NaN stays so, whatever is added to it.
+    seen = (places >= 0) & (places < size) | (fill is not None and fill == fill)
+    fits = [
+        rule
+        for rule, rows in call.claim.rows
+        if (places == rows(indices, size))[seen].all()
+    ]
+    if (claimed := call.claim.rows[0][0]) in fits:
+        return ""
+    mends = [f"; say equation={rule}" for rule in fits]
+    return f"takes other rows than {claimed}" + "".join(mends[:1])
+
+
+def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
+    """The view of the product of kernel `w` and `x`, if they sum over the same axes."""
+    views = (w, x) if kernel_first else (x, w)
+    contracted, batch = (
+        [(views[0][k], views[1][n]) for k, n in zip(*axes, strict=True)]
+        for axes in numbers
+    )
+    # Under vmap, each of many inputs has its layer of a stack.
+    lifted = [pair for pair in batch if _is_of_stack(pair[not kernel_first])]
+    if any(a != b and (a, b) not in lifted for a, b in (*contracted, *batch)):
+        return None
+    sides = zip(views, *numbers, strict=True)
+    taken = [(view, {*summed, *shared}) for view, summed, shared in sides]
+    free = [a for view, gone in taken for k, a in enumerate(view) if k not in gone]
+    return (*(pair[kernel_first] for pair in batch), *free)
+
+
+def _is_of_stack(axis: Axis) -> bool:
+    """True if the axis is of one or more stack axes, whose names are negative."""
+    return bool(axis) and all(isinstance(p.axis, int) and p.axis < 0 for p in axis)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of primitives as a part of a sentence."""
+    parts = (name.partition(" to ") for name in names)  # a dtype is not a primitive
+    shown = [f"`{name}`{to}{dtype}" for name, to, dtype in parts]
+    if len(shown) > 3:
+        shown[2:] = [f"{len(shown) - 2} more primitives"]
+    return " and ".join(shown)

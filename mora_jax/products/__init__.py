@@ -13,8 +13,10 @@ Kinds::
 For a product of your own::
 
   KernelDelta           the delta of a kernel, as the product sees it
+  Claim                 the primitives by which a trace recognises the product
 """
 
+from mora_jax._trace_check import Claim as Claim
 from mora_jax.products._product import KernelDelta as KernelDelta
 from mora_jax.products._product import Product as Product
 from mora_jax.products.contraction import ATTEND as ATTEND

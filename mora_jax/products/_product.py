@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._trace_check import Claim
 from mora_jax.operators import Operator
 
 
@@ -72,24 +73,18 @@ class Product(abc.ABC):
       adapted_by_default: True if the default targets include such layers.
       label: A name of such layers for a plan's list of what it leaves out; "" if only
         the name of a kernel says why it is left out.
-      primitive: The primitive by which a trace recognises the product; "" for any.
-      stand_ins: Primitives that do the product instead where the kernel is small.
       takes_indices: True if the input is integers that number rows of the kernel.
-      reads_kernel: True if methods read the kernel itself, instead of an input.
     """
 
     axes: str
     adapted_by_default: bool = False
     label: ClassVar[str] = ""
-    primitive: ClassVar[str] = ""
-    stand_ins: ClassVar[frozenset[str]] = frozenset()
     takes_indices: ClassVar[bool] = False
-    reads_kernel: ClassVar[bool] = False
 
     @property
-    def passes(self) -> frozenset[str]:
-        """Other linear primitives that input, kernel, product, `delta` may pass."""
-        return frozenset()
+    def claim(self) -> Claim:
+        """The product as a trace recognises it."""
+        return Claim()
 
     @property
     def einsum_labels(self) -> tuple[str, str, str] | None:
@@ -101,11 +96,6 @@ class Product(abc.ABC):
         """True if one product with kernel plus delta may take the place of two."""
         # With a stack axis it would be a batched product.
         return self.einsum_labels is not None and "s" not in self.axes
-
-    @property
-    def transposed(self) -> "Product":
-        """The product of a cotangent of the output with the same kernel."""
-        return self
 
     def fits(self, axes: str) -> bool:
         """True if the layer can use a kernel that is planned with `axes`."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._trace_check import Claim
 from mora_jax.products._product import Factors, KernelDelta, Product
 
 DENSE = "...i,io->...o"
@@ -50,7 +51,6 @@ class Contraction(Product):
     axes: str = dataclasses.field(init=False, compare=False, repr=False)
 
     adapted_by_default = True
-    primitive = "dot_general"
 
     def __post_init__(self) -> None:
         kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
@@ -110,11 +110,16 @@ class Contraction(Product):
         return cls.parse(equation, inputs_ndim)
 
     @property
+    def claim(self) -> Claim:
+        return Claim(self.einsum_labels, "dot_general")
+
+    @property
     def einsum_labels(self) -> tuple[str, str, str]:
         return self.inputs, self.kernel, self.outputs
 
     @property
     def transposed(self) -> "Contraction":
+        """The equation from outputs to inputs, with the same kernel."""
         return Contraction(self.outputs, self.kernel, self.inputs)
 
     @property

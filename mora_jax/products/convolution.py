@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from mora_jax._common.types import ArrayLike
+from mora_jax._trace_check import Claim
 from mora_jax.products._product import KernelDelta, Product
 
 
@@ -31,13 +32,13 @@ class Convolution(Product):
     masked: bool = False
 
     label = "a convolution"
-    primitive = "conv_general_dilated"
 
     @property
-    def passes(self) -> frozenset[str]:
+    def claim(self) -> Claim:
         # Some paddings change the kernel or the output by these; so does `convolve`.
         steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
-        return frozenset(steps | {"mul"} if self.masked else steps)
+        passes = frozenset(steps | {"mul"} if self.masked else steps)
+        return Claim(primitive="conv_general_dilated", passes=passes)
 
     def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
         return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image

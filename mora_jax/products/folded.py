@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from mora_jax._trace_check import Claim
 from mora_jax.products._product import KernelDelta, Product
 
 
@@ -39,7 +40,9 @@ class Folded(Product):
     axes: str
     adapted_by_default: bool = True
 
-    reads_kernel = True
+    @property
+    def claim(self) -> Claim:
+        return Claim(reads=True)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         """The delta itself: what is read here is the kernel, and `x` is not used."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._common.types import ArrayLike
+from mora_jax._trace_check import Claim
 from mora_jax.products._product import Factors, KernelDelta, Product
 
 MODES = None, "clip", "wrap", "fill"
@@ -40,14 +41,21 @@ class Lookup(Product):
 
     axes = "io"
     label = "an embedding"
-    primitive = "gather"
-    # Flax does not look up in an embedding of a single row, but copies it.
-    stand_ins = frozenset({"broadcast_in_dim"})
     takes_indices = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+
+    @property
+    def claim(self) -> Claim:
+        lookups = [self, *(Lookup(mode) for mode in MODES if mode != self.mode)]
+        return Claim(
+            primitive="gather",
+            # Flax does not look up in an embedding of a single row, but copies it.
+            stand_ins=frozenset({"broadcast_in_dim"}),
+            rows=tuple((f"products.{lookup}", lookup.places) for lookup in lookups),
+        )
 
     def places(self, indices: Any, size: int) -> Any:
         """The rows of a table of `size` rows; beyond it for none of them."""

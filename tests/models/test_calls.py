@@ -189,11 +189,11 @@ def rebuilt(tree):
 TRANSFORMS = {
     "stopped": (
         functools.partial(jax.tree.map, jax.lax.stop_gradient),
-        "reads its M changed by `stop_gradient`",
+        "reads fc/kernel_mora changed by `stop_gradient`",
     ),
     "by shape": (
         functools.partial(jax.tree.map, lambda a: a * (2.0 if a.ndim == 2 else 1)),
-        "reads its M changed by `mul`",
+        "reads fc/kernel_mora changed by `mul`",
     ),
     "by path": (halved, "fails with an M beside fc/kernel|changes it"),
     "rebuilt": (rebuilt, "must keep the M beside it"),

@@ -218,14 +218,14 @@ class Latents(nn.Module):
 
 
 class Positions(nn.Module):
-    """Positions go through a layer of their own, or (`plain`) only to the input."""
+    """Positions go through a layer of their own, or (None) only to the input."""
 
-    plain: bool
+    layer: type[nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x):
         places = self.param("places", nn.initializers.normal(), x.shape[1:])
-        x = x + (places if self.plain else nn.Dense(WIDTH, name="own")(places))
+        x = x + (self.layer(WIDTH, name="own")(places) if self.layer else places)
         mask = nn.make_causal_mask(x[..., 0])
         return nn.MultiHeadDotProductAttention(2)(x, mask=mask)
 
@@ -249,7 +249,7 @@ SQUARE = random(0, ROWS, ROWS, WIDTH)
 
 
 @pytest.mark.parametrize("x", [X, SQUARE], ids=["batch", "square"])
-@pytest.mark.parametrize("model", [Recurrent(), Latents(), Positions(True)], ids=type)
+@pytest.mark.parametrize("model", [Recurrent(), Latents(), Positions()], ids=type)
 def test_models_that_keep_rows(model, x):
     assert faults_in(model, x) == {}
 
@@ -258,10 +258,11 @@ def test_models_that_keep_rows(model, x):
     ("model", "kernel", "fault"),
     [
         (Swapped(), "Dense_0/kernel", "on axis 1 of its input, and not on axis 0"),
-        (Positions(False), "own/kernel", "on no axis, though one has their number"),
+        (Positions(nn.Dense), "own/kernel", "on no axis, though one has their number"),
+        (Positions(nn.jit(nn.Dense)), "own/kernel", "on no axis, though one has their"),
         (Recurrent(True), "GRUCell_0/in/kernel", "in another order, by `scan`"),
     ],
-    ids=["swapped", "positions", "recurrent"],
+    ids=["swapped", "positions", "jitted positions", "recurrent"],
 )
 def test_another_axis_of_the_same_length(model, kernel, fault):
     assert fault in faults_in(model, SQUARE)[kernel]

@@ -15,7 +15,7 @@ from mora_jax import MoRAConfig, diagnostics, linen, register_layer, serving
 from mora_jax import nnx as mora_nnx
 from mora_jax._flax.flax_layers import convolution
 from mora_jax._layer.equation import delta_kernel
-from mora_jax.products import ATTEND, Lookup
+from mora_jax.products import ATTEND, Claim, Lookup, Product
 from mora_jax.products.lookup import MODES
 
 WIDTH = 8
@@ -208,6 +208,34 @@ def test_a_convolution_of_a_changed_input_is_refused():
     assert not mora_nnx.plan(plain, CONFIG, X).unproven
 
 
+@pytest.mark.parametrize("passes", [{"neg"}, set()])
+def test_a_product_of_ones_own_says_what_a_trace_may_find(passes):
+    class Negated(Product):
+        axes = "io"
+
+        @property
+        def claim(self):
+            return Claim(primitive="dot_general", passes=frozenset(passes))
+
+        def delta(self, delta, x):
+            return -delta.rows(x)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return -(x @ self.param("w", nn.initializers.normal(), (WIDTH, WIDTH)))
+
+    register_layer(Layer, equation=Negated(), kernel="w")
+    variables = variables_of(Layer())
+    if not passes:
+        with pytest.raises(ValueError, match="^w: .*product, by `neg`"):
+            plan_of(Layer(), variables)
+        return
+    plan = plan_of(Layer(), variables)
+    assert not plan.unproven
+    assert diagnostics.check(Layer(), variables, plan, X)["w"] < 1e-5
+
+
 # --- Derivatives of a layer's own ---
 
 
@@ -288,8 +316,11 @@ LOOKUPS = {
     "ones": ("fill", lambda t, ids: t.at[ids].get(mode="fill", fill_value=1)),
 }
 OTHER_ROWS = {
-    "next": ("takes other rows than Lookup", lambda t, ids: t[ids + 1]),
-    "some": ("takes other rows than Lookup", lambda t, ids: t[jnp.minimum(ids, 3)]),
+    "next": ("takes other rows than products.Lookup", lambda t, ids: t[ids + 1]),
+    "some": (
+        "takes other rows than products.Lookup",
+        lambda t, ids: t[jnp.minimum(ids, 3)],
+    ),
     "mirrored": ("by other numbers than its input", lambda t, ids: t[ids[::-1]]),
     "reordered": ("does not compute 'kernel.input.'", lambda t, ids: t[ids.T]),
     "masked": (

@@ -103,6 +103,7 @@ def test_imports_run_one_way():
 FLOORS = [
     "_common",
     "_jax",
+    "_trace_check",
     "operators",
     "products _mesh",
     "_plan",
@@ -110,7 +111,6 @@ FLOORS = [
     "_tree.paths",
     "_layer.dense",
     "_tree",
-    "_trace_check",
     "_flax",
     "linen sharding",
     "nnx",
@@ -158,6 +158,17 @@ def test_checkpoints_know_nothing_of_mora():
         assert "_mora" not in modules()[module].read_text().replace("mora_jax", "")
         below = reached(module) & imports().keys()
         assert not [name for name in below if not f"{name}.".startswith(general)]
+
+
+def test_the_trace_check_knows_no_mora():
+    """It could be a package of its own, for any LoRA."""
+    found = {name for name in reached("mora_jax._trace_check") if name in imports()}
+    rooms = {name.split(".")[1] for name in found if "." in name}
+    assert rooms == {"_trace_check", "_common", "_jax"}, found
+    texts = [path.read_text() for path in (PACKAGE / "_trace_check").glob("*.py")]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]+", text)}
+    assert not words & {"M", "MoRA", "adapter", "adapters", "adapted", "SUFFIX"}
+    assert not any(word.endswith("_mora") for word in words)
 
 
 def test_qwix_has_one_door_to_each_api():

@@ -1,0 +1,235 @@
+"""Kernels: what a call of a model makes of them, and if it is right."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Jaxpr, Literal
+
+from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, walk
+from mora_jax._trace_check import trails
+from mora_jax._trace_check.marks import Call, calls_in, mark_p
+from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
+from mora_jax._trace_check.views import length, named
+
+PRODUCTS = frozenset(
+    "dot_general conv_general_dilated gather ragged_dot_general".split()
+)
+"""Primitives by which layers multiply an input with a kernel."""
+
+PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".split())
+"""Primitives that a kernel may pass before it multiplies."""
+
+
+@dataclasses.dataclass
+class Uses:
+    """Uses of a model's arrays in one call.
+
+    Attributes:
+      reached: The paths of the arrays that the outputs depend on.
+      multiplied: The paths of the arrays that are multiplied with something.
+      faults: {path of a kernel: the fault of its layer, by the rule's product}.
+      outside: {path of a kernel: the primitives outside of its layer that use it}.
+      unseen: {path of a kernel: the reason why its use is not proven}.
+      called: The paths of the kernels whose layers were called.
+    """
+
+    reached: set[str] = dataclasses.field(default_factory=set)
+    multiplied: set[str] = dataclasses.field(default_factory=set)
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    unseen: dict[str, str] = dataclasses.field(default_factory=dict)
+    called: set[str] = dataclasses.field(default_factory=set)
+
+
+def follow(
+    program: Jaxpr, names: list[str], axes: dict[str, range], uses: Uses
+) -> None:
+    """Add to `uses` those in the program of one call of a model, with marks.
+
+    `names` are the paths of its first inputs, the arrays of the model, and `axes` has
+    the axes of kernels, companions and parameters that scale kernels, as layers see
+    them.
+    """
+    program, paths = needed(program, names)
+    companions = {call.companion for call in calls_in(program)}
+    uses.reached.update(paths)
+    values: list[Value] = [{} for _ in program.invars]
+    for k, (name, var) in enumerate(zip(paths, program.invars, strict=False)):
+        shape: Any = var.aval.shape  # type: ignore[attr-defined]
+        if len(shape) > 1 or name in axes:
+            # Stack axes have negative numbers, so that the others are the positions
+            # of the letters in the einsum of the layer, which sees one of the stack.
+            own = axes.get(name, range(len(shape)))
+            numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
+            view = named(numbers, shape)
+            values[k] = {name: Trail(view, is_companion=name in companions)}
+    for value in walk(Kernels(uses), program, values):
+        for name, trail in of_arrays(value).items():
+            if trail.unseen:
+                uses.unseen.setdefault(name, trail.unseen)
+            else:
+                by = filter(None, [trail.by, *sorted(trail.through)])
+                uses.outside.setdefault(name, listed(by))
+
+
+class Kernels(Domain[Value]):
+    """The domain of trails. It adds to `uses` what it finds.
+
+    What is found in the first rounds of a loop is so: each state holds until then.
+    """
+
+    nothing = {}
+
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+
+    def constant(self, literal: Literal) -> Value:
+        number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]
+        return {None: Trail(None, numbers=lambda _: number)}
+
+    def step(self, eqn: Any, values: list[Value]) -> list[Value]:
+        if eqn.primitive is mark_p:
+            ends = eqn.params["end"]
+            return [self._end(eqn, *values) if ends else _begin(eqn, *values)]
+        if eqn.primitive.name in PRODUCTS:
+            return [self._product(eqn, values)]
+        return [trails.after(eqn, values)] * len(eqn.outvars)
+
+    def join(self, left: Value, right: Value) -> Value:
+        return {
+            start: trail
+            if left.get(start) == right.get(start)
+            else trail.passed("a branch or a loop")
+            for start, trail in trails.joined([left, right]).items()
+        }
+
+    def sliced(self, value: Value) -> Value:
+        return changed(value, lambda trail: trail.moved(lambda view: view[1:]))
+
+    def stacked(self, value: Value) -> Value:
+        # Of a product that a scan stacks, it is not known which rows it is of.
+        return changed(value, lambda t: (t.hidden if t.by else t.passed)("scan"))
+
+    def bypassed(self, eqn: Any, outputs: list[Value]) -> list[Value]:
+        name, (inner,) = eqn.primitive.name, inside(eqn)
+        why = f"its layer is inside a `{name}`, whose derivative the delta may not have"
+        for call in calls_in(inner):
+            self.uses.unseen.setdefault(call.name, why)
+
+        def passed(start: Start, trail: Trail) -> Trail:
+            # A companion has its gradient by the input and the output of its layer.
+            is_delta = trail.by or isinstance(start, Call)
+            return trail.passed(name, trail.view) if is_delta else trail
+
+        return [{s: passed(s, t) for s, t in value.items()} for value in outputs]
+
+    def _product(self, eqn: Any, values: list[Value]) -> Value:
+        name, result = eqn.primitive.name, dict(trails.after(eqn, values))
+        left, right, *_ = values
+        for is_first, value, operand in ((True, left, right), (False, right, left)):
+            for kernel, trail in of_arrays(value).items():
+                if not trail.by and trail.through <= PASSED and name != "gather":
+                    self.uses.multiplied.add(kernel)
+                if not trail.by and kernel not in operand:
+                    others = kernel, trail, operand, is_first
+                    result[kernel] = trails.multiplied(eqn, *others)
+        return result
+
+    def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
+        """The value of a call's output, in which the trails of its kernel end."""
+        call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
+        self.uses.called.add(call.name)
+        for array, lead_of_own in zip(arrived, leads, strict=True):
+            if wrong := _fault_of_companion(call, array, lead_of_own):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+        if trail := output.get(call.name):
+            if wrong := "" if trail.unseen else _fault(call, trail, lead):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+            elif why := trail.unseen or _doubt(call, trail):
+                self.uses.unseen.setdefault(call.name, why)
+        ended = call, call.scale, call.name
+        return {start: t for start, t in output.items() if start not in ended}
+
+
+def _begin(eqn: Any, x: Value) -> Value:
+    """The value of a call's input, where the trail of the input begins."""
+    (shape,), (lead,) = shapes(eqn.outvars), eqn.params["leads"]
+    call = eqn.params["call"]
+    lifted = [("vmap", k) for k in range(lead)]
+    axes = *lifted, *call.claim.input_axes(len(shape) - lead)
+    numbers = (lambda indices: indices) if call.claim.rows else None
+    return {**x, call: Trail(named(axes, shape), numbers=numbers)}
+
+
+def _fault(call: Call, trail: Trail, lead: int) -> str:
+    """Reason why an output of `call` is not the product of its rule, or ""."""
+    claim = call.claim
+    if claim.reads:
+        return _fault_of_read(trail, lead)
+    steps = trail.through - claim.passes - OWN_DERIVATIVE
+    if not trail.by and steps and steps <= claim.stand_ins:
+        return ""
+    if not trail.by:
+        return "returns it without a product"
+    if trail.call is not call:
+        return trails.OTHER_INPUT
+    if trail.wrong:
+        return trail.wrong
+    if call.scale is not None and not steps & {"mul", "div"}:
+        return "does not scale it, though its rule says so"
+    if call.scale is not None:
+        steps -= {"mul", "div"}
+        if wrong := _fault_of_scale(call.scale, trail.factors):
+            return wrong
+    if steps:
+        return f"changes it, or its product, by {listed(sorted(steps))}"
+    if claim.primitive and trail.by != claim.primitive:
+        return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
+    axes = (trail.view or ())[lead:]
+    if (names := claim.output_axes(len(axes))) is None:
+        return ""
+    if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
+        product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
+        return f"does not compute {product!r}, as its rule says"
+    return ""
+
+
+def _fault_of_scale(scale: float | str, factors: tuple[float | str, ...]) -> str:
+    """Reason why `factors` are not the scale of a rule, or ""."""
+    arrays = [factor for factor in factors if isinstance(factor, str)]
+    number = math.prod(factor for factor in factors if not isinstance(factor, str))
+    if isinstance(scale, str):
+        wrong = scale and "" not in arrays and (arrays != [scale] or number != 1)
+    else:  # either may have been rounded to bfloat16
+        wrong = not arrays and abs(number - scale) > 2**-8 * abs(scale)
+    shown = " and ".join(map(str, factors))
+    return f"scales it by {shown} and not by {scale}, as its rule says" if wrong else ""
+
+
+def _doubt(call: Call, trail: Trail) -> str:
+    """Reason why an output of `call` without a fault is not proven, or ""."""
+    arrays = [factor for factor in trail.factors if isinstance(factor, str)]
+    if "" in (call.scale, *arrays) or (arrays and isinstance(call.scale, float)):
+        return "a trace compares scale= of its rule if it is a number or a parameter"
+    own = listed(sorted(trail.through & OWN_DERIVATIVE))
+    return own and f"{own} has a derivative of its own, which the delta bypasses"
+
+
+def _fault_of_companion(call: Call, array: Value, lead: int) -> str:
+    """Reason why an array that arrives beside a kernel is not its companion, or ""."""
+    if trail := array.get(call.companion):
+        return _fault_of_read(trail, lead, call.companion)
+    return f"gets another array for {call.companion}"
+
+
+def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:
+    """Reason why the array that a layer reads is not the model's own, or ""."""
+    if steps := {trail.by, *trail.through} - {""}:
+        return f"reads {name} changed by {listed(sorted(steps))}"
+    axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
+    order: list[Any] = [piece.axis for axis in axes for piece in axis]
+    if trail.view is None or len(order) > len(axes) or order != sorted(order):
+        return f"reads {name} with other axes"
+    return ""

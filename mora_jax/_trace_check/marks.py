@@ -1,0 +1,150 @@
+"""Marks: where calls of known layers begin and end, and what they are said to compute.
+
+Marks are steps of a program that compute nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mora_jax._jax.walk import inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A product of an input with a kernel, as a trace recognises it.
+
+    Attributes:
+      einsum: The letters of the axes of input, kernel and output; () for a product of
+        another kind.
+      primitive: The primitive that multiplies; "" for any.
+      passes: Other linear primitives that input, kernel and product may pass.
+      stand_ins: Primitives that do the product instead where the kernel is small.
+      rows: Of a lookup (words of a rule, the function from indices and the number of
+        rows to the rows that are taken). The first is claimed; an error names another
+        one that fits.
+      reads: True if any use is made of the kernel, and the mark is on what is read.
+    """
+
+    einsum: tuple[str, ...] = ()
+    primitive: str = ""
+    passes: frozenset[str] = frozenset()
+    stand_ins: frozenset[str] = frozenset()
+    rows: tuple[tuple[str, Callable[[Any, int], Any]], ...] = ()
+    reads: bool = False
+
+    @property
+    def transposed(self) -> "Claim":
+        """The product of a cotangent of the output with the same kernel."""
+        return dataclasses.replace(self, einsum=self.einsum[::-1])
+
+    def input_axes(self, ndim: int) -> list[str | int]:
+        """The names of the axes of an input in views."""
+        return self._named(0) if self.einsum else [*map(str, range(ndim))]
+
+    def output_axes(self, ndim: int) -> list[str | int] | None:
+        """The names of the axes of an output in views; None if they may be any."""
+        if self.rows:
+            return [*map(str, range(ndim - 1)), 1]
+        return self._named(2) if self.einsum else None
+
+    def _named(self, k: int) -> list[str | int]:
+        # A kernel's axes are numbered, since it may be read by several einsums.
+        kernel = self.einsum[1]
+        return [kernel.index(c) if c in kernel else c for c in self.einsum[k]]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Call:
+    """One call of a method of a known layer; two calls are never equal.
+
+    Attributes:
+      name: The path of the kernel.
+      claim: The product that the method computes, according to the layer's rule.
+      method: The method, such as "Dense.__call__".
+      scale: The factor of the kernel by the rule: a number, the path of a parameter, ""
+        for another array, or None.
+      dtype: The dtype of the input, for lookups.
+      batch: The axis of the batch in the input and in the output; None without one.
+      companion: The path of the array that is trained beside the kernel, or "".
+    """
+
+    name: str
+    claim: Claim
+    method: str
+    scale: float | str | None = None
+    dtype: Any = None
+    batch: tuple[int, int] | None = None
+    companion: str = ""
+
+    def __repr__(self) -> str:  # in a printed program
+        return f"{self.method} of {self.name}"
+
+    @functools.cached_property
+    def transposed(self) -> "Call":
+        """The transposed call, through which a gradient goes."""
+        # Kept, and each is the other's: two calls are never equal, and a model that
+        # takes a gradient of a gradient is back in the call where it began.
+        batch = self.batch and self.batch[::-1]
+        call = dataclasses.replace(self, claim=self.claim.transposed, batch=batch)
+        call.__dict__["transposed"] = self
+        return call
+
+
+mark_p = Primitive("mark")
+
+
+def mark(x: Any, call: Call, *, end: bool, companion: Any = None) -> jax.Array:
+    """`x`, with a mark that it is the input or (`end`) the output of `call`.
+
+    `companion` is the array that arrives there as `call.companion`, if one does.
+    """
+    arrays = [x] if companion is None else [x, companion]
+    arrays = [jnp.asarray(array) for array in arrays]
+    return mark_p.bind(*arrays, call=call, end=end, leads=(0,) * len(arrays))
+
+
+def calls_in(program: Jaxpr) -> Iterator[Call]:
+    """The calls that are marked in a program, those in programs inside first."""
+    for eqn in program.eqns:
+        for inner in inside(eqn):
+            yield from calls_in(inner)
+        if eqn.primitive is mark_p:
+            yield eqn.params["call"]
+
+
+def _batch_mark(args: Any, axes: Any, *, leads: Any, **settings: Any) -> Any:
+    mapped = [axis is not None for axis in axes]
+    args = [
+        jnp.moveaxis(x, axis, 0) if one else x
+        for x, axis, one in zip(args, axes, mapped, strict=True)
+    ]
+    leads = tuple(lead + one for lead, one in zip(leads, mapped, strict=True))
+    return mark_p.bind(*args, leads=leads, **settings), 0 if mapped[0] else None
+
+
+def _differentiate_mark(args: Any, dots: Any, *, leads: Any, **settings: Any) -> Any:
+    y, tangent = mark_p.bind(*args, leads=leads, **settings), dots[0]
+    if not isinstance(tangent, ad.Zero):
+        tangent = mark_p.bind(tangent, leads=leads[:1], **settings)
+    return y, tangent
+
+
+def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, leads: Any) -> Any:
+    if isinstance(y, ad.Zero):
+        return [y]
+    return [mark_p.bind(y, call=call.transposed, end=not end, leads=leads)]
+
+
+mark_p.def_impl(lambda x, *_, **__: x)
+mark_p.def_abstract_eval(lambda x, *_, **__: x)
+ad.primitive_jvps[mark_p] = _differentiate_mark
+ad.primitive_transposes[mark_p] = _transpose_mark
+batching.primitive_batchers[mark_p] = _batch_mark
+mlir.register_lowering(mark_p, lambda context, x, *_, **__: [x])
