@@ -120,7 +120,8 @@ def test_a_plan_is_a_mapping_of_paths():
     assert isinstance(chosen, Mapping) and len(chosen) == 2
     assert "enc/kernel" in chosen and "nowhere" not in chosen and 3 not in chosen
     assert list(chosen) == list(chosen.keys()) == ["dec/kernel", "enc/kernel"]
-    assert tuple(chosen.values()) == chosen.specs
+    assert tuple(chosen.values()) == tuple(chosen.specs.values())
+    assert ["/".join(path) for path in chosen.specs] == list(chosen)
     assert dict(chosen)["enc/kernel"] is chosen["enc/kernel"]
     assert chosen.get("nowhere") is None
 
@@ -155,7 +156,7 @@ def test_any_container():
     for name, tree in trees.items():
         chosen = plan(tree, MoRAConfig(targets=re.escape(name)))
         adapters = jax.tree.map(lambda m: m + 1, init(chosen))
-        merged = merge(tree, adapters, chosen)
+        merged = merge(tree, adapters)
         assert jax.tree.structure(merged) == jax.tree.structure(tree)
         both = mora_jax.combine(tree, adapters)
         assert len(jax.tree.leaves(both)) == len(jax.tree.leaves(tree)) + 1
@@ -305,7 +306,7 @@ def test_without_a_param_dtype_m_has_that_of_its_kernel(unchecked):
         assert dtypes == ["bfloat16", "float16", "float32"]
     # So have layers.
     frozen = FrozenDense.from_config(K.astype(half), config=own)
-    assert init(frozen)["kernel_mora"].dtype == half
+    assert init(frozen)["kernel_mora"].m.dtype == half
     dense = mora_jax.MoRADense(8, config=own, param_dtype=half)
     params = dense.init(jax.random.key(0), K)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(half)}
@@ -371,7 +372,7 @@ def test_alphas_as_of_lora_warn_once():
     MoRAConfig(alpha=4.0)
     # A spec, which may come from a file, is what it is.
     for alpha in (100.0, -1.0):
-        dataclasses.replace(chosen.specs[0], alpha=alpha)
+        dataclasses.replace(chosen["layers/0/mlp/up_proj/kernel"], alpha=alpha)
 
 
 def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
@@ -395,14 +396,6 @@ def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
     ):
         with pytest.warns(MoRAWarning, match="kernel: rank=800 asks for q = 113, and"):
             make()
-
-
-def test_digests_stay_what_they_are():
-    """They are stored, so a change of what they cover must be meant."""
-    params = {"fc": {"kernel": shape(64, 64)}}
-    config = MoRAConfig(rank=2, operator="sharing", scale="paper")
-    digest = plan(params, config).digest()
-    assert digest == "c28b82c1d189b06c72cbbb98f395fe5c5569b975e1a6ea253eb89aa53ceaa6a7"
 
 
 def test_settings_are_a_record_that_json_holds():
@@ -439,17 +432,17 @@ def test_scale_is_a_factor_of_each_kernel():
     settings = dict(operator="decoupling", alpha=0.5)
     found = plan(params, MoRAConfig(square_rank=8, **settings))
     # 8 blocks of 8 each have outputs of their own, or share them in fours.
-    assert [spec.scale for spec in found.specs] == [8.0, 4.0]
-    assert [spec.factor for spec in found.specs] == [4.0, 2.0]
+    assert [spec.scale for spec in found.values()] == [8.0, 4.0]
+    assert [spec.factor for spec in found.values()] == [4.0, 2.0]
     heads, *rows = [line.split() for line in summary(found).splitlines()[:3]]
     assert heads[-5:-2] == ["alpha", "scale", "parameters"]
     assert [row[-4:-2] for row in rows] == [["0.5", "8"], ["0.5", "4"]]
     ones = {"kernel_mora": np.ones((8, 8), np.float32)}
-    delta = mora_jax.delta_weight({"a": ones, "b": ones}, found)
+    delta = mora_jax.delta_weight(found.adapters({"a": ones, "b": ones}))
     np.testing.assert_array_equal(delta["a"]["kernel"][:9, 0], [4.0] * 8 + [0.0])
     np.testing.assert_array_equal(delta["b"]["kernel"][:17:8, 0], [2.0, 0.0, 2.0])
     with pytest.raises(ValueError, match="scale must be above 0, got -1"):
-        dataclasses.replace(found.specs[0], scale=-1.0)
+        dataclasses.replace(found["a/kernel"], scale=-1.0)
 
 
 SETTINGS = dict(rank=2, operator="orthogonal", seed=1)
@@ -463,15 +456,21 @@ TOLD = [
 ]
 
 
-def test_a_digest_says_what_an_m_stands_for():
-    def digest(b="b", **settings):
-        params = {"a": dense(64, 64), b: dense(64, 32)}
-        return plan(params, MoRAConfig(**SETTINGS | settings)).digest()
+def test_a_meaning_is_what_an_m_stands_for_and_specs_tell_all_apart():
+    """How it is trained is no part of its meaning, but is one of its program."""
 
-    assert re.fullmatch("[0-9a-f]{64}", digest())
-    assert {digest(**{name: value}) for name, value in UNTOLD.items()} == {digest()}
-    others = {digest(), digest("c"), *(digest(**settings) for settings in TOLD)}
-    assert len(others) == 2 + len(TOLD)
+    def planned(b="b", **settings):
+        params = {"a": dense(64, 64), b: dense(64, 32)}
+        return plan(params, MoRAConfig(**SETTINGS | settings))
+
+    def meaning(chosen):
+        return json.dumps({path: spec.meaning for path, spec in chosen.items()})
+
+    first, untold = planned(), [planned(**{name: UNTOLD[name]}) for name in UNTOLD]
+    assert {meaning(chosen) for chosen in untold} == {meaning(first)}
+    told = [first, planned("c"), *(planned(**settings) for settings in TOLD)]
+    assert len({meaning(chosen) for chosen in told}) == len(told)
+    assert len({*told, *untold}) == len(told) + len(untold)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -513,20 +512,43 @@ def test_what_is_no_config_is_told(config, message):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [8, None, MoRAConfig(), "rotation", {}])
 def test_what_is_no_plan_is_told(wrong):
-    trees = KERNEL, init(plan(KERNEL))
     calls = [
-        lambda: merge(*trees, wrong),
-        lambda: mora_jax.fold(*trees, wrong),
-        lambda: mora_jax.unmerge(*trees, wrong),
-        lambda: mora_jax.delta_weight(trees[1], wrong),
-        lambda: mora_jax.diagnostics.spectrum(trees[1], wrong),
-        lambda: mora_jax.diagnostics.merge_loss(*trees, wrong),
-        lambda: mora_jax.diagnostics.relative_norm(*trees, wrong),
-        lambda: mora_jax.save("never", trees[1], wrong),
         lambda: mora_jax.io.plan_to_json(wrong),
-        lambda: summary(wrong),
+        lambda: mora_jax.gradient_bases(KERNEL, wrong),
+        lambda: mora_jax.from_lora(KERNEL, wrong),
+        lambda: mora_jax.mixing.project([init(plan(KERNEL))], [1], wrong),
         lambda: init(wrong),
     ]
     for call in calls:
         with pytest.raises(TypeError, match="must be a Plan, got .*: make one with"):
             call()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [8, None, MoRAConfig(), "rotation", {}, plan(KERNEL)])
+def test_what_are_no_adapters_is_told(wrong):
+    """A plan, too, where adapters are wanted."""
+    is_plan = isinstance(wrong, mora_jax.Plan)
+    calls = [
+        lambda: merge(KERNEL, wrong),
+        lambda: mora_jax.fold(KERNEL, wrong),
+        lambda: mora_jax.unmerge(KERNEL, wrong),
+        lambda: mora_jax.delta_weight(wrong),
+        lambda: mora_jax.diagnostics.spectrum(wrong),
+        lambda: mora_jax.diagnostics.merge_loss(KERNEL, wrong),
+        lambda: mora_jax.diagnostics.relative_norm(KERNEL, wrong),
+        lambda: mora_jax.save("never", wrong),
+        lambda: mora_jax.serving.stack([wrong]),
+        lambda: mora_jax.gradient_start(lambda _: 0.0, wrong),
+    ]
+    calls += [] if is_plan else [lambda: summary(wrong)]
+    told = r"adapters are init\(plan\)" if is_plan else "adapters (must be|hold no)"
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match=told):
+            call()
+
+
+def test_a_summary_of_adapters_is_that_of_their_plan_without_the_base():
+    chosen = plan(MODEL, MoRAConfig(rank=2))
+    without = dataclasses.replace(chosen, base_parameters=0)
+    assert summary(init(chosen)) == summary(without) != summary(chosen)

@@ -12,7 +12,7 @@ from cases import by_case
 from helpers import random
 
 import mora_jax
-from mora_jax import AdapterSpec
+from mora_jax import Adapter, AdapterSpec
 from mora_jax.diagnostics import plot_delta, plot_training
 
 
@@ -38,6 +38,8 @@ def test_the_picture_is_the_delta(case):
     ax = plot_delta(spec, m)
     np.testing.assert_allclose(shown(ax), spec.factor * expected, 1e-5, 1e-5)
     assert ax.get_title() == op.name
+    ax = plot_delta(Adapter(m, spec))
+    np.testing.assert_allclose(shown(ax), spec.factor * expected, 1e-5, 1e-5)
 
 
 @by_case

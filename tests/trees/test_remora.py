@@ -2,19 +2,20 @@
 
 import dataclasses
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
 import pytest
-from adapter_files import slow
+from adapter_files import assert_same, slow
 from flax import nnx
-from helpers import close, random, wide
+from helpers import bare, close, random, wide
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mora_jax
-from mora_jax import MoRAConfig, remora
+from mora_jax import Adapter, MoRAConfig, remora
 from mora_jax._layer.rounding import share_lost
 from mora_jax.nnx import MoRAParam
 from mora_jax.operators import Permutation, _pytree
@@ -25,7 +26,7 @@ CHANGING += map(slow, ("signed_sharing", "signed_decoupling", "orthogonal", "had
 
 
 def made(operator="signed_decoupling", dtype="float32", **settings):
-    """Params with biases, their plan, and adapters that are not zero."""
+    """Params with biases, and adapters that are not zero."""
     params = {
         name: {"kernel": jnp.asarray(random(k, *size), dtype), "bias": jnp.ones(2)}
         for k, (name, size) in enumerate(SIZES.items())
@@ -36,40 +37,42 @@ def made(operator="signed_decoupling", dtype="float32", **settings):
     adapters = jax.tree.map(
         lambda m: jnp.asarray(random(9, *m.shape)), mora_jax.init(plan)
     )
-    return params, adapters, plan
+    return params, adapters
 
 
 @pytest.mark.parametrize("operator", CHANGING)
 def test_the_function_stays_and_the_rank_grows(operator):
     donate = operator == "permutation"
-    params, adapters, plan = made(operator, alpha=0.5, scale="fine-tuning")
+    params, adapters = made(operator, alpha=0.5, scale="fine-tuning")
     first = jax.tree.map(np.asarray, params)
     tx, expected = optax.adam(1e-3), jax.tree.map(wide, params)
     ranks = []
     for k in range(4):
         adapters = jax.tree.map(lambda m, k=k: random(20 + k, *m.shape), adapters)
-        delta = mora_jax.delta_weight(adapters, plan)
+        delta = mora_jax.delta_weight(adapters)
         for name in SIZES:
             expected[name]["kernel"] += wide(delta[name]["kernel"])
         bias = params["a"]["bias"]
-        params, zeros, plan, _ = remora.restart(
-            params, adapters, plan, tx.init(adapters), tx, donate=donate
+        params, zeros, _ = remora.restart(
+            params, adapters, tx.init(adapters), tx, donate=donate
         )
         assert params["a"]["bias"] is bias
         close(params, expected)
         assert not any(m.any() for m in jax.tree.leaves(zeros))
-        assert jax.tree.map(jnp.shape, zeros) == jax.tree.map(jnp.shape, adapters)
+        shapes = (jax.tree.map(jnp.shape, bare(tree)) for tree in (zeros, adapters))
+        assert next(shapes) == next(shapes)
+        adapters = zeros
         learned = wide(params["a"]["kernel"]) - first["a"]["kernel"]
         ranks.append(int(np.linalg.matrix_rank(learned, tol=1e-3)))
     assert ranks == sorted(ranks)
-    if not plan["a/kernel"].operator.block:
+    if not adapters["a"]["kernel_mora"].operator.block:
         assert ranks[0] == 4 < ranks[-1]
 
 
 def test_donated_kernels_are_gone_and_others_are_not():
-    params, adapters, plan = made()
+    params, adapters = made()
     tx = optax.sgd(1.0)
-    args = params, adapters, plan, tx.init(adapters), tx
+    args = params, adapters, tx.init(adapters), tx
     remora.restart(*args)
     assert not params["a"]["kernel"].is_deleted()
     remora.restart(*args, donate=True)
@@ -77,20 +80,27 @@ def test_donated_kernels_are_gone_and_others_are_not():
 
 
 def test_the_cycle_of_groups_is_the_references():
-    _, _, plan = made("sharing")
-    found = []
+    params, adapters = made("sharing")
+    found, tx = [], optax.sgd(1.0)
     for _ in range(5):
-        op = plan["a/kernel"].operator
+        adapter = adapters["a"]["kernel_mora"]
+        op = adapter.operator
         found.append(op.compress_groups[0] + op.decompress_groups[0])
-        assert plan["a/kernel"].shape == (4, 4)
-        plan = remora.next_plan(plan)
+        assert adapter.m.shape == adapter.spec.shape == (4, 4)
+        params, adapters, _ = remora.restart(params, adapters, tx.init(adapters), tx)
     assert found == ["ss", "cc", "cs", "sc", "ss"]
+
+
+def seeds_of(tree):
+    """The seeds of all operators, also of those that moments belong to."""
+    adapters = jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, Adapter))
+    return {a.operator.seed for a in adapters if isinstance(a, Adapter)}
 
 
 @pytest.mark.parametrize("combined", [False, True])
 def test_the_state_of_the_ms_is_reset_and_no_other(combined):
     """Counts of a schedule go on; Adam's own start again with its moments."""
-    params, adapters, plan = made()
+    params, adapters = made()
     schedule = remora.restart_schedule(1e-2, 100, every=10, warmup=5)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1)
@@ -102,13 +112,14 @@ def test_the_state_of_the_ms_is_reset_and_no_other(combined):
     state = tx.init(trained)
     for _ in range(3):
         _, state = tx.update(jax.tree.map(jnp.ones_like, trained), state, trained)
-    after = remora.restart(params, adapters, plan, state, tx).opt_state
-    kept = remora.restart(params, adapters, plan, state, tx, keep_moments=True)
+    after = remora.restart(params, adapters, state, tx).opt_state
+    kept = remora.restart(params, adapters, state, tx, keep_moments=True)
     for got, expected in zip(
         jax.tree.leaves(kept.opt_state), jax.tree.leaves(state), strict=True
     ):
         assert got is expected
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.structure(bare(after)) == jax.tree.structure(bare(state))
+    assert seeds_of(after) == {1} and seeds_of(state) == {0}
     before, now = (
         {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(s)}
         for s in (state, after)
@@ -127,9 +138,10 @@ def test_the_state_of_the_ms_is_reset_and_no_other(combined):
 
 def test_optimizers_that_know_the_adapters_start_again():
     """A rate for each kernel by labels; and several steps in one, of a schedule."""
-    params, adapters, plan = made()
+    params, adapters = made()
     rates = {"slow": optax.adam(1e-3), "fast": optax.adam(1e-2)}
-    labels = jax.tree.map(lambda _: "slow", adapters) | {"a": {"kernel_mora": "fast"}}
+    labels = jax.tree.map(lambda _: "slow", bare(adapters))
+    labels["a"]["kernel_mora"] = "fast"
     tx = optax.transforms.partition(rates, labels)
     tx = optax.MultiSteps(tx, lambda step: jnp.where(step < 2, 1, 4))
     tx = tx.gradient_transformation()
@@ -138,8 +150,8 @@ def test_optimizers_that_know_the_adapters_start_again():
     for _ in range(4):
         _, state = tx.update(ones, state, adapters)
     assert (state.gradient_step, state.mini_step) == (2, 2)
-    after = remora.restart(params, adapters, plan, state, tx).opt_state
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    after = remora.restart(params, adapters, state, tx).opt_state
+    assert jax.tree.structure(bare(after)) == jax.tree.structure(bare(state))
     assert (after.gradient_step, after.mini_step) == (2, 0)
     restarted = jax.tree.leaves((after.acc_grads, after.inner_opt_state))
     assert not any(map(np.any, restarted))
@@ -158,17 +170,19 @@ class FromOnes(Permutation):
 
 def test_restarts_begin_as_the_operator_says():
     """In the adapters, in their dtype; and in what an optimizer keeps of them."""
-    params, adapters, plan = made("permutation")
-    specs = [
-        dataclasses.replace(
-            spec, operator=FromOnes(spec.in_features, spec.out_features, 4, seed=1)
-        )
-        for spec in plan.specs
-    ]
-    plan = dataclasses.replace(plan, specs=tuple(specs))
-    adapters = jax.tree.map(lambda m: m.astype(jnp.bfloat16), adapters)
+    params, adapters = made("permutation")
+
+    def with_start(adapter):
+        spec = adapter.spec
+        op = FromOnes(spec.in_features, spec.out_features, 4, seed=1)
+        spec = dataclasses.replace(spec, operator=op)
+        return adapter.replace(m=adapter.m.astype(jnp.bfloat16), spec=spec)
+
+    adapters = jax.tree.map(
+        with_start, adapters, is_leaf=lambda a: isinstance(a, Adapter)
+    )
     tx = optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2, b1=0.9)
-    after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+    after = remora.restart(params, adapters, tx.init(adapters), tx)
     for m in jax.tree.leaves(after.adapters):
         assert m.dtype == jnp.bfloat16 and (m == 1).all()
     for z in jax.tree.leaves(after.opt_state.z):
@@ -178,77 +192,73 @@ def test_restarts_begin_as_the_operator_says():
 @pytest.mark.slow
 def test_small_deltas_add_up_in_16_bits():
     """Each restart rounds with another dither, where nearest would lose them all."""
-    params, adapters, plan = made("permutation", "bfloat16")
-    adapters = jax.tree.map(lambda m: 0 * m + 1e-4, adapters)
+    params, adapters = made("permutation", "bfloat16")
+    first = adapters = jax.tree.map(lambda m: 0 * m + 1e-4, adapters)
     tx, total = optax.sgd(1.0), 0
     merged = params
     for _ in range(8):
-        total += wide(mora_jax.delta_weight(adapters, plan)["s"]["kernel"])
-        merged, _, plan, _ = remora.restart(
-            merged, adapters, plan, tx.init(adapters), tx
-        )
+        total += wide(mora_jax.delta_weight(adapters)["s"]["kernel"])
+        merged, zeros, _ = remora.restart(merged, adapters, tx.init(adapters), tx)
+        adapters = jax.tree.map(lambda m: m + 1e-4, zeros)
     change = wide(merged["s"]["kernel"]) - wide(params["s"]["kernel"])
     assert merged["s"]["kernel"].dtype == jnp.bfloat16
     # Errors of one number cancel over restarts only if their dithers differ.
     assert share_lost(change, total) < 0.5
-    nearest = mora_jax.merge(params, adapters, plan, rounding="nearest")
+    nearest = mora_jax.merge(params, first, rounding="nearest")
     change = wide(nearest["s"]["kernel"]) - wide(params["s"]["kernel"])
     assert share_lost(change, total) > 0.9
 
 
 @pytest.mark.slow
 def test_a_saved_run_goes_on_as_it_would_have(tmp_path):
-    """The plan says where in the cycle a run is."""
-    params, adapters, plan = made("sharing")
+    """The adapters say where in the cycle a run is."""
+    params, adapters = made("sharing")
     tx = optax.adam(1e-2)
     x = random(3, 5, 12)
 
-    def loss(adapters, params, plan):
-        kernels = mora_jax.fold(params, adapters, plan)
+    def loss(adapters, params):
+        kernels = mora_jax.fold(params, adapters)
         return jnp.sum(jnp.sin(x @ kernels["a"]["kernel"]))
 
     def run(after, restarts):
         for _ in range(restarts):
-            params, adapters, plan, state = after
+            params, adapters, state = after
             for _ in range(3):
-                grads = jax.grad(loss)(adapters, params, plan)
+                grads = jax.grad(loss)(adapters, params)
                 updates, state = tx.update(grads, state)
                 adapters = optax.apply_updates(adapters, updates)
-            after = remora.restart(params, adapters, plan, state, tx)
+            after = remora.restart(params, adapters, state, tx)
         return after
 
-    start = remora.Restarted(params, adapters, plan, tx.init(adapters))
+    start = remora.Restarted(params, adapters, tx.init(adapters))
     whole, half = run(start, 4), run(start, 2)
-    mora_jax.save(tmp_path / "run", half.adapters, half.plan, params=half.params)
-    adapters, plan = mora_jax.load(tmp_path / "run", half.params)
+    mora_jax.save(tmp_path / "run", half.adapters, params=half.params)
+    adapters = mora_jax.load(tmp_path / "run", half.params)
+    # The state from a file gets its meaning from the adapters that it is restored for.
+    stored = flax.serialization.to_state_dict(half.opt_state)
+    state = flax.serialization.from_state_dict(tx.init(adapters), stored)
     with pytest.raises(ValueError, match="another base|other weights|trained on"):
-        remora.restart(params, adapters, plan, half.opt_state, tx)
-    remora.restart(params, adapters, plan, half.opt_state, tx, any_base=True)
-    resumed = run(remora.Restarted(half.params, adapters, plan, half.opt_state), 2)
-    assert resumed.plan.digest() == whole.plan.digest()
-    for got, expected in zip(
-        jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True
-    ):
-        np.testing.assert_array_equal(got, expected)
+        remora.restart(params, adapters, state, tx)
+    remora.restart(params, adapters, state, tx, any_base=True)
+    resumed = run(remora.Restarted(half.params, adapters, state), 2)
+    assert_same(resumed, whole)
 
 
 def test_under_jit():
-    params, adapters, plan = made()
+    params, adapters = made()
     tx = optax.adam(1e-3)
 
     @jax.jit
     def restarted(params, adapters, state):
-        return remora.restart(params, adapters, plan, state, tx)
+        return remora.restart(params, adapters, state, tx)
 
     state = tx.init(adapters)
-    direct = remora.restart(params, adapters, plan, state, tx)
-    after = restarted(params, adapters, state)
-    assert after.plan == direct.plan
-    close(after._replace(plan=None), direct._replace(plan=None))
+    direct = remora.restart(params, adapters, state, tx)
+    close(restarted(params, adapters, state), direct)
 
 
 def test_a_model_of_nnx():
-    """Its states go in and come out; the new plan wraps the merged model."""
+    """Its states go in and come out, also into the model that it was wrapped in."""
     x, operator = random(0, 3, 16), "signed_decoupling"
     config = MoRAConfig(operator=operator, square_rank=4)
     model = mora_jax.nnx.wrap(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), config)
@@ -259,16 +269,13 @@ def test_a_model_of_nnx():
     adapters = jax.tree.map(lambda m: m + 0.1, adapters)
     nnx.update(model, adapters)
     expected, tx = model(x), optax.adam(1e-3)
-    plan, state = mora_jax.nnx.plan_of(model), tx.init(adapters)
-    after = remora.restart(params, adapters, plan, state, tx)
-    base = nnx.Linear(16, 8, rngs=nnx.Rngs(1))
-    nnx.update(base, after.params)
-    again = mora_jax.nnx.wrap(base, after.plan)
-    nnx.update(again, after.adapters)
-    close(again(x), expected)
-    assert mora_jax.nnx.plan_of(again)["kernel"].operator.seed == 1
+    state = tx.init(adapters)
+    after = remora.restart(params, adapters, state, tx)
+    nnx.update(model, after.params, after.adapters)
+    close(model(x), expected)
+    assert mora_jax.nnx.plan_of(model)["kernel"].operator.seed == 1
     for keep in (False, True):
-        after = remora.restart(params, adapters, plan, state, tx, keep_moments=keep)
+        after = remora.restart(params, adapters, state, tx, keep_moments=keep)
         updates, _ = tx.update(after.adapters, after.opt_state)
         assert jax.tree.structure(updates) == jax.tree.structure(after.adapters)
 
@@ -283,13 +290,11 @@ def test_the_optimizer_of_a_model_of_nnx_goes_on():
     opt = mora_jax.nnx.adapter_optimizer(model, tx)
     grad = mora_jax.nnx.value_and_grad(lambda model: jnp.mean((model(x) - 1) ** 2))
     opt.update(model, grad(model)[1])
-    expected, plan = model(x), mora_jax.nnx.plan_of(model)
+    expected = model(x)
     adapters, params = nnx.state(model, MoRAParam), nnx.state(base, nnx.Param)
-    after = remora.restart(params, adapters, plan, opt.opt_state, tx)
-    nnx.update(base, after.params)
-    model = mora_jax.nnx.wrap(base, after.plan)
+    after = remora.restart(params, adapters, opt.opt_state, tx)
+    nnx.update(model, after.params, after.adapters)
     close(model(x), expected, 1e-5)
-    opt = mora_jax.nnx.adapter_optimizer(model, tx)
     opt.opt_state = nnx.data(after.opt_state)
     adam, schedule = opt.opt_state
     assert int(adam.count[...]) == 0 and int(schedule.count[...]) == 1
@@ -307,12 +312,12 @@ def test_on_a_mesh():
     params, tx = {"kernel": kernel}, optax.adam(1e-3)
     for operator in ("sharing", "permutation"):
         plan = mora_jax.plan(params, MoRAConfig(operator=operator, square_rank=4))
-        plan = mora_jax.sharding.plan_on_mesh(plan, params, batch_axes=("fsdp",))
+        plan = mora_jax.sharding.on_mesh(plan, params, batch_axes=("fsdp",))
         adapters = jax.tree.map(lambda m: m + 0.1, mora_jax.init(plan))
-        after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+        after = remora.restart(params, adapters, tx.init(adapters), tx)
         assert after.params["kernel"].sharding == sharding
-        close(after.params, mora_jax.merge(params, adapters, plan))
-        assert after.plan["kernel"].layout == plan["kernel"].layout
+        close(after.params, mora_jax.merge(params, adapters))
+        assert after.adapters["kernel_mora"].spec.layout == plan["kernel"].layout
 
 
 def test_the_schedule():
@@ -326,23 +331,24 @@ def test_the_schedule():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
-    params, adapters, plan = made()
+    params, adapters = made()
     tx = optax.adam(1e-3)
     state = tx.init(adapters)
     with pytest.raises(ValueError, match="rotation has the same maps after each"):
-        remora.next_plan(made("rotation")[2])
+        same = made("rotation")[1]
+        remora.restart(params, same, tx.init(same), tx)
     with pytest.raises(ValueError, match="opt_state must be a state of tx"):
-        remora.restart(params, adapters, plan, optax.sgd(1.0).init(adapters), tx)
+        remora.restart(params, adapters, optax.sgd(1.0).init(adapters), tx)
     with pytest.raises(TypeError, match="tx must be an optax transformation"):
-        remora.restart(params, adapters, plan, state, "adam")
-    with pytest.raises(TypeError, match="plan must be a Plan"):
-        remora.restart(params, adapters, params, state, tx)
+        remora.restart(params, adapters, state, "adam")
+    with pytest.raises(TypeError, match="adapters must hold adapters, .* params come"):
+        remora.restart(params, params, state, tx)
     combined = mora_jax.combine(params, adapters)
     with pytest.raises(ValueError, match="params hold the adapter .* give the base"):
-        remora.restart(combined, adapters, plan, state, tx)
+        remora.restart(combined, adapters, state, tx)
     broken = jax.tree.map(lambda m: m * np.nan, adapters)
     with pytest.raises(ValueError, match="holds NaN or infinity"):
-        remora.restart(params, broken, plan, state, tx)
+        remora.restart(params, broken, state, tx)
     with pytest.raises(ValueError, match="warmup must be at most every=5, got 6"):
         remora.restart_schedule(1.0, 100, every=5, warmup=6)
     with pytest.raises(ValueError, match="floor must be from 0 to 1, got 2"):

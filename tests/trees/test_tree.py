@@ -1,6 +1,7 @@
 """Adapters and base: made, joined, taken apart, merged, counted."""
 
 import dataclasses
+import operator
 
 import chex
 import jax
@@ -99,7 +100,7 @@ def test_adapters_of_some_kernels_are_merged_and_combined_there_alone(model):
     merged, whole = (merge(params, trees) for trees in (some, adapters))
     chex.assert_trees_all_equal(merged.pop("fc"), whole["fc"])
     for name, leaves in merged.items():
-        assert jax.tree.map(lambda a, b: a is b, leaves, params[name])
+        assert all(map(operator.is_, *map(jax.tree.leaves, (leaves, params[name]))))
     chex.assert_trees_all_equal(split(combine(params, some)), (params, some))
 
 
@@ -107,8 +108,8 @@ def test_what_the_given_adapters_say_is_merged(model):
     """Of equal shapes, with another operator and another factor."""
     params, adapters, _ = model
     m, spec = adapters["fc"]["kernel_mora"].m, adapters["fc"]["kernel_mora"].spec
-    for operator, matrices in OTHERS.items():
-        op = mora_jax.make_operator(operator, 12, 10, 6)
+    for name, matrices in OTHERS.items():
+        op = mora_jax.make_operator(name, 12, 10, 6)
         other = Adapter(m, dataclasses.replace(spec, operator=op, alpha=3.0))
         assert other.spec.shape == spec.shape
         merged = merge({"fc": params["fc"]}, {"fc": {"kernel_mora": other}})
