@@ -193,7 +193,7 @@ def learned(
     for path, adapter in paths.adapters_in(adapters).items():
         name, spec = "/".join(path), adapter.spec
         if not isinstance(spec, AdapterSpec):  # a copy: a step may overwrite adapters
-            leaf = paths.find_array(new, path, spec)[1]
+            leaf = as_jax_array(name, paths.find_array(new, path, spec)[1])
             made[path] = Adapter(jnp.array(leaf, spec.dtype, copy=True), spec)
             continue
         kernels = (paths.find_array(tree, path, spec)[1] for tree in (old, new))
