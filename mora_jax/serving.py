@@ -28,7 +28,7 @@ Example::
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,7 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
         there are none, or more than slots; arrays of the base are trained, which all
         rows share.
     """
-    if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
     found = [checked_adapters(tree) for tree in adapters]

@@ -1,5 +1,6 @@
 """A different adapter for each row of a batch, which is as with that one alone."""
 
+import dataclasses
 import re
 
 import chex
@@ -12,7 +13,7 @@ import pytest
 from adapter_files import slow
 from cases import by_kind
 from flax import nnx
-from helpers import close, random, trained
+from helpers import bare, close, random, trained
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put, shardings
 from platforms import as_if_on
@@ -39,7 +40,7 @@ def several(plan, number=3, dtype=None):
 def assert_rows_are_as_alone(case, tolerance=1e-5, dtype=None):
     """For all `INDICES`, by one compiled program."""
     adapters, traces = several(case.plan, dtype=dtype), []
-    stacked = serving.stack(adapters, case.plan, slots=4)
+    stacked = serving.stack(adapters, slots=4)
 
     @jax.jit
     def by_row(stacked, params, index, x):
@@ -89,7 +90,7 @@ def test_every_kind_of_operator(case):
     params = {"kernel": random(1, 24, 36), "bias": random(2, 36)}
     plan = mora_jax.plan(params, config)
     apply, adapters, weights = linen.wrap(model, plan), several(plan), random(3, 4, 36)
-    stacked, index = serving.stack(adapters, plan), np.array([2, 0, -1, 2])
+    stacked, index = serving.stack(adapters), np.array([2, 0, -1, 2])
 
     def loss(stacked, x):
         y = apply(serving.select(stacked, index), {"params": params}, x)
@@ -107,12 +108,12 @@ def test_every_kind_of_operator(case):
     (_, expected), (by_m, by_x) = jax.jit(jax.value_and_grad(loss_alone, **derive))(
         adapters, x
     )
-    by_slots = jax.tree.map(lambda *ms: jnp.stack(ms), *by_m)["kernel_mora"]
+    by_slots = jax.tree.map(lambda *ms: jnp.stack(ms), *by_m)["kernel_mora"].m
     for platform in ("cpu", "tpu"):
         with as_if_on(platform):
             run = jax.jit(jax.value_and_grad(loss, **derive))
             (_, y), (slots, back) = run(stacked, x)
-        got = y, slots["kernel_mora"].m, back
+        got = y, slots["kernel_mora"].m.m, back
         close(got, (expected, by_slots, by_x))
 
 
@@ -122,7 +123,7 @@ def test_float64_and_forward_mode(float64):
     apply = linen.wrap(nn.Dense(16, use_bias=False, param_dtype=x.dtype), plan)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     adapters = several(plan)
-    stacked = serving.stack(adapters, plan)
+    stacked = serving.stack(adapters)
 
     def by_row(stacked):
         return apply(serving.select(stacked, [2, 0]), {"params": params}, x)
@@ -138,7 +139,7 @@ def test_dropout_is_that_of_one_adapter():
     plan = mora_jax.plan(params, MoRAConfig(square_rank=4, dropout=0.5))
     apply, adapters = linen.wrap(nn.Dense(16, use_bias=False), plan), several(plan)
     rest = {"rngs": {"dropout": jax.random.key(0)}, "adapter_deterministic": False}
-    selected = serving.select(serving.stack(adapters, plan), [2, 0])
+    selected = serving.select(serving.stack(adapters), [2, 0])
     y = apply(selected, {"params": params}, x, **rest)
     alone = [apply(adapters[k], {"params": params}, x, **rest) for k in (2, 0)]
     close(y, jnp.stack([alone[0][0], alone[1][1]]))
@@ -174,12 +175,12 @@ def test_meshes(kind, operator):
 
         return jax.jit(run)
 
-    stacked = serving.stack(adapters, plan)
+    stacked = serving.stack(adapters)
     expected = apply(plan)(stacked, params, index, x)
     if kind == "Auto":
-        plan = sharding.plan_on_mesh(
-            plan, shardings(places, mesh), batch_axes="data", mesh=mesh
-        )
+        where, settings = shardings(places, mesh), {"batch_axes": "data", "mesh": mesh}
+        adapters = [sharding.on_mesh(one, where, **settings) for one in adapters]
+        stacked = serving.stack(adapters)
     params = put(params, mesh, places)
     x, index = put((x, index), mesh, (P("data"), P("data")))
     stacked = jax.device_put(stacked, jax.NamedSharding(mesh, P()))
@@ -192,20 +193,25 @@ PLAN = mora_jax.plan(
     PARAMS,
     MoRAConfig(square_rank=4, overrides={"s/kernel": {"axes": "sio"}}),
 )
+OTHER = dataclasses.replace(
+    PLAN, parts={p: dataclasses.replace(s, alpha=0.5) for p, s in PLAN.specs.items()}
+)
 
 
 def test_slots_are_behind_layers():
-    stacked = serving.stack(several(PLAN), PLAN, slots=5)
-    shapes = stacked["a"]["kernel_mora"].shape, stacked["s"]["kernel_mora"].shape
-    assert shapes == ((5, 4, 4), (3, 5, 4, 4))
-    assert not stacked["s"]["kernel_mora"].m[:, 3:].any()
-    empty = serving.stack([], PLAN, slots=2)
+    adapters = several(PLAN)
+    stacked = serving.stack(adapters, slots=5)
+    one, other = stacked["a"]["kernel_mora"], stacked["s"]["kernel_mora"]
+    assert (one.m.shape, other.m.shape) == ((5, 4, 4), (3, 5, 4, 4))
+    assert (one.spec, other.spec) == (PLAN["a/kernel"], PLAN["s/kernel"])
+    assert not other.m.m[:, 3:].any()
+    empty = serving.stack([mora_jax.init(PLAN)], slots=2)
     assert not any(map(np.any, jax.tree.leaves(empty)))
 
 
 def test_a_slot_is_replaced_in_place_by_one_program():
     adapters = several(PLAN)
-    stacked = serving.stack(adapters[:2], PLAN, slots=3)
+    stacked = serving.stack(adapters[:2], slots=3)
     before = jax.tree.leaves(stacked)
     stacked = serving.put(stacked, 2, adapters[2])
     assert all(m.is_deleted() for m in before)
@@ -214,35 +220,35 @@ def test_a_slot_is_replaced_in_place_by_one_program():
     stacked = serving.put(stacked, 1, adapters[0])
     assert programs() == before
     order = [adapters[k] for k in (1, 0, 2)]
-    chex.assert_trees_all_equal(stacked, serving.stack(order, PLAN))
+    chex.assert_trees_all_equal(stacked, serving.stack(order))
     same = jax.jit(serving.put, static_argnums=1)(stacked, 2, adapters[2])
-    chex.assert_trees_all_equal(same, serving.stack(order, PLAN))
+    chex.assert_trees_all_equal(same, serving.stack(order))
 
 
 def test_a_slot_that_a_compiled_function_does_not_have_changes_nothing():
     adapters = several(PLAN)
     put = jax.jit(serving.put)
     for slot in (-4, -1, 3, 7):
-        stacked = serving.stack(adapters, PLAN)
+        stacked = serving.stack(adapters)
         chex.assert_trees_all_equal(put(stacked, jnp.int32(slot), adapters[0]), stacked)
-    changed = put(serving.stack(adapters, PLAN), jnp.int32(1), adapters[0])
+    changed = put(serving.stack(adapters), jnp.int32(1), adapters[0])
     order = [adapters[k] for k in (0, 0, 2)]
-    chex.assert_trees_all_equal(changed, serving.stack(order, PLAN))
+    chex.assert_trees_all_equal(changed, serving.stack(order))
 
 
 def test_no_number_becomes_infinite_in_a_slot():
     adapters = several(PLAN)
     half = [jax.tree.map(lambda m: m.astype(jnp.float16), one) for one in adapters]
-    stacked = serving.stack(half, PLAN)
+    stacked = serving.stack(half)
     large = jax.tree.map(lambda m: m * 0 + 1e6, adapters[0])
     with pytest.raises(ValueError, match="infinity in float16, the dtype of the slots"):
         serving.put(stacked, 0, large)
-    chex.assert_trees_all_equal(stacked, serving.stack(half, PLAN))
+    chex.assert_trees_all_equal(stacked, serving.stack(half))
 
 
 def test_no_rows_are_none():
-    stacked = serving.stack(several(PLAN), PLAN)
-    assert serving.select(stacked, [])["a"]["kernel_mora"].rows == 0
+    stacked = serving.stack(several(PLAN))
+    assert serving.select(stacked, [])["a"]["kernel_mora"].m.rows == 0
 
 
 def test_in_nnx_many_train_by_their_slots_and_not_by_the_model():
@@ -251,7 +257,7 @@ def test_in_nnx_many_train_by_their_slots_and_not_by_the_model():
     model = mora.wrap(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), settings)
     plan = mora.plan_of(model)
     adapters, parts = several(plan), nnx.split(model)
-    stacked = serving.stack(adapters, plan)
+    stacked = serving.stack(adapters)
 
     def loss(stacked, index):
         own = nnx.merge(*parts, copy=True)
@@ -282,7 +288,7 @@ def test_in_a_compiled_function_of_nnx_the_model_is_changed():
     case, traces = case_of("scan-remat", "nnx"), []
     model = mora.wrap(nnx_model(TWINS["scan-remat"]), case.plan)
     adapters = several(case.plan)
-    stacked = serving.stack(adapters, case.plan)
+    stacked = serving.stack(adapters)
     mora.set_adapters(model, serving.select(stacked, [-1, -1]))
 
     @nnx.jit
@@ -300,16 +306,36 @@ def test_in_a_compiled_function_of_nnx_the_model_is_changed():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda s, a: serving.stack(a, "plan"), TypeError, "plan must be a Plan"),
-        (lambda s, a: serving.stack(a[0], PLAN), TypeError, "must be a sequence"),
-        (lambda s, a: serving.stack([], PLAN), ValueError, "slots must be given"),
-        (lambda s, a: serving.stack(a, PLAN, slots=2), ValueError, "at least .* 3"),
-        (lambda s, a: serving.stack([a[0]["a"]], PLAN), ValueError, "adapters lack"),
+        (lambda s, a: serving.stack(PLAN), TypeError, "must be a sequence .* got Plan"),
+        (lambda s, a: serving.stack([PLAN]), TypeError, "got the Plan: adapters are"),
+        (lambda s, a: serving.stack([bare(a[0])]), TypeError, "plan.adapters"),
+        (lambda s, a: serving.stack(a[0]), TypeError, "must be a sequence .* got dict"),
+        (lambda s, a: serving.stack([], slots=2), ValueError, "one at least, such as"),
+        (lambda s, a: serving.stack(a, slots=2), ValueError, "at least .* 3"),
+        (
+            lambda s, a: serving.stack([a[0], {"a": a[0]["a"]}]),
+            ValueError,
+            "of the same kernels, and 's/kernel' is not",
+        ),
+        (
+            lambda s, a: serving.stack([a[0], mora_jax.init(OTHER)]),
+            ValueError,
+            "a/kernel_mora was made for alpha 0.5, not 1.0",
+        ),
+        (
+            lambda s, a: serving.put(s, 0, mora_jax.init(OTHER)),
+            ValueError,
+            "a/kernel_mora was made for alpha 0.5, not 1.0",
+        ),
         (lambda s, a: serving.put(s, 4, a[0]), ValueError, "from 0 to 3, got 4"),
         (lambda s, a: serving.put(s, -1, a[0]), ValueError, "from 0 to 3, got -1"),
         (lambda s, a: serving.put(s, 0.5, a[0]), TypeError, "slot must be integers"),
         (lambda s, a: serving.put(a[0], 0, a[0]), TypeError, "stacked must be"),
-        (lambda s, a: serving.put(s, 0, {"a": a[0]["a"]}), ValueError, "adapters lack"),
+        (
+            lambda s, a: serving.put(s, 0, {"a": a[0]["a"]}),
+            ValueError,
+            "of the same kernels, and 's/kernel' is not",
+        ),
         (
             lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m / 0, a[0])),
             ValueError,
@@ -323,9 +349,9 @@ def test_in_a_compiled_function_of_nnx_the_model_is_changed():
         (lambda s, a: serving.select(s, [0, 4]), ValueError, "from -1 to 3, got 4"),
         (lambda s, a: serving.select(s, 3), ValueError, "an integer for each row"),
         (lambda s, a: serving.select(a[0], [0]), TypeError, "stacked must be"),
-        (lambda s, a: mora_jax.delta_weight(s, PLAN), TypeError, "serving.select"),
+        (lambda s, a: mora_jax.delta_weight(s), TypeError, "serving.select"),
         (
-            lambda s, a: mora_jax.delta_weight(serving.select(s, [0]), PLAN),
+            lambda s, a: mora_jax.delta_weight(serving.select(s, [0])),
             TypeError,
             "only linen.wrap and nnx.set_adapters",
         ),
@@ -334,7 +360,7 @@ def test_in_a_compiled_function_of_nnx_the_model_is_changed():
 def test_bad_input(call, error, message, unchecked):
     adapters = several(PLAN)
     with pytest.raises(error, match=message):
-        call(serving.stack(adapters, PLAN, slots=4), adapters)
+        call(serving.stack(adapters, slots=4), adapters)
 
 
 @pytest.mark.parametrize(
@@ -346,12 +372,13 @@ def test_bad_input(call, error, message, unchecked):
 )
 def test_layers_without_rows_are_refused(name, api, message):
     case = case_of(name, api)
-    stacked = serving.stack(several(case.plan), case.plan)
+    stacked = serving.stack(several(case.plan))
     with pytest.raises(ValueError, match=re.sub(r"([()])", r"\\\1", message)):
         case.adapted(case.params, serving.select(stacked, [0, 1]), case.x)
 
 
 def test_trained_arrays_are_refused():
     plan = mora_jax.plan(PARAMS, MoRAConfig(rank=1, train="s/kernel", exclude="s/.*"))
-    with pytest.raises(ValueError, match="s/kernel: the plan trains .* share it"):
-        serving.stack([], plan, slots=2)
+    adapters = mora_jax.init(plan, params=PARAMS)
+    with pytest.raises(ValueError, match="s/kernel: this array is trained .* share it"):
+        serving.stack([adapters], slots=2)
