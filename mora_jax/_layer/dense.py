@@ -13,6 +13,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.checks import as_jax_array, check_kernel, check_key, check_leaf
+from mora_jax._common.trees import unboxed
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import Static
 from mora_jax._layer.adapter import Adapter, check_adapter
@@ -169,9 +170,9 @@ def params_adapter(params: Mapping[str, Any], frozen: FrozenDense) -> Adapter:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"params must hold {expected!r} and nothing else, got {got}")
     m, spec = params[expected], frozen.spec
-    if isinstance(m, Adapter):
-        m, made_for = m.m, check_adapter(expected, m).spec
-        check_same("kernel", made_for, spec)
+    if (own := getattr(m, "spec", None)) is not None:  # also of a variable of NNX
+        m = m.m if isinstance(m, Adapter) else unboxed(m)
+        check_same("kernel", check_adapter(expected, Adapter(m, own)).spec, spec)
     adapter = check_adapter(expected, Adapter(m, spec))
     check_leaf(m, expected, spec.shape)  # and not of a stack of such layers
     return adapter

@@ -33,7 +33,7 @@ def combine(params: Any, adapters: Any) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    found = adapters_in(adapters)
+    found = adapters_in(adapters, by_row=True)
     trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
     if trained:
         leaves = paths.named_leaves(params)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_seed
+from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
@@ -99,6 +100,15 @@ def hold_dropout(module: nnx.Module, spec: AdapterSpec, seed: int) -> None:
     dropout: Any = nnx.Dropout(spec.dropout)
     dropout.seed = seed
     setattr(module, DROPOUT, dropout)
+
+
+def refuse_dropout(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
+    """Raise if the kernel `name` has dropout, and methods of its module read it."""
+    if folded_kernels(type(module)) and spec.dropout > 0:
+        raise ValueError(
+            f"{name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
 
 
 def dropout_key(

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
+from mora_jax._common.warnings import warn
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -27,6 +28,7 @@ from mora_jax.nnx._param import (
     MoRAParam,
     hold_dropout,
     named_sharding,
+    refuse_dropout,
 )
 
 
@@ -128,12 +130,14 @@ def set_adapters(
         adapter for each row of later batches. An M that is not committed to a device
         goes where the model has its M.
       any_base: True to take adapters that were trained on other kernels as well.
-      seed: As in `wrap`, where the new adapters have dropout and the old had none.
+      seed: As in `wrap`, where the new adapters have dropout and the old had none. The
+        model then drops until `model.eval()`, and a `MoRAWarning` says so.
 
     Raises:
       TypeError: The adapters are not adapters of arrays.
-      ValueError: The model lacks adapters; or the new ones are of other kernels, or
-        were trained on another base and `any_base` is False.
+      ValueError: The model lacks adapters; or the new ones are of other kernels, have
+        dropout where methods read a kernel, or were trained on another base and
+        `any_base` is False.
 
     Example: see `wrap`.
     """
@@ -145,9 +149,17 @@ def set_adapters(
         check_base(specs, {name: leaf for name, (_, leaf) in leaves})
     # All of them are checked before the first is set.
     for path, adapter in found.items():
-        if not isinstance(adapter.m, Selected):
-            name = "/".join(place_of(path, adapter.spec))
-            found[path] = adapter.replace(m=as_jax_array(name, adapter.m))
+        spec, m = adapter.spec, adapter.m
+        if not isinstance(m, Selected):
+            m = as_jax_array("/".join(place_of(path, spec)), m)
+        if isinstance(spec, AdapterSpec):
+            if hasattr(there[path][0], "plain_class"):  # qwix computes otherwise
+                refuse_dropout(there[path][0], "/".join(path), spec)
+        else:  # the model knows which dtypes it has
+            spec = there[path][-1].spec
+            m = m.astype(spec.dtype)
+        found[path] = Adapter(m, spec)
+    begin_to_drop = False
     for path, (module, variable, old) in there.items():
         m, spec = found[path].m, found[path].spec
         sharding = named_sharding(variable)
@@ -158,11 +170,16 @@ def set_adapters(
             variable[...] = m  # which keeps the variable of a trace
             continue
         # Of one layer where the model has the variable for one.
-        if isinstance(spec, AdapterSpec):
-            spec = spec.with_stack(variable.spec.stack_shape)
-            if spec.dropout > 0 and not hasattr(module, DROPOUT):
-                hold_dropout(module, spec, seed)
+        spec = spec.with_stack(variable.spec.stack_shape)
+        if spec.dropout > 0 and not hasattr(module, DROPOUT):
+            hold_dropout(module, spec, seed)
+            begin_to_drop = True
         variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
+    if begin_to_drop:
+        warn(
+            "the new adapters have dropout, which the old ones lacked: the model drops "
+            "until model.eval()"
+        )
 
 
 def _by_row(variable: MoRAParam) -> bool:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mora_jax._flax.calls import kind_of_call, proving
-from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.layer_rules import planning_rules, unknown_use
 from mora_jax._flax.survey import check_call
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding
@@ -22,7 +22,7 @@ from mora_jax._tree.paths import adapters_in, unboxed
 from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _classes
 from mora_jax.nnx._classes import Model, detached, plain_class, set_class
-from mora_jax.nnx._param import MoRAParam, TrainedParam, hold_adapter
+from mora_jax.nnx._param import MoRAParam, TrainedParam, hold_adapter, refuse_dropout
 from mora_jax.nnx._plan import check_model, program, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
@@ -135,11 +135,7 @@ def _check_layer(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
             check_product(spec, product)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if folded_kernels(cls) and spec.dropout > 0:
-        raise ValueError(
-            f"{name}: dropout must be 0 for a kernel that methods read "
-            f"(products.Folded), got {spec.dropout}; say so in overrides"
-        )
+    refuse_dropout(module, name, spec)
 
 
 def unwrap(model: Model) -> Model:

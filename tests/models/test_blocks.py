@@ -67,7 +67,7 @@ def test_decoding_with_a_cache():
         return jnp.concatenate(ys, axis=1), state
 
     y, state = decode(functools.partial(apply, adapters), params)
-    merged = decode(cached.apply, fold(params, adapters, plan))
+    merged = decode(cached.apply, fold(params, adapters))
     chex.assert_trees_all_equal_structs((y, state), merged, (y, cache))
     close((y, state), merged)
     close(y, linen.wrap(whole, plan)(adapters, {"params": params}, X, mask=CAUSAL))

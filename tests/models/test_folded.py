@@ -1,7 +1,9 @@
 """Kernels that methods read with their delta; the laws are in test_model_laws.py."""
 
+import dataclasses
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,15 @@ def test_dropout_is_refused():
     with pytest.raises(ValueError, match=r"down: dropout must be 0 .* got 0.1"):
         mora.wrap(model, MoRAConfig(rank=2, dropout=0.1))
     zero = {".*": {"dropout": 0.0}}
-    mora.wrap(model, MoRAConfig(rank=2, dropout=0.1, overrides=zero))
+    adapted = mora.wrap(model, MoRAConfig(rank=2, dropout=0.1, overrides=zero))
+    before = mora.adapters(adapted)
+    dropping = {
+        name: a.replace(spec=dataclasses.replace(a.spec, dropout=0.1))
+        for name, a in before.items()
+    }
+    with pytest.raises(ValueError, match=r"down: dropout must be 0 .* got 0.1"):
+        mora.set_adapters(adapted, dropping)
+    chex.assert_trees_all_equal(mora.adapters(adapted), before)
 
 
 def test_what_cannot_be_registered():

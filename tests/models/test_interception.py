@@ -44,7 +44,8 @@ def linear(**settings):
 
 def with_eye(model, **settings):
     adapted = mora.wrap(model, MoRAConfig(square_rank=8, **settings))
-    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    eye = jax.tree.map(lambda _: jnp.eye(8), mora.adapters(adapted))
+    mora.set_adapters(adapted, eye)
     return adapted
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, largest, random_like, trained
+from helpers import bare, close, largest, random_like, trained
 from twins import CONFIG, STACK, TWINS, LinenMethods, X
 
 import mora_jax
@@ -62,7 +62,7 @@ def assert_merged_is_adapted(model, apply, variables, **kwargs):
 
     @jax.jit
     def both(adapters, variables):
-        params = fold(variables["params"], adapters, apply.plan)
+        params = fold(variables["params"], adapters)
         return (
             apply(adapters, variables, X, **kwargs),
             model.apply({**variables, "params": params}, X, **kwargs),
@@ -82,7 +82,7 @@ def test_nn_jit_does_not_serve_another_plans_program():
         apply = wrap(model, MoRAConfig(rank=2, alpha=alpha), variables, X)
         adapters = trained(apply.plan)
         outputs.append(apply(adapters, variables, X))
-        merged = fold(variables["params"], adapters, apply.plan)
+        merged = fold(variables["params"], adapters)
         close(outputs[-1], model.apply({"params": merged}, X))
     assert largest(outputs[0] - outputs[1]) > 1e-2
     chex.assert_trees_all_equal(model.apply(variables, X), base)
@@ -140,7 +140,7 @@ def test_dropout():
     model = nn.Dense(10, use_bias=False)
     variables, apply, adapters = made(model, DROPOUT)
     still = apply(adapters, variables, X, adapter_deterministic=True)
-    merged = fold(variables["params"], adapters, apply.plan)
+    merged = fold(variables["params"], adapters)
     close(still, model.apply({"params": merged}, X))
 
     @jax.jit
@@ -218,7 +218,7 @@ def test_register_layer(cls):
     first, last = cls((2, 12, 6), "bti,hid->bthd"), cls((2, 6, 12), "bthd,hdi->bti")
     model = nn.Sequential([first, last])
     variables, apply, _ = made(model)
-    assert [spec.axes for spec in apply.plan.specs] == ["oio", "iio"]
+    assert [spec.axes for spec in apply.plan.values()] == ["oio", "iio"]
     assert_merged_is_adapted(model, apply, variables)
 
 
@@ -278,7 +278,7 @@ def test_shared_scopes():
         made(model)
     register_layer(Named, **known, argument="x")
     variables, apply, _ = made(model)
-    axes = {spec.name: spec.axes for spec in apply.plan.specs}
+    axes = {path: spec.axes for path, spec in apply.plan.items()}
     assert axes == {"gating_einsum": "ooi", "linear": "io"}
     assert_merged_is_adapted(model, apply, variables)
 
@@ -337,7 +337,9 @@ def test_layers_that_do_otherwise_are_refused():
     with pytest.raises(ValueError, match="tied/kernel: .* by `dot_general`, where"):
         call_of_shapes(TiedNet(), CONFIG)
     config = MoRAConfig(rank=2, targets="w", overrides={"w": {"axes": "iio"}})
-    message = re.escape("w: the plan reads its axes as 'iio', the layer computes 'ioo'")
+    message = re.escape(
+        "w: the adapter reads the kernel's axes as 'iio', the layer computes 'ioo'"
+    )
     with pytest.raises(ValueError, match=message):
         call_of_shapes(Projection((12, 2, 6), "bti,ihd->bthd"), config)
 
@@ -348,7 +350,8 @@ def test_bad_input():
     variables, apply, _ = made(model)
     plan, adapters = apply.plan, init(apply.plan)
     both = {"params": mora_jax.combine(variables["params"], adapters)}
-    small = {"kernel_mora": jnp.zeros((3, 3))}
+    small = jax.tree.map(lambda m: m[:3], adapters)
+    plain = {"kernel_mora": jnp.zeros((6, 6))}
     register = functools.partial(register_layer, nn.Dense, equation="...i,io->...o")
     no_class = functools.partial(register_layer, 3, equation="...i,io->...o")
     lacks = "variables must be a mapping with 'params'"
@@ -360,9 +363,10 @@ def test_bad_input():
         (TypeError, "model must be", lambda: linen.plan(max, variables, CONFIG, X)),
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),
         (ValueError, lacks, lambda: linen.plan(model, {}, CONFIG, X)),
-        (ValueError, "adapters lack 'kernel_mora'", lambda: apply({}, variables, X)),
+        (ValueError, "adapters hold no adapter", lambda: apply({}, variables, X)),
         (ValueError, "swapped", lambda: apply(variables, {"params": adapters}, X)),
         (ValueError, "must have shape", lambda: apply(small, variables, X)),
+        (TypeError, r"plan.adapters\(tree\)", lambda: apply(plain, variables, X)),
         (ValueError, "already hold 'kernel_m", lambda: apply(adapters, both, X)),
         (TypeError, "cls must be a class, got 3", no_class),
         (TypeError, "a method of Dense, got 'n'", lambda: register(method="n")),
@@ -404,9 +408,9 @@ def test_moradense_settings_and_dropout():
     variables, other = (
         layer.init(jax.random.key(k), X, deterministic=True) for k in (0, 1)
     )
-    dtypes = {name: leaf.dtype for name, leaf in variables["params"].items()}
+    dtypes = {name: p.dtype for name, p in bare(variables["params"]).items()}
     assert dtypes == {"kernel": jnp.float16, "kernel_mora": jnp.float32}
-    m, other_m = (one["params"]["kernel_mora"] for one in (variables, other))
+    m, other_m = (one["params"]["kernel_mora"].m for one in (variables, other))
     assert not np.array_equal(m, other_m)
     still = layer.apply(variables, X, deterministic=True)
     dropped = layer.apply(variables, X, deterministic=False, rngs={"dropout": KEY})

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_sharding
-from helpers import close, python_blocks, random, random_like, trained
+from helpers import bare, close, python_blocks, random, random_like, trained
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_close, make_mesh
@@ -113,11 +113,11 @@ def variables():
 
 def test_every_layer_is_found_and_merging_is_exact(variables):
     plan = linen.plan(MODEL, variables, CONFIG, X)
-    axes = {spec.path[1]: spec.axes for spec in plan.specs}
+    axes = {path[1]: spec.axes for path, spec in plan.specs.items()}
     assert axes == {"query": "sioo", "out": "siio", "wi": "sio", "wo": "sio"}
     assert "left out" not in str(plan) and "not proven" not in str(plan)
     adapters = trained(plan)
-    merged = mora_jax.merge(variables["params"], adapters, plan)
+    merged = mora_jax.merge(variables["params"], adapters)
     adapted = linen.wrap(MODEL, plan)(adapters, variables, X)
     close(MODEL.apply({"params": merged}, X), adapted)
     assert jnp.abs(adapted - MODEL.apply(variables, X)).max() > 0.1
@@ -136,9 +136,7 @@ def test_a_mesh_is_read_from_the_logical_names(variables):
         )
         plan = linen.plan(MODEL, variables, CONFIG, X)
         there = sharding.adapter_shardings(plan, variables["params"], mesh=mesh)
-        split = sharding.plan_on_mesh(
-            plan, variables["params"], batch_axes=batch, mesh=mesh
-        )
+        split = sharding.on_mesh(plan, variables["params"], batch_axes=batch, mesh=mesh)
     layout = split["layers/query/kernel"].layout
     assert layout and layout.mesh_axes == ((), ("model",), ("data",), ())
     assert all(place.is_fully_replicated for place in jax.tree.leaves(there))
@@ -172,7 +170,8 @@ def test_layers_stacked_on_their_second_axis_are_folded(variables):
     first = linen.plan(MODEL, variables, CONFIG, X)
     adapters = trained(first)
     moved = jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), nn.unbox(variables))
-    folded = jax.jit(lambda a, w: mora_jax.fold(w, a, plan))(adapters, moved["params"])
+    fold = jax.jit(lambda ms, w: mora_jax.fold(w, plan.adapters(ms)))
+    folded = fold(bare(adapters), moved["params"])
     adapted = linen.wrap(MODEL, first)(adapters, variables, X)
     close(second.apply({"params": folded}, X), adapted)
 
@@ -209,7 +208,7 @@ class NNXDecoder(nnx.Module):
 def test_the_same_layers_in_nnx():
     base = NNXDecoder(nnx.Rngs(0))
     plan = mora.plan(base, CONFIG, X)
-    assert sorted(spec.axes for spec in plan.specs) == ["siio", "sio", "sio", "sioo"]
+    assert sorted(spec.axes for spec in plan.values()) == ["siio", "sio", "sio", "sioo"]
     model = mora.wrap(base, plan)
     optimizer = mora.adapter_optimizer(model, optax.adam(1e-2))
 

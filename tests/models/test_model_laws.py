@@ -91,7 +91,7 @@ def test_one_program_serves_all_numbers(name, api):
 @pytest.mark.parametrize("name", IN_BOTH)
 def test_linen_and_nnx_agree(name):
     one, other = (results(name, api) for api in ("linen", "nnx"))
-    assert one.plan == other.plan and one.plan.digest() == other.plan.digest()
+    assert one.plan == other.plan
     chex.assert_trees_all_equal(one.params, other.params)
     close(one.after, other.after, one.tolerance)
 

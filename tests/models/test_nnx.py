@@ -14,10 +14,21 @@ import optax
 import pytest
 from adapter_files import slow
 from flax import nnx
-from helpers import close, largest, random, random_like
+from helpers import bare, close, largest, random, random_like
 from twins import CONFIG, TWINS, X, nnx_model
 
-from mora_jax import MoRAConfig, init, load, merge, register_layer, save
+from mora_jax import (
+    Adapter,
+    AdapterSpec,
+    MoRAConfig,
+    MoRAWarning,
+    init,
+    load,
+    merge,
+    register_layer,
+    save,
+    split,
+)
 from mora_jax import nnx as mora
 from mora_jax.nnx import MoRALinear, MoRAParam
 
@@ -146,6 +157,14 @@ def test_the_model_itself_is_left_alone_and_names_stay():
     chex.assert_trees_all_equal(leaves(nnx.state(model)), before)
 
 
+RANK_ONE = {"rank": 1, "operator": "sharing", "alpha": 2.0}
+
+
+def mora_plan(model, config):
+    """The plan of an adapted model's base."""
+    return mora.plan(mora.unwrap(model), config)
+
+
 # --- What an M was made for ---
 
 
@@ -157,30 +176,106 @@ def pair():
         yield trained(mora.wrap(base, config), scale)
 
 
-def test_adapters_of_another_update_are_refused():
+def test_a_model_computes_what_the_adapters_that_are_set_say():
     one, two = pair()
-    before = mora.adapters(two)
-    state, tree, plan = nnx.state(one, MoRAParam), mora.adapters(one), mora.plan_of(one)
-    other = "kernel_mora was made for operator.name"
-    set_two = functools.partial(mora.set_adapters, two, tree)
+    state, tree = nnx.state(one, MoRAParam), mora.adapters(one)
+    merged = nnx.clone(mora.unwrap(two))
+    nnx.update(merged, merge(nnx.state(merged, nnx.Param), tree))
+    for given in (state, tree):
+        model = nnx.clone(two)
+        mora.set_adapters(model, given)
+        assert mora.plan_of(model) == mora.plan_of(one) != mora.plan_of(two)
+        chex.assert_trees_all_equal(mora.adapters(model), tree)
+        assert mora.adapters(two)["encoder"]["kernel_mora"].operator.name == "hadamard"
+        for run in (lambda model: model(X), nnx.jit(lambda model: model(X))):
+            close(run(model), run(one))
+            close(run(model), merged(X))
 
-    def assign():
+
+def test_a_number_alone_is_not_taken_for_another_operators():
+    one, two = pair()
+    with pytest.raises(ValueError, match="kernel_mora was made for operator.name"):
         two.encoder.kernel_mora[...] = one.encoder.kernel_mora
 
-    for message, call in (
-        (f"decoder/{other}", lambda: mora.set_adapters(two, state)),
-        (f"decoder/{other}", lambda: set_two(plan)),
-        (f"decoder/{other}", lambda: merge(tree, state, mora.plan_of(two))),
-        ("made for another plan .* its digest is", lambda: set_two(plan.digest())),
-        (other, assign),
+
+def test_adapters_of_other_kernels_are_refused_by_name():
+    one, two = pair()
+    before, tree = mora.adapters(two), mora.adapters(one)
+    turned = AdapterSpec.from_config(CONFIG, (12, 12), "oi")
+    other = AdapterSpec.from_config(CONFIG, (12, 10))
+    add = {"more": {"kernel_mora": Adapter(jnp.zeros((6, 6)), turned)}}
+
+    def replaced(spec):
+        adapter = Adapter(jnp.zeros(spec.shape), spec)
+        return {**tree, "encoder": {"kernel_mora": adapter}}
+
+    at, kernel = "at 'encoder/kernel', the plan", r"a kernel \(12, 12\) with axes 'io'"
+    for message, given in (
+        (f"adapters have nothing {at} {kernel}", {"decoder": tree["decoder"]}),
+        (r"adapters have a kernel .* at 'more/kernel', the plan nothing", tree | add),
+        (rf"adapters have a kernel \(12, 12\) with axes 'oi' {at}", replaced(turned)),
+        (rf"adapters have a kernel \(12, 10\) .* {at} {kernel}", replaced(other)),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            mora.set_adapters(two, given)
     chex.assert_trees_all_equal(mora.adapters(two), before)
-    same = mora.wrap(mora.unwrap(one), plan)
-    for given, says in ((state, None), (tree, plan), (tree, plan.digest())):
-        mora.set_adapters(same, given, says)
-        chex.assert_trees_all_equal(mora.adapters(same), tree)
+
+
+def test_adapters_of_another_rank_learn_where_they_are_set():
+    """Gradients and the state of the optimizer are those of what is set."""
+    model, _ = pair()
+    base = nnx.state(model, nnx.Not(MoRAParam))
+    new = mora_plan(model, MoRAConfig(**RANK_ONE))
+    mora.set_adapters(model, init(new))
+    tx = mora.adapter_optimizer(model, optax.adam(1e-2))
+    traces = []
+
+    @nnx.jit
+    def step(model, tx):
+        traces.append(None)
+        grad = mora.value_and_grad(lambda model: jnp.mean(model(X) ** 2))
+        loss, grads = grad(model)
+        tx.update(model, grads)
+        return loss, grads
+
+    first, grads = step(model, tx)
+    for variable in jax.tree.leaves(grads, is_leaf=lambda v: isinstance(v, MoRAParam)):
+        assert variable.spec.operator.name == "sharing"
+        assert variable.shape == variable.spec.shape and np.abs(variable).max() > 0
+    assert step(model, tx)[0] < first and len(traces) == 1
+    mora.set_adapters(model, init(mora_plan(model, MoRAConfig(**RANK_ONE))))
+    step(model, tx)  # equal specs of another plan
+    assert len(traces) == 1 and mora.plan_of(model) == new
+    chex.assert_trees_all_equal(nnx.state(model, nnx.Not(MoRAParam)), base)
+
+
+def test_dropout_that_is_set_is_told_and_follows_train_and_eval():
+    still, told = mora.wrap(linear(), CONFIG), "until model.eval"
+    dropping = trained(mora.wrap(linear(), DROPOUT))
+    with pytest.warns(MoRAWarning, match=f"have dropout, .* old ones lacked.*{told}"):
+        mora.set_adapters(still, mora.adapters(dropping))
+    np.testing.assert_array_equal(still(X), dropping(X))
+    for model in (still, dropping):
+        model.eval()
+    np.testing.assert_array_equal(still(X), dropping(X))
+    mora.set_adapters(still, mora.adapters(dropping))  # and stays so
+    close(still(X), mora.merge_adapters(dropping)(X))
+    mora.set_adapters(dropping, mora.adapters(trained(mora.wrap(linear(), CONFIG))))
+    dropping.train()
+    close(dropping(X), mora.merge_adapters(dropping)(X))
+
+
+def test_trained_arrays_keep_the_dtypes_of_their_model():
+    """A copy that was trained beside bfloat16 is not rounded beside float32."""
+    config = MoRAConfig(rank=2, train="bias")
+    low = linear(param_dtype=jnp.bfloat16)
+    low, model = (mora.wrap(base, config) for base in (low, linear()))
+    mora.set_adapters(low, given := random_like(mora.adapters(low)))
+    mora.set_adapters(model, given)
+    assert mora.plan_of(model).trained["bias"].base_dtype == jnp.float32
+    for bias in (mora.merge_adapters(model).bias, model.bias):
+        np.testing.assert_array_equal(bias[...], given["bias"].m)
+    close(model(X), mora.merge_adapters(model)(X))
 
 
 def test_flax_moves_numbers_together_with_what_they_mean():
@@ -209,7 +304,15 @@ def test_equal_layers_can_be_stacked():
     close(one_after_another(X, stack), expected)
     made = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
     for model in (stack, trained(made)):
-        assert [spec.axes for spec in mora.plan_of(model).specs] == ["sio"]
+        assert [spec.axes for spec in mora.plan_of(model).values()] == ["sio"]
+        base, adapters = split(nnx.state(model, nnx.Param))
+        merged = merge(base, adapters)  # whose specs are of one layer
+        expected = nnx.state(mora.merge_adapters(model), nnx.Param)
+        chex.assert_trees_all_equal(merged, expected)
+        other = mora.plan(mora.unwrap(model), MoRAConfig(**RANK_ONE))
+        mora.set_adapters(one := nnx.clone(model), random_like(init(other), 0.1))
+        y = one_after_another(X, one)
+        close(one_after_another(X, mora.merge_adapters(one)), y, 1e-4)
         y = one_after_another(X, model)
         close(one_after_another(X, mora.merge_adapters(model)), y, 1e-4)
 
@@ -293,14 +396,14 @@ def test_a_model_without_adapters_trains_nothing_and_says_so():
 def test_adapters_of_another_base_are_refused(tmp_path):
     model = trained(mora.wrap(linear(), CONFIG))
     params = nnx.state(linear(), nnx.Param)
-    save(tmp_path, mora.adapters(model), mora.plan_of(model), params=params)
-    adapters, plan = load(tmp_path)
+    save(tmp_path, mora.adapters(model), params=params)
+    adapters = load(tmp_path)
     same, other = (mora.wrap(linear(seed=seed), CONFIG) for seed in (0, 1))
-    mora.set_adapters(same, adapters, plan)
+    mora.set_adapters(same, adapters)
     with pytest.raises(ValueError, match="'kernel' holds other weights than the base"):
-        mora.set_adapters(other, adapters, plan)
-    assert not mora.adapters(other)["kernel_mora"].any()
-    mora.set_adapters(other, adapters, plan, any_base=True)
+        mora.set_adapters(other, adapters)
+    assert not mora.adapters(other)["kernel_mora"].m.any()
+    mora.set_adapters(other, adapters, any_base=True)
     chex.assert_trees_all_equal(mora.adapters(other), adapters)
 
 
@@ -342,7 +445,9 @@ def test_dropout_drops_at_its_rate():
     config, outputs = MoRAConfig(square_rank=40, dropout=0.3), []
     for seed in (0, 2**32 - 1):
         both = mora.wrap(model, config, seed=seed)
-        mora.set_adapters(both, {"kernel_mora": jnp.eye(40)})
+        mora.set_adapters(
+            both, jax.tree.map(lambda _: jnp.eye(40), mora.adapters(both))
+        )
         outputs.append(both(ones))
         delta = outputs[-1] - model(ones)
         assert abs(np.mean(np.abs(delta) < 1e-5) - 0.3) < 0.05
@@ -354,7 +459,8 @@ def test_scanned_layers_drop_in_their_own_way():
     """Even with M's that are equal, as the zeros of the start are."""
     model = stack_of(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
     both = mora.wrap(model, MoRAConfig(square_rank=16, dropout=0.5))
-    mora.set_adapters(both, {"kernel_mora": jnp.ones((3, 1, 1)) * jnp.eye(16)})
+    eyes = jnp.ones((3, 1, 1)) * jnp.eye(16)
+    mora.set_adapters(both, jax.tree.map(lambda _: eyes, mora.adapters(both)))
     each = nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0))
     layer, x = nnx.remat(lambda layer, x: layer(x)), jnp.ones((4, 16))
     run = each(lambda one, x: (x, layer(one, x)))
@@ -488,7 +594,7 @@ def test_equations_known_in_the_call():
     both = trained(mora.wrap(model, mora.plan(model, config, X)))
     close(both(X), mora.merge_adapters(both)(X))
     axes = MoRAConfig(rank=2, targets=".*/w", overrides={".*": {"axes": "io"}})
-    assert mora.plan_of(mora.wrap(model, axes)).specs[0].axes == "io"
+    assert mora.plan_of(mora.wrap(model, axes))["layer/w"].axes == "io"
     # A stack of them: whether "s" is lifted is not known, and dropout need not know.
     model.layer.w = nnx.Param(random(0, 3, 12, 8))
     config = MoRAConfig(targets=".*/w", overrides={".*": {"axes": "sio"}}, dropout=0.5)
@@ -551,11 +657,12 @@ def test_bad_input():
         "flax.nnx.Module, got the class Linear": lambda: mora.plan(nnx.Linear),
         "model must be a flax.nnx.Module, got int": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
-        "plan must be a Plan or its digest, got int": lambda: set_adapters(tree, 3),
+        r"got ArrayImpl at .*plan.adapters\(tree\)": lambda: set_adapters(bare(tree)),
         "w: Named.* may use.*nothing is known": lambda: wrap(named, "w", "io"),
     }.items():
         with pytest.raises(TypeError, match=message):
             call()
+    lacks = "adapters have nothing at 'encoder/kernel', the plan a kernel"
     has_none, first = "model has no adapters", "the first at 'decoder/kernel_mora'"
     for message, call in (
         ("targets: '.*q_proj.*' matches no path", lambda: wrap(model, ".*q_proj.*")),
@@ -569,10 +676,10 @@ def test_bad_input():
         ("at 'layers/0/kernel', the model has N", lambda: mora.wrap(model, other)),
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be an", lambda: mora.wrap(model, DROPOUT, seed=-1)),
-        ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
+        ("adapters hold no adapter", lambda: set_adapters({})),
         (square, lambda: set_adapters(jax.tree.map(lambda m: m[:2], tree))),
         ("holds NaN or infinity", lambda: mora.merge_adapters(broken)),
-        ("digest is .*, got '{}' .*plan_from_json", lambda: set_adapters(tree, "{}")),
+        (lacks, lambda: set_adapters({"decoder": tree["decoder"]})),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
         ("s/kernel: .*'iio', the layer", lambda: wrap(einsums, "heads/kernel", "iio")),
     ):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, by_case
 from flax import nnx
-from helpers import close, random, wide
+from helpers import close, random, random_like, wide
 from programs import case_of
 from twins import ALL, IDS, Table, TableTwin
 
@@ -54,7 +54,7 @@ def test_derivatives_are_those_of_the_merged_model(name, operator):
 
 def exact(case, model):
     """The adapted kernel, as (in, out)."""
-    (spec,), (m,) = model.plan.specs, jax.tree.leaves(model.adapters)
+    (spec,), (m,) = model.plan.values(), jax.tree.leaves(model.adapters)
     kernel = next(leaf for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
     delta = case.delta(spec.operator, m)
     return wide(kernel).reshape(delta.shape) + spec.factor * delta
@@ -194,7 +194,7 @@ def test_dropout_drops_whole_rows():
     variables = {"params": nnx.to_pure_dict(nnx.state(twin, nnx.Param))}
     wrapped = linen.wrap(model, config, variables, ids)
     plan = wrapped.plan
-    adapters = {"embed": {"embedding_mora": random(1, *plan.specs[0].shape)}}
+    adapters = random_like(mora_jax.init(plan), 1.0)
     apply = functools.partial(wrapped, adapters, variables, ids)
     adapted, other = (mora_jax.nnx.wrap(twin, plan, seed=seed) for seed in (0, 1))
     for one in (adapted, other):

@@ -48,30 +48,30 @@ def test_plans_of_calls_with_static_inputs():
 
 @pytest.fixture(scope="module")
 def adapted():
-    """The params of a quantized Linen layer, random adapters, and their plan."""
+    """A quantized Linen layer, its params, and random adapters."""
     model = qwix.apply_lora_to_model(nn.Dense(16), MoRAProvider(rank=2, **NF4))
     base, zeros = mora_jax.split(model.init(KEY, X)["params"])
-    return model, base, random_like(zeros), plan_of(model, X)
+    return model, base, random_like(zeros)
 
 
 @pytest.mark.parametrize("onto", ["dequantized", "requantized"])
 def test_merging_in_jit(adapted, onto):
-    _, base, adapters, plan = adapted
-    merged, losses = merge(base, adapters, plan, onto=onto)
-    jitted, arrays = jax.jit(lambda b, a: merge(b, a, plan, onto=onto))(base, adapters)
+    _, base, adapters = adapted
+    merged, losses = merge(base, adapters, onto=onto)
+    jitted, arrays = jax.jit(lambda b, a: merge(b, a, onto=onto))(base, adapters)
     assert jax.tree.structure(jitted) == jax.tree.structure(merged)
     close(dequantize(jitted), dequantize(merged))
     close(jax.tree.map(float, arrays), losses, 1e-5)
     zeros = jax.tree.map(jnp.zeros_like, adapters)
-    _, arrays = jax.jit(lambda a: merge(base, a, plan, onto=onto))(zeros)
+    _, arrays = jax.jit(lambda a: merge(base, a, onto=onto))(zeros)
     assert jax.tree.leaves(arrays) == [0, 0]
 
 
 def test_params_on_the_host_and_shapes(adapted):
-    model, base, adapters, plan = adapted
+    model, base, adapters = adapted
     host = jax.device_get(base)
     close(dequantize(host), dequantize(base), 0)
-    close(merge(host, adapters, plan)[0], merge(base, adapters, plan)[0], 0)
+    close(merge(host, adapters)[0], merge(base, adapters)[0], 0)
     params = mora_jax.combine(host, adapters)
     y = model.apply({"params": mora_jax.combine(base, adapters)}, X)
     close(model.apply({"params": params}, X), y, 0)
@@ -79,7 +79,7 @@ def test_params_on_the_host_and_shapes(adapted):
     found = dequantize(shapes)["kernel"]
     assert isinstance(found, jax.ShapeDtypeStruct) and found.shape == (16, 16)
     with pytest.raises(TypeError, match="kernel must be an array, got ShapeDtypeStr"):
-        merge(shapes, adapters, plan)
+        merge(shapes, adapters)
 
 
 def test_the_base_of_an_nnx_model(tmp_path):
@@ -88,7 +88,7 @@ def test_the_base_of_an_nnx_model(tmp_path):
     rules += [qwix.QuantizationRule(**NF4)]
     model = qwix.apply_lora_to_model(plain, MoRAProvider(rules), X, rngs=nnx.Rngs(0))
     mora.set_adapters(model, random_like(mora.adapters(model)))
-    adapters, plan = mora.adapters(model), plan_of(model)
+    adapters = mora.adapters(model)
     base = dequantize(model)
     shapes, expected = (
         jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
@@ -97,21 +97,21 @@ def test_the_base_of_an_nnx_model(tmp_path):
     assert shapes == expected
     y = model(X)
     for merged in (
-        mora_jax.merge(base, adapters, plan),
-        merge(base, adapters, plan)[0],
+        mora_jax.merge(base, adapters),
+        merge(base, adapters)[0],
     ):
         nnx.update(plain, merged)
         close(plain(X), y)
-    mora_jax.save(tmp_path / "a", adapters, plan, params=base)
-    _, found = mora_jax.load(tmp_path / "a")
+    mora_jax.save(tmp_path / "a", adapters, params=base)
+    found = mora_jax.load(tmp_path / "a")
     other = jax.tree.map(lambda a: a + 1, base)
     with pytest.raises(ValueError, match="other weights than the base"):
-        mora_jax.merge(other, adapters, found)
+        mora_jax.merge(other, found)
     close(merge_adapters(model)[0](X), y)  # the model stays as it is
     with pytest.raises(TypeError, match="kernel 'layers/0/kernel', .*dequantize.model"):
         dequantize(nnx.state(model, nnx.Param))
     with pytest.raises(TypeError, match=r"write merge_adapters\(model\)"):
-        merge(model, adapters, plan)
+        merge(model, adapters)
 
 
 @pytest.mark.parametrize("params", [None, 3, nn.Dense(4)])
@@ -121,10 +121,10 @@ def test_what_is_no_tree_of_params(params):
 
 
 def test_a_base_of_integers(adapted):
-    _, base, adapters, plan = adapted
+    _, base, adapters = adapted
     integers = jax.tree.map(lambda a: np.asarray(a).astype(int), dequantize(base))
     with pytest.raises(TypeError, match="^kernel in params must have a floating"):
-        merge(integers, adapters, plan)
+        merge(integers, adapters)
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,15 @@ def test_a_provider_of_two_models_keeps_them_apart():
     models += [Own(lambda x, w, e=e: jnp.einsum(e, x, w)) for e in equations]
     models = [qwix.apply_lora_to_model(model, provider) for model in models]
     for _ in range(2):
-        specs = [plan_of(model, x).specs[0] for model in models]
+        specs = [plan_of(model, x)["kernel"] for model in models]
         shapes = [(16, 16), (16, 24), (16, 16), (16, 16)]
         assert [spec.kernel_shape for spec in specs] == shapes
         assert [spec.axes for spec in specs] == ["io", "io", "io", "oi"]
-    # An adapted model computes as its own plan says, whichever came last.
+    # An adapted model computes as its own adapters say, whichever came last.
     base, zeros = mora_jax.split(models[2].init(KEY, x)["params"])
     models[3].init(KEY, x)
     adapters = random_like(zeros)
-    merged, _ = merge(base, adapters, plan_of(models[2], x))
+    merged, _ = merge(base, adapters)
     y = models[2].apply({"params": mora_jax.combine(base, adapters)}, x)
     close(y, x @ merged["kernel"])
 
@@ -162,7 +162,7 @@ def test_kernels_are_told_from_other_operands(function, rows, api, types):
     wrapped = jax.jit if api == "jit" else lambda f: f
     model, plan, base, adapters = adapted_linen(function, x, wrapped, **types)
     assert list(plan) == ["kernel"]
-    merged, _ = merge(base, adapters, plan)
+    merged, _ = merge(base, adapters)
     params = {"params": mora_jax.combine(base, adapters)}
     close(wrapped(model.apply)(params, x), Own(function).apply({"params": merged}, x))
 
@@ -201,7 +201,7 @@ def test_two_methods_of_a_model_share_a_kernel(wrapped):
     model = Both(qwix.quantize_model(Coder(), provider, methods=methods))
     base, zeros = mora_jax.split(wrapped(model.init)(KEY, x)["params"])
     adapters = random_like(zeros)
-    merged, _ = merge(base, adapters, plan_of(model, x))
+    merged, _ = merge(base, adapters)
     params = mora_jax.combine(base, adapters)
     y = wrapped(model.apply)({"params": params}, x)
     close(y, Both(Coder()).apply({"params": merged}, x))

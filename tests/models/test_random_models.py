@@ -202,7 +202,7 @@ def check_call(case, plan, functions, call):
         return floats(adapt(ms, call))
 
     def merged(ms):
-        return floats(plain(fold(case.params, ms, plan), call))
+        return floats(plain(fold(case.params, ms), call))
 
     @jax.jit
     def run(ms):

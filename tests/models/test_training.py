@@ -60,7 +60,7 @@ def test_transformer_learns():
     y = apply(
         m := trained(plan), variables, TOKENS, adapter_deterministic=True, **drops
     )
-    merged = {"params": fold(variables["params"], m, plan)}
+    merged = {"params": fold(variables["params"], m)}
     close(y, model.apply(merged, TOKENS, **drops))
 
     @jax.jit
