@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from adapter_files import contents, flatten, made, single, slow, unflatten
+from adapter_files import contents, flatten, made, single, slow, specs_of, unflatten
 from base_files import files_of_at_most, kernels, resident, sharded
 from cases import by_kind
 from helpers import close, random, wide
@@ -35,9 +35,9 @@ DTYPES = [np.float32, ml_dtypes.bfloat16, np.float64, slow(np.float16)]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merges_shards(tmp_path, dtype):
     base, out, written = sharded(tmp_path / "base", dtype), tmp_path / "out", []
-    adapters, plan = kernels(base)
+    adapters = kernels(base)
     before = contents(base)
-    lost = merge_checkpoint(base, adapters, plan, out, progress=written.append)
+    lost = merge_checkpoint(base, adapters, out, progress=written.append)
     assert contents(base) == before
     assert sum(written) == Checkpoint(base).size
     after = contents(out)
@@ -45,7 +45,8 @@ def test_merges_shards(tmp_path, dtype):
     assert all(after[n] == before[n] for n in after if n.endswith(".json"))
     one, other = Checkpoint(base), Checkpoint(out)
     assert [f.header for f in one.files] == [f.header for f in other.files]
-    weights = {s.name: s.name.replace("/", ".")[:-6] + "weight" for s in plan.specs}
+    paths = specs_of(adapters)
+    weights = {path: path.replace("/", ".")[:-6] + "weight" for path in paths}
 
     def read(checkpoint, name):
         return np.asarray(checkpoint.place[name][name])
@@ -53,8 +54,8 @@ def test_merges_shards(tmp_path, dtype):
     tree = unflatten({name: read(one, weight).T for name, weight in weights.items()})
     if dtype == np.float64:  # JAX has it on demand
         tree = jax.tree.map(lambda kernel: kernel.astype(np.float32), tree)
-    expected = mora_jax.merge(jax.tree.map(jnp.asarray, tree), adapters, plan)
-    losses = mora_jax.diagnostics.merge_loss(tree, adapters, plan)
+    expected = mora_jax.merge(jax.tree.map(jnp.asarray, tree), adapters)
+    losses = mora_jax.diagnostics.merge_loss(tree, adapters)
     tolerance = 1e-6 if np.dtype(dtype).itemsize > 2 else 0
     for name, kernel in flatten(expected).items():
         found = wide(read(other, weights[name]).T)
@@ -76,9 +77,9 @@ def test_our_own_names_and_stacks(tmp_path, case, separator):
     adapters = made(plan)
     kernel = np.random.default_rng(0).standard_normal(shape, np.float32)
     save_file({name: kernel}, base)
-    merge_checkpoint(base, adapters, plan, tmp_path / "out")
+    merge_checkpoint(base, adapters, tmp_path / "out")
     merged = load_file(tmp_path / "out" / base.name)[name]
-    expected = mora_jax.merge({"a": {"k": jnp.asarray(kernel)}}, adapters, plan)
+    expected = mora_jax.merge({"a": {"k": jnp.asarray(kernel)}}, adapters)
     np.testing.assert_allclose(merged, expected["a"]["k"], rtol=1e-5, atol=1e-5)
 
 
@@ -96,8 +97,8 @@ def test_conv1d_and_stacks_by_name(tmp_path):
     ):
         config = MoRAConfig(rank=1, overrides={".*": {"axes": axes}})
         plan = mora_jax.plan(tree, config)
-        merge_checkpoint(base, made(plan), plan, tmp_path / axes, names)
-        (expected,) = jax.tree.leaves(mora_jax.merge(tree, made(plan), plan))
+        merge_checkpoint(base, made(plan), tmp_path / axes, names)
+        (expected,) = jax.tree.leaves(mora_jax.merge(tree, made(plan)))
         merged = load_file(tmp_path / axes / base.name)
         found = merged["h.0.attn.c_attn.weight"]
         if axes == "sio":
@@ -138,7 +139,7 @@ def test_tables_are_as_they_are_in_pytorch(tmp_path):
             delta = 0.5 * oracle.delta(*oracle.decoupling(operator), m)
             table = np.asarray(random(0, *widths))
             save_file({f"{module}.weight": table, "lm_head.weight": table + 1}, base)
-            merge_checkpoint(base, adapters, plan, out, names, force=True)
+            merge_checkpoint(base, adapters, out, names, force=True)
             found = load_file(out / base.name)
             merged = table + (delta if axes == "io" else delta.T)
             close(found[f"{module}.weight"], merged)
@@ -155,35 +156,35 @@ def test_rows_of_a_table_round_and_know_their_base(tmp_path, trained_on):
     config = MoRAConfig(rank=2, targets=".*", operator="signed_sharing")
     plan = mora_jax.plan(params, config)
     others = jax.tree.map(lambda table: table + trained_on, params)
-    mora_jax.save(tmp_path / "a", made(plan, scale=0.01), plan, params=others)
-    adapters, plan = mora_jax.load(tmp_path / "a")
+    mora_jax.save(tmp_path / "a", made(plan, scale=0.01), params=others)
+    adapters = mora_jax.load(tmp_path / "a")
     save_file({"model.embed_tokens.weight": np.asarray(table)}, base)
-    args = base, adapters, plan, out, {"model.embed_tokens": "embed_tokens/embedding"}
+    args = base, adapters, out, {"model.embed_tokens": "embed_tokens/embedding"}
     if trained_on:
         with pytest.raises(AdapterFileError, match="other weights"):
             merge_checkpoint(*args)
         return
     merge_checkpoint(*args)
     found = load_file(out / base.name)["model.embed_tokens.weight"]
-    expected = mora_jax.merge(params, adapters, plan)["embed_tokens"]["embedding"]
+    expected = mora_jax.merge(params, adapters)["embed_tokens"]["embedding"]
     assert found.tobytes() == np.asarray(expected).tobytes()
     assert found.tobytes() != np.asarray(table).tobytes()
 
 
 def test_refuses(tmp_path, base):
-    adapters, plan = kernels(base)
+    adapters = kernels(base)
     half, there = sharded(tmp_path / "half", np.float16), tmp_path / "there"
     there.mkdir()
     (there / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="force"):
-        merge_checkpoint(base, adapters, plan, there)
+        merge_checkpoint(base, adapters, there)
     for out in (base, tmp_path, base / "." / ".." / "base"):
         with pytest.raises(ValueError, match="must not be the base"):
-            merge_checkpoint(base, adapters, plan, out, force=True)
+            merge_checkpoint(base, adapters, out, force=True)
 
     def fc(*shape):
-        plan = mora_jax.plan({"fc": {"kernel": np.ones(shape)}}, MoRAConfig(rank=2))
-        return made(plan), plan
+        tree = {"fc": {"kernel": np.ones(shape)}}
+        return made(mora_jax.plan(tree, MoRAConfig(rank=2)))
 
     huge = jax.tree.map(lambda m: m * 1e6, adapters)
     nan = jax.tree.map(lambda m: m * jnp.nan, adapters)
@@ -191,27 +192,27 @@ def test_refuses(tmp_path, base):
     for source, adapted, names, error, match in (
         (base, fc(24, 40), None, AdapterFileError, "no tensor for .* 'fc/kernel'"),
         (base, fc(40, 24), named, AdapterFileError, r"\(24, 40\), got \(40, 24\)"),
-        (half, (huge, plan), None, AdapterFileError, "overflows float16"),
-        (base, (nan, plan), None, ValueError, "NaN"),
+        (half, huge, None, AdapterFileError, "overflows float16"),
+        (base, nan, None, ValueError, "NaN"),
     ):
         with pytest.raises(error, match=match):
-            merge_checkpoint(source, *adapted, tmp_path / "out", names)
+            merge_checkpoint(source, adapted, tmp_path / "out", names)
     assert sorted(os.listdir(tmp_path)) == ["base", "half", "there"]
     assert os.listdir(there) == ["notes.txt"]
 
 
 def test_force_replaces_the_output_unless_the_disk_is_full(tmp_path, base):
-    adapters, plan = kernels(base)
+    adapters = kernels(base)
     out = tmp_path / "out"
     out.mkdir()
     (out / ONE).write_text("")
-    merge_checkpoint(base, adapters, plan, tmp_path / "other")  # its programs are kept
+    merge_checkpoint(base, adapters, tmp_path / "other")  # its programs are kept
     shutil.rmtree(tmp_path / "other")
     with files_of_at_most(5000):
-        merge_checkpoint(base, adapters, plan, out, force=True)
+        merge_checkpoint(base, adapters, out, force=True)
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
     assert os.listdir(out) == [ONE]
-    merge_checkpoint(base, adapters, plan, out, force=True)
+    merge_checkpoint(base, adapters, out, force=True)
     assert contents(out).keys() == contents(base).keys() - {"pytorch_model.bin"}
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
 
@@ -220,7 +221,7 @@ def test_force_replaces_nothing_but_a_checkpoint(tmp_path, base):
     """Notes, a card, an adapter and a folder are not ours to remove."""
     (base / "README.md").write_text("of the base, not of the merged model")
     (base / CONFIG).write_text("{}")  # with which the merged model is adapted twice
-    args = base, *kernels(base), tmp_path / "out"
+    args = base, kernels(base), tmp_path / "out"
     for force in (False, True):
         merge_checkpoint(*args, force=force)
     whole = contents(args[-1])
@@ -264,10 +265,10 @@ INTEGERS = {
     ],
 )
 def test_refuses_bases(tmp_path, base, harm, match):
-    adapters, plan = kernels(base)
+    adapters = kernels(base)
     harm(base)
     with pytest.raises(AdapterFileError, match=match):
-        merge_checkpoint(base, adapters, plan, tmp_path / "out")
+        merge_checkpoint(base, adapters, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -284,9 +285,9 @@ def memory_of_a_merge(folder):
         found.append(resident())
 
     one = mora_jax.plan({"l0": params["l0"]}, MoRAConfig(rank=1))
-    merge_checkpoint(base, made(one), one, folder / "first")  # compiles everything
+    merge_checkpoint(base, made(one), folder / "first")  # compiles everything
     adapters, before = made(plan), resident()
-    merge_checkpoint(base, adapters, plan, folder / "out", progress=measure)
+    merge_checkpoint(base, adapters, folder / "out", progress=measure)
     return max(found) - before, len(found)
 
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from adapter_files import assert_same, contents, made, run, single
+from adapter_files import assert_same, contents, made, run, single, specs_of
 from base_files import sharded
 from helpers import random_like
 from safetensors.numpy import load_file, save_file
@@ -23,10 +23,10 @@ def base(tmp_path):
 
 
 def adapted(base, operator):
-    """Adapters of a base's kernels, which are far from zero, with their plan."""
+    """Adapters of a base's kernels, which are far from zero."""
     config = MoRAConfig(rank=2, operator=operator)
     plan = mora_jax.plan(io.Checkpoint(base).shapes(), config)
-    return random_like(mora_jax.init(plan)), plan
+    return random_like(mora_jax.init(plan))
 
 
 def updates(directory):
@@ -43,10 +43,10 @@ def updates(directory):
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 @pytest.mark.parametrize("operator", ["signed_sharing", "rotation"])
 def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
-    adapters, plan = adapted(base, operator)
+    adapters = adapted(base, operator)
     out = tmp_path / "law"
-    done = io.export(out, adapters, plan, server, base_model="hub/model")
-    deltas = mora_jax.delta_weight(adapters, plan)
+    done = io.export(out, adapters, server, base_model="hub/model")
+    deltas = mora_jax.delta_weight(adapters)
     config = json.loads((out / CONFIG).read_text())
     assert config["r"] == done.rank
     assert config["base_model_name_or_path"] == "hub/model"
@@ -76,26 +76,26 @@ def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
 
 def test_what_no_server_takes_is_merged(tmp_path, base, monkeypatch):
     monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
-    adapters, plan = adapted(base, "rotation")
+    adapters = adapted(base, "rotation")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="needs rank .* servers take 8 .* base"):
-        io.export(out, adapters, plan, "vllm")
+        io.export(out, adapters, "vllm")
     assert not out.exists()
-    done = io.export(out, adapters, plan, "vllm", base=base)
+    done = io.export(out, adapters, "vllm", base=base)
     assert done.rank is None and done.command == f"vllm serve {out}"
-    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged")
+    io.merge_checkpoint(base, adapters, tmp_path / "merged")
     for file in (tmp_path / "merged").glob("*.safetensors"):
         assert_same(load_file(out / file.name), load_file(file))
-    rough = io.export(tmp_path / "rough", adapters, plan, "vllm", max_error=0.9)
+    rough = io.export(tmp_path / "rough", adapters, "vllm", max_error=0.9)
     assert rough.rank is not None and rough.rank <= 8
 
 
 def test_the_command_writes_and_tells(tmp_path, base):
-    adapters, plan = adapted(base, "signed_sharing")
-    mora_jax.save(tmp_path / "a", adapters, plan)
+    adapters = adapted(base, "signed_sharing")
+    mora_jax.save(tmp_path / "a", adapters)
     out = tmp_path / "o o"
     printed = run("export", tmp_path / "a", out, "--for", "vllm", "--base", base)
-    assert f"{len(plan)} adapters as a LoRA of rank" in printed
+    assert f"{len(specs_of(adapters))} adapters as a LoRA of rank" in printed
     assert f"vllm serve {base} --enable-lora" in printed and f"'o o={out}'" in printed
     assert updates(out).keys()
     again = "export", tmp_path / "a", out, "--for", "vllm"
@@ -105,14 +105,14 @@ def test_the_command_writes_and_tells(tmp_path, base):
 
 def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch):
     """`~` and `file://` are ours, and servers load a directory, not one file of it."""
-    adapters, plan = adapted(base, "signed_sharing")
+    adapters = adapted(base, "signed_sharing")
     monkeypatch.setenv("HOME", str(tmp_path))
     file = sorted(base.glob("*.safetensors"))[0]
-    done = io.export("~/a", adapters, plan, "vllm", base=file)
+    done = io.export("~/a", adapters, "vllm", base=file)
     assert done.command.startswith(f"vllm serve {base} ")
     assert done.command.endswith(f" a={tmp_path / 'a'}")
     url = (tmp_path / "b").as_uri()
-    done = io.export(url, adapters, plan, "sglang", base_model="~/hub")
+    done = io.export(url, adapters, "sglang", base_model="~/hub")
     assert f"--model-path {tmp_path / 'hub'} " in done.command
     assert done.command.endswith(f" b={tmp_path / 'b'}")
 
@@ -138,36 +138,36 @@ def test_an_embedding_that_is_the_head_is_merged(tmp_path, head, config, merged)
     plan = single(make_operator("sharing", 40, 24, 6), path=path)
     warned = pytest.warns(MoRAWarning, match="not a head that is tied")
     with warned if not merged else contextlib.nullcontext():
-        done = io.export(out, made(plan), plan, "vllm", "llama", base=base)
+        done = io.export(out, made(plan), "vllm", "llama", base=base)
     assert (done.rank is None) == merged
     with warned:
-        assert io.export(tmp_path / "lora", made(plan), plan, "vllm").rank == 6
+        assert io.export(tmp_path / "lora", made(plan), "vllm").rank == 6
 
 
 def test_a_merged_base_replaces_no_adapter(tmp_path, base, monkeypatch):
     monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
-    adapters, plan = adapted(base, "rotation")
+    adapters = adapted(base, "rotation")
     out = tmp_path / "out"
-    mora_jax.save(out, adapters, plan)
+    mora_jax.save(out, adapters)
     before = contents(out)
     with pytest.raises(FileExistsError, match="adapter_config.json"):
-        io.export(out, adapters, plan, "vllm", base=base, force=True)
+        io.export(out, adapters, "vllm", base=base, force=True)
     assert contents(out) == before
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(tmp_path, base, monkeypatch):
-    adapters, plan = adapted(base, "rotation")
+    adapters = adapted(base, "rotation")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="server must be one of"):
-        io.export(out, adapters, plan, "tgi")
+        io.export(out, adapters, "tgi")
     with pytest.raises(ValueError, match="max_error must be between"):
-        io.export(out, adapters, plan, "vllm", max_error=2)
-    with pytest.raises(ValueError, match="adapters lack"):
-        io.export(out, {}, plan, "vllm")
+        io.export(out, adapters, "vllm", max_error=2)
+    with pytest.raises(ValueError, match="adapters hold no adapter"):
+        io.export(out, {}, "vllm")
     monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 2))
     with pytest.raises(AdapterFileError, match="there is no"):
-        io.export(out, adapters, plan, "vllm", base=tmp_path / "none")
+        io.export(out, adapters, "vllm", base=tmp_path / "none")
     with pytest.raises(TypeError, match="rank must be a positive integer"):
-        io.save_peft_lora(out, adapters, plan, rank="all")
+        io.save_peft_lora(out, adapters, rank="all")
     assert not out.exists()

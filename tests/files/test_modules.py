@@ -88,7 +88,7 @@ def in_flax(state, names, fused):
 
 
 def adapted(params, operator="signed_decoupling"):
-    """A plan that knows its base, and adapters that are not zero."""
+    """Adapters that know their base, and are not zero."""
     names = [name for name in flatten(params) if name.endswith(tuple(AXES))]
     axes = {name: AXES[re.search("[a-z_]+(/w)?$", name)[0]] for name in names}
     config = MoRAConfig(
@@ -100,7 +100,7 @@ def adapted(params, operator="signed_decoupling"):
     plan = mora_jax.plan(params, config)
     adapters = random_like(mora_jax.init(plan))
     with tempfile.TemporaryDirectory() as directory:
-        save(directory, adapters, plan, params=params)
+        save(directory, adapters, params=params)
         return load(directory)
 
 
@@ -124,10 +124,10 @@ def test_merged_files_are_the_merged_model(tmp_path, base, names, fused, dtype):
     params = in_flax(state, names, fused)
     like = jax.eval_shape(lambda: params)
     assert_same(load_base(base, like, names), params)
-    adapters, plan = adapted(params)
-    merge_checkpoint(base, adapters, plan, tmp_path / "out", names)
+    adapters = adapted(params)
+    merge_checkpoint(base, adapters, tmp_path / "out", names)
     merged = load_base(tmp_path / "out", like, names)
-    expected = mora_jax.merge(params, adapters, plan)
+    expected = mora_jax.merge(params, adapters)
     if dtype == "float32":
         close(merged, expected)
     else:
@@ -138,9 +138,9 @@ def test_merged_files_are_the_merged_model(tmp_path, base, names, fused, dtype):
 @pytest.mark.parametrize("operator", ["sharing", "signed_decoupling"])
 def test_each_module_is_a_lora_of_its_outputs(tmp_path, names, fused, operator):
     params = in_flax(torch_state("float32", fused), names, fused)
-    adapters, plan = adapted(params, operator)
+    adapters = adapted(params, operator)
     rank = None if operator == "sharing" else 64
-    lost = save_peft_lora(tmp_path / "lora", adapters, plan, names, rank=rank)
+    lost = save_peft_lora(tmp_path / "lora", adapters, names, rank=rank)
     assert len(lost) == 14 and max(lost.values()) < 1e-6
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
@@ -152,39 +152,39 @@ def test_each_module_is_a_lora_of_its_outputs(tmp_path, names, fused, operator):
     empty = torch_state("float32", fused)
     zeros = {name: np.zeros_like(value) for name, value in empty.items()}
     base = in_flax(zeros, names, fused)
-    deltas = mora_jax.merge(base, adapters, plan, any_base=True)
+    deltas = mora_jax.merge(base, adapters, any_base=True)
     close(in_flax(zeros | update, names, fused), deltas)
 
 
 def test_other_weights_are_refused(tmp_path, base):
     """In the second of the tensors that are one kernel."""
     state = torch_state("float32", fused=False)
-    adapters, plan = adapted(in_flax(state, "tunix", fused=False))
+    adapters = adapted(in_flax(state, "tunix", fused=False))
     state["model.layers.0.self_attn.v_proj.weight"] += 1
     save_file(state, base)
     with pytest.raises(AdapterFileError, match="kv_einsum/w.* other weights"):
-        merge_checkpoint(base, adapters, plan, tmp_path / "out", "tunix")
+        merge_checkpoint(base, adapters, tmp_path / "out", "tunix")
     assert not (tmp_path / "out").exists()
-    merge_checkpoint(base, adapters, plan, tmp_path / "out", "tunix", any_base=True)
+    merge_checkpoint(base, adapters, tmp_path / "out", "tunix", any_base=True)
 
 
 def test_a_missing_module_is_named(tmp_path, base):
     state = torch_state("float32", fused=False)
-    adapters, plan = adapted(in_flax(state, "tunix", fused=False))
+    adapters = adapted(in_flax(state, "tunix", fused=False))
     del state["model.layers.1.self_attn.v_proj.weight"]
     save_file(state, base)
     with pytest.raises(AdapterFileError, match=r"layers/1/attn/kv_einsum/w"):
-        merge_checkpoint(base, adapters, plan, tmp_path / "out", "tunix")
+        merge_checkpoint(base, adapters, tmp_path / "out", "tunix")
     mapping = {"k{layer}": "layers/{layer}/attn/kv_einsum/w[0]"}
     with pytest.raises(ValueError, match=r"no module for the kernel"):
-        save_peft_lora(tmp_path / "lora", adapters, plan, mapping, rank=8)
+        save_peft_lora(tmp_path / "lora", adapters, mapping, rank=8)
 
 
 def test_the_reference_has_no_parts_of_an_m(tmp_path):
     params = in_flax(torch_state("float32", fused=False), "tunix", fused=False)
-    adapters, plan = adapted(params, "sharing")
+    adapters = adapted(params, "sharing")
     with pytest.raises(ValueError, match="k_proj is a part of this kernel"):
-        save_peft_mora(tmp_path / "mora", adapters, plan, "tunix")
+        save_peft_mora(tmp_path / "mora", adapters, "tunix")
     assert not (tmp_path / "mora").exists()
 
 

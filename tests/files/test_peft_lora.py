@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_files import assert_same, config_of, run
+from adapter_files import assert_same, config_of, run, specs_of
 from helpers import close, random
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
-from mora_jax import MoRAConfig, io
+from mora_jax import MoRAConfig, TrainedArray, io
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 
@@ -80,8 +80,8 @@ def exact(tensors, module, factor):
     return factor * (b @ a).T
 
 
-def delta_at(adapters, plan, module):
-    node = mora_jax.delta_weight(adapters, plan)
+def delta_at(adapters, module):
+    node = mora_jax.delta_weight(adapters)
     for name in (*module.split("."), "kernel"):
         node = node[name]
     return node
@@ -116,18 +116,18 @@ def test_the_delta_is_pefts(tmp_path, how, model):
         "plan": mora_jax.plan(params, MoRAConfig(rank=1)),
         "shapes of the file": None,
     }[model]
-    adapters, plan = io.load_peft(directory, given)
+    adapters = io.load_peft(directory, given)
     for module, factor in (factors or FACTORS["plain"][2]).items():
-        spec = plan[f"{module.replace('.', '/')}/kernel"]
+        spec = specs_of(adapters)[f"{module.replace('.', '/')}/kernel"]
         assert spec.operator.name == "low_rank"
         assert spec.operator.square_rank == ranks.get(module, 4)
         assert spec.alpha == factor and spec.scale == 1
-        close(delta_at(adapters, plan, module), exact(tensors, module, factor))
-    merged = mora_jax.merge(params, adapters, plan)
+        close(delta_at(adapters, module), exact(tensors, module, factor))
+    merged = mora_jax.merge(params, adapters)
     close(
         merged["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"],
         params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
-        + delta_at(adapters, plan, DOWN),
+        + delta_at(adapters, DOWN),
     )
 
 
@@ -136,33 +136,32 @@ def test_the_delta_is_pefts(tmp_path, how, model):
 def test_saved_again_the_tensors_are_the_same_bits(tmp_path, how, dtype):
     changes, ranks, _ = FACTORS[how]
     tensors = tensors_of(ranks=ranks, dtype=dtype)
-    adapters, plan = io.load_peft(write(tmp_path / "a", tensors, **changes))
-    io.save_peft_lora(tmp_path / "b", adapters, plan)
+    adapters = io.load_peft(write(tmp_path / "a", tensors, **changes))
+    io.save_peft_lora(tmp_path / "b", adapters)
     again = load_file(tmp_path / "b" / TENSORS)
     assert_same(again, tensors)
-    back, same = io.load_peft(tmp_path / "b")
+    back = io.load_peft(tmp_path / "b")
     assert_same(back, adapters)
-    for name, spec in plan.items():
-        assert same[name].operator == spec.operator
-        assert same[name].alpha == pytest.approx(spec.alpha, rel=1e-15)
-    mora_jax.save(tmp_path / "c", adapters, plan)
-    loaded, ours = mora_jax.load(tmp_path / "c")
+    for name, spec in specs_of(adapters).items():
+        assert specs_of(back)[name].operator == spec.operator
+        assert specs_of(back)[name].alpha == pytest.approx(spec.alpha, rel=1e-15)
+    mora_jax.save(tmp_path / "c", adapters)
+    loaded = mora_jax.load(tmp_path / "c")
     assert_same(loaded, adapters)
-    assert ours == plan
 
 
 def test_it_trains_on(tmp_path):
     """From where it was, by both factors."""
     params = params_of({Q: (8, 12)})
     tensors = tensors_of({Q: (8, 12)})
-    adapters, plan = io.load_peft(write(tmp_path / "a", tensors), params)
+    adapters = io.load_peft(write(tmp_path / "a", tensors), params)
     kernel, x = (
         params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"],
         random(5, 3, 8),
     )
 
     def loss(adapters):
-        folded = mora_jax.fold(params, adapters, plan)
+        folded = mora_jax.fold(params, adapters)
         node = folded["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
         return jnp.sum((x @ node) ** 2)
 
@@ -180,20 +179,23 @@ def test_what_was_trained_whole(tmp_path):
     tensors = tensors_of() | {f"{HOME}{name}": array for name, array in whole.items()}
     changes = {"modules_to_save": ["lm_head", "norm"]}
     directory = write(tmp_path / "a", tensors, **changes)
-    adapters, plan = io.load_peft(directory, params)
-    assert [a.name for a in plan.trained] == ["lm_head/kernel", "model/norm/scale"]
+    adapters = io.load_peft(directory, params)
+    specs = specs_of(adapters).items()
+    whole_paths = [path for path, spec in specs if isinstance(spec, TrainedArray)]
+    assert whole_paths == ["lm_head/kernel", "model/norm/scale"]
     np.testing.assert_array_equal(
-        adapters["lm_head"]["kernel"], whole["lm_head.weight"].T
+        adapters["lm_head"]["kernel"].m, whole["lm_head.weight"].T
     )
-    merged = mora_jax.merge(params, adapters, plan)
+    merged = mora_jax.merge(params, adapters)
     np.testing.assert_array_equal(
         merged["model"]["norm"]["scale"], whole["model.norm.weight"]
     )
-    io.save_peft_lora(tmp_path / "b", adapters, plan)
+    io.save_peft_lora(tmp_path / "b", adapters)
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
     assert config_of(tmp_path / "b")["modules_to_save"] == ["lm_head", "model.norm"]
-    again, _ = io.load_peft(directory, plan)  # a plan knows its own
-    assert_same(again, adapters)
+    config = MoRAConfig(rank=1, train=("lm_head/kernel", ".*scale"))
+    planned = mora_jax.plan(params, config)  # a plan knows its own
+    assert_same(io.load_peft(directory, planned), adapters)
     for model in (None, params_of()):
         with pytest.raises(AdapterFileError, match="trained whole.*params, or a plan"):
             io.load_peft(directory, model)
@@ -202,8 +204,9 @@ def test_what_was_trained_whole(tmp_path):
 def test_a_plan_has_the_rank_of_the_file(tmp_path):
     """The budget of the plan that says where its kernels are was for other adapters."""
     wide = mora_jax.plan(params_of(), MoRAConfig(rank=8, operator="low_rank"))
-    _, plan = io.load_peft(write(tmp_path / "a", tensors_of()), wide)
-    assert [spec.asked_square_rank for spec in plan.values()] == [None] * len(plan)
+    adapters = io.load_peft(write(tmp_path / "a", tensors_of()), wide)
+    specs = specs_of(adapters).values()
+    assert [spec.asked_square_rank for spec in specs] == [None] * len(SIZES)
 
 
 def test_an_embedding(tmp_path):
@@ -214,11 +217,11 @@ def test_an_embedding(tmp_path):
     params = {"model": {"embed_tokens": {"embedding": random(2, 30, 8)}}}
     model = mora_jax.plan(params, MoRAConfig(targets=".*embedding", rank=1))
     with pytest.warns(mora_jax.MoRAWarning, match="a head that is tied"):
-        adapters, plan = io.load_peft(directory, model)
-    delta = mora_jax.delta_weight(adapters, plan)["model"]["embed_tokens"]["embedding"]
+        adapters = io.load_peft(directory, model)
+    delta = mora_jax.delta_weight(adapters)["model"]["embed_tokens"]["embedding"]
     close(delta, 2 * (b @ a).T)
     with pytest.warns(mora_jax.MoRAWarning, match="a head that is tied"):
-        io.save_peft_lora(tmp_path / "b", adapters, plan)
+        io.save_peft_lora(tmp_path / "b", adapters)
     assert_same(load_file(tmp_path / "b" / TENSORS), names)
 
 
@@ -231,10 +234,10 @@ def test_a_conv1d_of_gpt2(tmp_path):
     params = {"transformer": {"h": {"0": {"attn": {"c_attn": kernel}}}}}
     overrides = {".*": {"axes": "oi"}}  # as FlaxConv1D has it
     model = mora_jax.plan(params, MoRAConfig(rank=1, overrides=overrides))
-    adapters, plan = io.load_peft(directory, model)
-    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    adapters = io.load_peft(directory, model)
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     close(delta, exact(tensors, module, 1.5).T)
-    io.save_peft_lora(tmp_path / "b", adapters, plan)
+    io.save_peft_lora(tmp_path / "b", adapters)
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
     assert config_of(tmp_path / "b")["fan_in_fan_out"] is True
 
@@ -250,8 +253,8 @@ def test_a_stack_of_layers(tmp_path):
     params = {"layers": {"up_proj": {"kernel": random(0, 3, 8, 16)}}}
     config = MoRAConfig(rank=1, overrides={".*": {"axes": "sio"}})
     model = mora_jax.plan(params, config)
-    adapters, plan = io.load_peft(directory, model, names)
-    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    adapters = io.load_peft(directory, model, names)
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     for layer, module in enumerate(modules):
         factor = 6 / ranks.get(module, 4)
         close(delta[layer], exact(tensors, module, factor))
@@ -267,13 +270,14 @@ def test_two_modules_that_are_one_kernel(tmp_path):
     overrides = {".*": {"axes": "ooio"}}
     config = MoRAConfig(rank=1, targets=".*/w", overrides=overrides)
     model = mora_jax.plan(params, config)
-    adapters, plan = io.load_peft(directory, model, "gm")
-    assert next(iter(plan.specs)).operator.square_rank == 6
-    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    adapters = io.load_peft(directory, model, "gm")
+    (spec,) = specs_of(adapters).values()
+    assert spec.operator.square_rank == 6
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     for part, module in enumerate((k, v)):  # (heads, in, width)
         rows = np.transpose(delta[part], (1, 0, 2)).reshape(8, 12)
         close(rows, exact(tensors, module, 1.5))
-    io.save_peft_lora(tmp_path / "b", adapters, plan, "gm")
+    io.save_peft_lora(tmp_path / "b", adapters, "gm")
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
 
 
@@ -299,9 +303,9 @@ def test_of_several_kernels_it_is_the_one_of_the_model(tmp_path, family):
             k: v for k, v in overrides.items() if alone in kernels or k == ".*"
         }
         config = MoRAConfig(rank=1, targets=".*/w", overrides=overrides)
-        adapters, plan = io.load_peft(directory, mora_jax.plan(tree, config), family)
-        assert set(plan) == set(kernels)
-        deltas = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+        adapters = io.load_peft(directory, mora_jax.plan(tree, config), family)
+        assert set(specs_of(adapters)) == set(kernels)
+        deltas = jax.tree.leaves(mora_jax.delta_weight(adapters))
         rows = [np.transpose(d.reshape(-1, 3, 8, 4), (0, 2, 1, 3)) for d in deltas]
         parts = np.concatenate(rows).reshape(3, 8, 12)
         order = modules if joined in kernels else [*modules[1:], modules[0]]
@@ -362,14 +366,14 @@ def test_a_server_has_one_alpha(tmp_path):
     """vLLM takes `lora_alpha / r` of the whole file for each module."""
     changes, ranks, factors = FACTORS["patterns"]
     tensors = tensors_of(ranks=ranks)
-    adapters, plan = io.load_peft(write(tmp_path / "a", tensors, **changes))
-    io.export(tmp_path / "b", adapters, plan, "vllm")
+    adapters = io.load_peft(write(tmp_path / "a", tensors, **changes))
+    io.export(tmp_path / "b", adapters, "vllm")
     config, served = config_of(tmp_path / "b"), load_file(tmp_path / "b" / TENSORS)
     assert config["lora_alpha"] == config["r"] == 4
     for module, factor in factors.items():
         close(exact(served, module, 1), exact(tensors, module, factor))
     plain = io.load_peft(write(tmp_path / "c", tensors_of()))
-    exported = io.export(tmp_path / "d", *plain, "vllm")
+    exported = io.export(tmp_path / "d", plain, "vllm")
     assert exported.rank == 4 and "--max-lora-rank 8" in exported.command
     assert_same(load_file(tmp_path / "d" / TENSORS), tensors_of())
     assert config_of(tmp_path / "d")["lora_alpha"] == 6

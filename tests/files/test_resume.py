@@ -56,9 +56,8 @@ def by_flax(state, path):
 
 def by_save(state, path):
     """Ours for the adapters, flax's for the rest."""
-    save(path, state["adapters"], PLAN)
-    adapters, plan = load(path, VARIABLES["params"])
-    assert plan == PLAN
+    save(path, state["adapters"])
+    adapters = load(path, VARIABLES["params"])
     rest = by_flax({**state, "adapters": start()["adapters"]}, path)
     return {**rest, "adapters": adapters}
 
@@ -72,4 +71,4 @@ def test_resumes(tmp_path, way):
     for _ in range(3):
         state, resumed = step(state), step(resumed)
     assert_same(jax.tree.map(jnp.asarray, resumed), state)
-    assert float(jnp.abs(state["adapters"]["layers_0"]["kernel_mora"]).max()) > 0
+    assert float(jnp.abs(state["adapters"]["layers_0"]["kernel_mora"].m).max()) > 0

@@ -14,10 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cloud
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import PLAN, assert_same, contents, made, rewrite, single, slow
+from adapter_files import (
+    PLAN,
+    assert_same,
+    contents,
+    made,
+    rewrite,
+    single,
+    slow,
+    specs_of,
+)
 from base_files import files_of_at_most, kernels, sharded
 
 from mora_jax import Plan, io, load, make_operator, save
@@ -60,7 +70,7 @@ def states_of_store(url, action):
 
 def is_new(found, new):
     """Whether adapters of `PLAN` are these."""
-    return np.array_equal(found["enc"]["kernel_mora"], new["enc"]["kernel_mora"])
+    return np.array_equal(found["enc"]["kernel_mora"].m, new["enc"]["kernel_mora"].m)
 
 
 @pytest.mark.parametrize("states_of", [states, states_of_store])
@@ -70,20 +80,18 @@ def test_killed_at_any_line(tmp_path, states_of):
     place = tmp_path / "a" if states_of is states else "mem://bucket/a"
     old, new = made(PLAN, 0), made(PLAN, 1)
     count = 0
-    for copy in states_of(place, lambda: save(place, old, PLAN)):
+    for copy in states_of(place, lambda: save(place, old)):
         count += 1
         try:
-            assert_same(load(copy)[0], old)
+            assert_same(load(copy), old)
         except AdapterFileError as error:
             assert f"no {TENSORS}" in str(error)
     assert count > 3
     found = []
-    for copy in states_of(place, lambda: save(place, new, PLAN)):
-        adapters, plan = load(copy)
-        assert plan == PLAN
-        found.append(adapters)
-        save(copy, old, PLAN)  # what the killed process left is no hindrance
-        assert_same(load(copy)[0], old)
+    for copy in states_of(place, lambda: save(place, new)):
+        found.append(load(copy))
+        save(copy, old)  # what the killed process left is no hindrance
+        assert_same(load(copy), old)
         assert sorted(contents(copy)) == [CONFIG, TENSORS]
     are_new = [is_new(adapters, new) for adapters in found]
     for adapters, fresh in zip(found, are_new, strict=True):
@@ -93,11 +101,11 @@ def test_killed_at_any_line(tmp_path, states_of):
 
 def test_a_merge_killed_at_any_line_leaves_a_whole_output_or_none(tmp_path):
     base, out = sharded(tmp_path / "base"), tmp_path / "out"
-    adapters, plan = kernels(base)
-    first = states(out, lambda: io.merge_checkpoint(base, adapters, plan, out))
+    adapters = kernels(base)
+    first = states(out, lambda: io.merge_checkpoint(base, adapters, out))
     old = contents(out)
     assert first and all(contents(copy) == old for copy in first)
-    args = base, made(plan, 1), plan, out
+    args = base, jax.tree.map(lambda m: m + 1, adapters), out
     second = states(out, lambda: io.merge_checkpoint(*args, force=True))
     are_new = [contents(copy) != old for copy in second]
     assert are_new == sorted(are_new) and set(are_new) == {False, True}
@@ -115,19 +123,19 @@ def test_load_tries_again_while_files_are_replaced(tmp_path, monkeypatch):
     """
     adapters = [made(PLAN, seed) for seed in range(3)]
     read, left = Path.read_bytes, [*range(5)]
-    save(tmp_path, adapters[2], PLAN)
+    save(tmp_path, adapters[2])
 
     def read_bytes(path):
         data = read(path)
         if path == tmp_path / TENSORS and left:
-            save(tmp_path, adapters[left.pop() % 3], PLAN)
+            save(tmp_path, adapters[left.pop() % 3])
         return data
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     monkeypatch.setattr(
         "mora_jax.io.native._adapter.locked", lambda path: contextlib.nullcontext()
     )  # or the reader, which has the lock, would wait for itself
-    assert_same(load(tmp_path)[0], adapters[0])
+    assert_same(load(tmp_path), adapters[0])
     assert not left
 
 
@@ -136,26 +144,26 @@ def test_load_tries_again_where_a_store_mixes_two_files(monkeypatch, turns):
     """A store may read a file in pieces, between which another save lies."""
     cloud.restore({})
     adapters, url = [made(PLAN, seed) for seed in range(turns + 1)], "mem://bucket/a"
-    save(url, adapters[0], PLAN)
+    save(url, adapters[0])
     read, left = cloud.MemoryPath.read_bytes, adapters[:0:-1]
 
     def read_bytes(path):
         data = read(path)
         if path.name == TENSORS and left:
-            save(url, left.pop(), PLAN)
+            save(url, left.pop())
             half = len(data) // 2
             return data[:half] + read(path)[half:]
         return data
 
     monkeypatch.setattr(cloud.MemoryPath, "read_bytes", read_bytes)
-    assert_same(load(url)[0], adapters[-1])
+    assert_same(load(url), adapters[-1])
     assert not left
 
 
 def test_damage_is_no_reason_to_try_for_ever(tmp_path, monkeypatch):
     """Nobody saves, so the tensors stay what they are."""
     for seed in range(2):
-        save(tmp_path / str(seed), made(PLAN, seed), PLAN)
+        save(tmp_path / str(seed), made(PLAN, seed))
     shutil.copy(tmp_path / "1" / TENSORS, tmp_path / "0" / TENSORS)
     read, reads = Path.read_bytes, []
 
@@ -173,17 +181,17 @@ def test_damage_is_no_reason_to_try_for_ever(tmp_path, monkeypatch):
 def test_load_beside_three_writers(tmp_path):
     """What is loaded is always one of the adapters, whole."""
     adapters = [made(PLAN, seed) for seed in range(3)]
-    save(tmp_path, adapters[0], PLAN)
+    save(tmp_path, adapters[0])
     done = threading.Event()
 
     def write(number):
         for turn in range(30):
-            save(tmp_path, adapters[(number + turn) % 3], PLAN)
+            save(tmp_path, adapters[(number + turn) % 3])
 
     def check():
         count = 0
         while not done.is_set():
-            found = load(tmp_path)[0]
+            found = load(tmp_path)
             assert_same(found, next(one for one in adapters if is_new(found, one)))
             count += 1
         return count
@@ -198,18 +206,18 @@ def test_load_beside_three_writers(tmp_path):
 
 
 def test_disk_full(tmp_path):
-    save(tmp_path, made(PLAN), PLAN)
+    save(tmp_path, made(PLAN))
     with files_of_at_most(100):
-        save(tmp_path, made(PLAN, 1), PLAN)
-    assert_same(load(tmp_path)[0], made(PLAN))
+        save(tmp_path, made(PLAN, 1))
+    assert_same(load(tmp_path), made(PLAN))
     assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
 
 
 # Directories from strangers.
 
-ONE = single(make_operator("hadamard", 8, 8, 4, seed=1)).specs
-TWO = single(make_operator("rotation", 8, 12, 6), path=("b", "kernel")).specs
-PLAIN = Plan(ONE + TWO, base_parameters=160)
+ONE = single(make_operator("hadamard", 8, 8, 4, seed=1))
+TWO = single(make_operator("rotation", 8, 12, 6), path=("b", "kernel"))
+PLAIN = Plan({**ONE.parts, **TWO.parts}, base_parameters=160)
 
 
 def flip(chance, data):
@@ -255,15 +263,16 @@ CHANGES = {
 }
 
 
-def assert_says(directory, adapters, plan):
-    """Both are what the files say, read by others."""
+def assert_says(directory, adapters):
+    """They are what the files say, read by others."""
     tensors = safetensors.numpy.load_file(directory / TENSORS)
     layers = json.loads((directory / CONFIG).read_bytes())["layers"]
-    assert len(plan) == len(layers) == len(tensors)
+    specs = specs_of(adapters)
+    assert len(specs) == len(layers) == len(tensors)
     for entry in layers:
-        spec = plan["/".join(entry["path"])]
-        m = adapters[spec.path[0]]["kernel_mora"]
-        np.testing.assert_array_equal(m, tensors[f"{spec.name}_mora"])
+        spec = specs[name := "/".join(entry["path"])]
+        m = adapters[entry["path"][0]]["kernel_mora"].m
+        np.testing.assert_array_equal(m, tensors[f"{name}_mora"])
         assert list(spec.kernel_shape) == entry["kernel_shape"]
         assert spec.operator.square_rank == entry["square_rank"]
         assert spec.operator.name == entry["operator"]["name"]
@@ -286,7 +295,7 @@ def mutate(directory, chance, original):
 def test_mutants(tmp_path, count):
     """Those that are loaded are as the files say, the others are refused in time."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    save(tmp_path, made(PLAIN), PLAIN)
+    save(tmp_path, made(PLAIN))
     original, chance, loaded = contents(tmp_path), random.Random(0), 0
     for _ in range(count):
         mutate(tmp_path, chance, original)
@@ -296,7 +305,7 @@ def test_mutants(tmp_path, count):
         except AdapterFileError:
             assert time.process_time() - start < 1
         else:
-            assert_says(tmp_path, *found)
+            assert_says(tmp_path, found)
             loaded += 1
     assert 0 < loaded < count / 2
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -318,10 +327,10 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
     pickle.loads(evil)
     os.rmdir("opened")  # so it works
     np.save(objects, np.array([Evil()], object))
-    save(directory, made(PLAN), PLAN)
+    save(directory, made(PLAN))
     for name in ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pkl"):
         (directory / name).write_bytes(evil)
-    assert_same(load(directory)[0], made(PLAN))
+    assert_same(load(directory), made(PLAN))
     readers = load, io.Checkpoint, lambda path: io.load_peft(path, PLAN)
     for data in (evil, objects.read_bytes()):
         rewrite(directory, tensors=data)

@@ -14,11 +14,12 @@ from mora_jax.io import _files as files
 directory = Path(sys.argv[1])
 plan = mora_jax.plan({"fc": {"kernel": jnp.ones((64, 64))}})
 adapters = [
-    {"fc": {"kernel_mora": jnp.full(plan.specs[0].shape, m)}} for m in (1.0, 2.0)
+    plan.adapters({"fc": {"kernel_mora": jnp.full(plan["fc/kernel"].shape, m)}})
+    for m in (1.0, 2.0)
 ]
 contents = []
 for one in adapters:
-    mora_jax.save(directory, one, plan)
+    mora_jax.save(directory, one)
     names = files.TENSORS, files.CONFIG
     contents.append([(directory / name).read_bytes() for name in names])
 
@@ -43,9 +44,9 @@ while killed < 200:
     time.sleep(chance.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    back, same = mora_jax.load(directory)
-    m = back["fc"]["kernel_mora"]
-    assert same == plan and (m == m[0, 0]).all(), m
+    back = mora_jax.load(directory)["fc"]["kernel_mora"]
+    m = back.m
+    assert back.spec == plan["fc/kernel"] and (m == m[0, 0]).all(), m
     seen[float(m[0, 0])] += 1
 print(killed, sorted(seen.values()))
 assert min(seen.values()) > 20, seen

@@ -23,7 +23,7 @@ from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 
 PLAN_OF_ONE = single(io.reference_operator(1, 24, 40, 2), path=UP_PROJ)
-ADAPTED = made(PLAN_OF_ONE), PLAN_OF_ONE
+ADAPTED = made(PLAN_OF_ONE)
 """What both of PEFT's formats can hold."""
 URL = "mem://bucket/a"
 
@@ -42,48 +42,46 @@ def store(tmp_path, monkeypatch):
 
 def test_a_url_holds_what_a_path_does(tmp_path):
     adapters = made(PLAN)
-    save(tmp_path / "a", adapters, PLAN, {"task": "x"})
+    save(tmp_path / "a", adapters, {"task": "x"})
     for url in (URL, epath.Path("mem://bucket/b")):
-        save(url, adapters, PLAN, {"task": "x"})
+        save(url, adapters, {"task": "x"})
         assert contents(url) == contents(tmp_path / "a")
-        assert_same(load(url)[0], adapters)
-        assert load(url)[1] == PLAN
+        assert_same(load(url), adapters)
         assert io.read_metadata(url) == {"task": "x"}
         assert format_of(url) == "mora"
-        assert_same(read_adapter(url)[0], adapters)
-    io.save_peft_mora("mem://bucket/reference", *ADAPTED)
-    back, plan = io.load_peft("mem://bucket/reference", PLAN_OF_ONE)
-    assert_same(back, ADAPTED[0])
-    assert plan.specs == PLAN_OF_ONE.specs
+        assert_same(read_adapter(url), adapters)
+    io.save_peft_mora("mem://bucket/reference", ADAPTED)
+    back = io.load_peft("mem://bucket/reference", PLAN_OF_ONE)
+    assert_same(back, ADAPTED)
 
 
 @pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
 def test_peft_directories_have_their_config_last(tmp_path, write):
-    write(tmp_path / "a", *ADAPTED)
+    write(tmp_path / "a", ADAPTED)
     with cloud.states() as seen:
-        write(URL, *ADAPTED)
+        write(URL, ADAPTED)
     for state in seen[:-1]:
         assert not any(name.endswith(CONFIG) for name in state)
     assert contents(URL) == contents(tmp_path / "a")
     with pytest.raises(FileExistsError, match="new or empty"):
-        write(URL, *ADAPTED)
-    write(URL, *ADAPTED, force=True)
+        write(URL, ADAPTED)
+    write(URL, ADAPTED, force=True)
     with pytest.raises(FileExistsError, match="adapter of another format"):
-        save(URL, *ADAPTED)
+        save(URL, ADAPTED)
     assert contents(URL) == contents(tmp_path / "a")
     cloud.restore({})
     cloud.failures.add(CONFIG)
     with pytest.raises(OSError, match="network"):
-        write(URL, *ADAPTED)
+        write(URL, ADAPTED)
     assert not cloud.OBJECTS
 
 
 def test_merges_from_store_to_store(tmp_path):
     local, out = sharded(tmp_path / "base"), "mem://bucket/out"
-    adapters, plan = kernels(local)
-    io.merge_checkpoint(local, adapters, plan, tmp_path / "out")
+    adapters = kernels(local)
+    io.merge_checkpoint(local, adapters, tmp_path / "out")
     cloud.upload(local, "mem://bucket/base")
-    args = "mem://bucket/base", adapters, plan
+    args = "mem://bucket/base", adapters
     with cloud.states() as seen:
         io.merge_checkpoint(*args, out)
     expected = contents(tmp_path / "out")
@@ -114,13 +112,13 @@ def test_a_failed_merge_removes_what_it_wrote(tmp_path, name):
     local = sharded(tmp_path / "base")
     cloud.failures.add(name)
     with pytest.raises(OSError, match="network"):
-        io.merge_checkpoint(local, *kernels(local), "mem://bucket/out")
+        io.merge_checkpoint(local, kernels(local), "mem://bucket/out")
     assert not cloud.OBJECTS
 
 
 def test_damage_in_a_store_is_seen(tmp_path):
     cloud.upload(sharded(tmp_path / "base"), "mem://bucket/base")
-    save(URL, made(PLAN), PLAN)
+    save(URL, made(PLAN))
     for read, url, name in (
         (io.Checkpoint, "mem://bucket/base", "model-00002-of-00002.safetensors"),
         (load, URL, CONFIG),
@@ -134,7 +132,7 @@ def test_damage_in_a_store_is_seen(tmp_path):
                 read(url)
         cloud.put(key, None)
         if name == CONFIG:  # a copy, which nobody needs
-            assert_same(load(url)[0], made(PLAN))
+            assert_same(load(url), made(PLAN))
         else:
             with pytest.raises(AdapterFileError, match=f"there is no {name}"):
                 read(url)
@@ -154,7 +152,7 @@ def test_merging_in_a_store_needs_memory_for_one_kernel(monkeypatch):
     monkeypatch.setattr(cloud, "put", lambda name, data: None)  # writes are forgotten
     tracemalloc.start()
     try:
-        io.merge_checkpoint("mem://bucket/base", adapters, plan, "mem://bucket/out")
+        io.merge_checkpoint("mem://bucket/base", adapters, "mem://bucket/out")
         assert tracemalloc.get_traced_memory()[1] < 12_000_000
     finally:
         tracemalloc.stop()
@@ -177,14 +175,14 @@ def test_gs_goes_to_its_backend(monkeypatch, tmp_path):
     fsspec.register_implementation("gcs", Google, clobber=True)
     adapters, merged = made(PLAN), "gs://bucket/merged"
     for _ in range(2):
-        save("gs://bucket/deep/a", adapters, PLAN)
-        assert_same(load("gs://bucket/deep/a")[0], adapters)
+        save("gs://bucket/deep/a", adapters)
+        assert_same(load("gs://bucket/deep/a"), adapters)
     assert sorted(contents("gs://bucket/deep/a")) == [CONFIG, TENSORS]
     local = sharded(tmp_path / "base")
-    adapters, plan = kernels(local)
-    io.merge_checkpoint(local, adapters, plan, merged)
-    io.merge_checkpoint(merged, adapters, plan, tmp_path / "out")
-    io.merge_checkpoint(local, adapters, plan, merged, force=True)
+    adapters = kernels(local)
+    io.merge_checkpoint(local, adapters, merged)
+    io.merge_checkpoint(merged, adapters, tmp_path / "out")
+    io.merge_checkpoint(local, adapters, merged, force=True)
     assert contents(tmp_path / "out").keys() == contents(merged).keys()
     with pytest.raises(AdapterFileError, match=rf"no {TENSORS} in gs://bucket/none"):
         load("gs://bucket/none")
@@ -202,21 +200,21 @@ def test_a_missing_package_is_named(monkeypatch, scheme, package):
             call(f"{scheme}://bucket/x")
         assert "\n" not in str(error.value)
     with pytest.raises(ImportError, match=f"directory.*{scheme}://bucket/x.*{package}"):
-        save(f"{scheme}://bucket/x", made(PLAN), PLAN)
+        save(f"{scheme}://bucket/x", made(PLAN))
 
 
 CALLS = {
-    "save": (lambda path: save(path, made(PLAN), PLAN), "directory"),
+    "save": (lambda path: save(path, made(PLAN)), "directory"),
     "load": (load, "directory"),
     "read_metadata": (io.read_metadata, "directory"),
     "format_of": (format_of, "directory"),
     "read_adapter": (read_adapter, "adapter"),
     "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
-    "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN), PLAN), "directory"),
-    "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN), PLAN), "directory"),
+    "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN)), "directory"),
+    "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN)), "directory"),
     "Checkpoint": (io.Checkpoint, "path"),
-    "base": (lambda p: io.merge_checkpoint(p, made(PLAN), PLAN, "out"), "base"),
-    "out": (lambda p: io.merge_checkpoint(".", made(PLAN), PLAN, p), "out"),
+    "base": (lambda p: io.merge_checkpoint(p, made(PLAN), "out"), "base"),
+    "out": (lambda p: io.merge_checkpoint(".", made(PLAN), p), "out"),
 }
 NO_PLACES = """http://host/x https://host/x hf://owner/x ftp://host/x file://host/x
     file://~/x gs:/bucket/x ~nobody-of-this-name/x""".split()
@@ -237,33 +235,33 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     adapters = made(PLAN)
     for place in ("~/a", Path("~/b"), f"file://{tmp_path}/c%20d", tmp_path.as_uri()):
-        save(place, adapters, PLAN)
-        assert_same(load(place)[0], adapters)
+        save(place, adapters)
+        assert_same(load(place), adapters)
     assert {"a", "b", "c d", CONFIG} <= set(os.listdir(tmp_path))
-    assert_same(load(epath.Path(tmp_path / "a"))[0], adapters)
-    io.save_peft_mora("~/reference", *ADAPTED)
-    io.load_peft("~/reference", ADAPTED[1])
-    io.save_peft_lora(f"file://{tmp_path}/lora", *ADAPTED)
+    assert_same(load(epath.Path(tmp_path / "a")), adapters)
+    io.save_peft_mora("~/reference", ADAPTED)
+    io.load_peft("~/reference", PLAN_OF_ONE)
+    io.save_peft_lora(f"file://{tmp_path}/lora", ADAPTED)
     assert format_of("~/lora") == "peft-lora"
 
 
 def test_errors_name_the_users_path(tmp_path):
     """Not an unfinished file beside it, of which users know nothing."""
     local, file = sharded(tmp_path / "base"), tmp_path / "file"
-    adapted = made(PLAN), PLAN
-    merge = functools.partial(io.merge_checkpoint, local, *kernels(local))
+    adapted = made(PLAN)
+    merge = functools.partial(io.merge_checkpoint, local, kernels(local))
     file.write_text("")
     cloud.failures.add(CONFIG)
     for error, told, call in (
-        (OSError, "the network is gone", lambda: save(URL, *adapted)),
-        (OSError, "/proc/", lambda: save("/proc/adapter", *adapted)),
-        (OSError, "/sys", lambda: save("/sys", *adapted)),
-        (OSError, "/proc/", lambda: io.save_peft_mora("/proc/adapter", *ADAPTED)),
+        (OSError, "the network is gone", lambda: save(URL, adapted)),
+        (OSError, "/proc/", lambda: save("/proc/adapter", adapted)),
+        (OSError, "/sys", lambda: save("/sys", adapted)),
+        (OSError, "/proc/", lambda: io.save_peft_mora("/proc/adapter", ADAPTED)),
         (OSError, "/proc/", lambda: merge("/proc/x")),
-        (NotADirectoryError, str(file), lambda: save(file, *adapted)),
-        (NotADirectoryError, str(file), lambda: save(file / "below", *adapted)),
-        (NotADirectoryError, "file", lambda: io.save_peft_mora(file, *ADAPTED)),
-        (NotADirectoryError, "file", lambda: io.save_peft_lora(file, *ADAPTED)),
+        (NotADirectoryError, str(file), lambda: save(file, adapted)),
+        (NotADirectoryError, str(file), lambda: save(file / "below", adapted)),
+        (NotADirectoryError, "file", lambda: io.save_peft_mora(file, ADAPTED)),
+        (NotADirectoryError, "file", lambda: io.save_peft_lora(file, ADAPTED)),
         (AdapterFileError, "not a directory", lambda: io.Checkpoint(file / "x")),
         (AdapterFileError, f"no directory {tmp_path}/x,", lambda: load(tmp_path / "x")),
         (AdapterFileError, f"no directory {Path.cwd()}/no, ", lambda: load("no")),
@@ -277,7 +275,7 @@ def test_without_etils_local_files_work(tmp_path, monkeypatch):
     for name in ["etils", *sys.modules]:
         if name.partition(".")[0] == "etils":
             monkeypatch.setitem(sys.modules, name, None)
-    save(tmp_path / "a", made(PLAN), PLAN)
-    assert_same(load(tmp_path / "a")[0], made(PLAN))
+    save(tmp_path / "a", made(PLAN))
+    assert_same(load(tmp_path / "a"), made(PLAN))
     with pytest.raises(ImportError, match=r"pip install 'mora-jax\[io\]'"):
         load("gs://bucket/x")

@@ -8,13 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import assert_same, config_of, contents, flatten, rewrite, run
+from adapter_files import (
+    assert_same,
+    config_of,
+    contents,
+    flatten,
+    rewrite,
+    run,
+    specs_of,
+    without_digests,
+)
 from helpers import random, random_like
 from pytorch_states import in_flax, layouts, stored
 from safetensors.numpy import load_file, save_file
 
-import mora_jax
-from mora_jax import MoRAConfig, init, io, load, merge, plan, save
+from mora_jax import (
+    Adapter,
+    MoRAConfig,
+    TrainedArray,
+    init,
+    io,
+    load,
+    merge,
+    plan,
+    save,
+)
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import TENSORS
 from mora_jax.io._merge_files import replacements
@@ -67,23 +85,24 @@ ADAPTERS = random_like(init(PLAN, params=PARAMS))
 
 
 def test_files_give_them_back_bit_for_bit(tmp_path):
-    save(tmp_path, ADAPTERS, PLAN, params=PARAMS)
-    adapters, same = load(tmp_path, PARAMS)
-    assert_same(adapters, ADAPTERS)
-    assert same == PLAN and same.digest() == PLAN.digest()
+    save(tmp_path, ADAPTERS, params=PARAMS)
+    adapters = load(tmp_path, PARAMS)
+    assert_same(without_digests(adapters), ADAPTERS)
+    for path, spec in specs_of(adapters).items():
+        assert spec == PLAN.trained[path] if path in PLAN.trained else spec.base_digest
     assert config_of(tmp_path)["format_version"] == 1
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ADAPTERS)
-    save(tmp_path, narrow, PLAN)
-    assert_same(load(tmp_path)[0], narrow)
+    save(tmp_path, narrow)
+    assert_same(load(tmp_path), narrow)
 
 
 def test_files_and_plans_without_them_say_so(tmp_path):
     without = plan(PARAMS, dataclasses.replace(CONFIG, train=()))
-    save(tmp_path, init(without), without)
+    save(tmp_path, init(without))
     config = config_of(tmp_path)
     for content in (config, json.loads(io.plan_to_json(without))):
         assert (content["format_version"], content["trained"]) == (1, [])
-    save(tmp_path, ADAPTERS, PLAN)
+    save(tmp_path, ADAPTERS)
     assert config_of(tmp_path).keys() == config.keys()
 
 
@@ -115,14 +134,14 @@ def test_a_plan_as_json_has_them():
     ],
 )
 def test_what_is_wrong_in_a_file_is_refused(tmp_path, change, message):
-    save(tmp_path, ADAPTERS, PLAN)
+    save(tmp_path, ADAPTERS)
     rewrite(tmp_path, change)
     with pytest.raises(AdapterFileError, match=message):
         load(tmp_path)
 
 
 def test_params_that_do_not_fit_are_refused(tmp_path):
-    save(tmp_path, ADAPTERS, PLAN)
+    save(tmp_path, ADAPTERS)
     for params, message in (
         ({**PARAMS, "lm_head": {}}, "no such array"),
         ({**PARAMS, "lm_head": {"kernel": jnp.ones((3, 8))}}, "must have shape"),
@@ -130,22 +149,22 @@ def test_params_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(AdapterFileError, match=message):
             load(tmp_path, params)
     before = contents(tmp_path)
-    lm_head = {"kernel": jnp.full((8, 20), jnp.inf)}
+    own = ADAPTERS["lm_head"]["kernel"]
+    lm_head = {"kernel": own.replace(m=jnp.full((8, 20), jnp.inf))}
     with pytest.raises(ValueError, match="lm_head/kernel holds NaN or infinity"):
-        save(tmp_path, {**ADAPTERS, "lm_head": lm_head}, PLAN)
+        save(tmp_path, {**ADAPTERS, "lm_head": lm_head})
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_a_checkpoint_of_pytorch_gets_them_by_name(tmp_path, dtype):
     params = llama(dtype)
-    made = plan(params, CONFIG)
     save_file(torch(params), tmp_path / "base.safetensors")
-    save(tmp_path / "adapter", ADAPTERS, made, params=params)
+    save(tmp_path / "adapter", ADAPTERS, params=params)
     args = (tmp_path / name for name in ("base.safetensors", "adapter", "out"))
     said = run("merge", *args)
     assert "2 kernels merged, 7 trained arrays put in" in said.replace("\n", " ")
-    expected = torch(merge(params, ADAPTERS, made))
+    expected = torch(merge(params, ADAPTERS))
     got = load_file(tmp_path / "out" / "base.safetensors")
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
@@ -170,12 +189,12 @@ def test_every_layout_that_a_base_is_read_into_is_written_back(
     state = stored(file, family)
     trees = {"plain": (in_flax(family, state), family)} | layouts(family, state)
     tree, names = trees[layout]
-    items = [
-        (mora_jax.TrainedArray.of(tuple(path.split("/")), leaf, None), 2 * leaf)
+    trained = {
+        tuple(path.split("/")): Adapter(2 * leaf, TrainedArray.of(path, leaf, None))
         for path, leaf in flatten(tree).items()
-    ]
+    }
     tensors = load_file(file)
-    found = replacements(Source(io.Checkpoint(file), names, tied=False), items)
+    found = replacements(Source(io.Checkpoint(file), names, tied=False), trained)
     assert all(re.search(SUPERFLUOUS, name) for name in tensors.keys() - found.keys())
     for name, (_, written) in found.items():
         np.testing.assert_array_equal(written, 2 * tensors[name], strict=True)
@@ -202,9 +221,9 @@ def test_a_checkpoint_with_the_paths_as_names_gets_them(tmp_path):
     save_file(
         {k: np.asarray(v) for k, v in flat.items()}, tmp_path / "base.safetensors"
     )
-    io.merge_checkpoint(tmp_path / "base.safetensors", adapters, made, tmp_path / "out")
+    io.merge_checkpoint(tmp_path / "base.safetensors", adapters, tmp_path / "out")
     got = load_file(tmp_path / "out" / "base.safetensors")
-    merged = merge(params, adapters, made)
+    merged = merge(params, adapters)
     np.testing.assert_array_equal(got["gain"], merged["gain"])
     scale = merged["layers"]["norm"]["scale"]
     np.testing.assert_array_equal(got["layers/norm/scale"], scale)
@@ -222,15 +241,16 @@ def test_a_stack_of_layers_goes_into_their_tensors(tmp_path):
         base | {"fc.weight": np.ones((8, 8), np.float16)}, tmp_path / "b.safetensors"
     )
     names = {"model.layers.{n}.norm": "layers/norm/scale[{n}]", "fc": "fc/kernel"}
-    args = tmp_path / "b.safetensors", adapters, made
+    args = tmp_path / "b.safetensors", adapters
     io.merge_checkpoint(*args, tmp_path / "out", names)
     got = load_file(tmp_path / "out" / "b.safetensors")
     for k in range(2):
-        expected = np.asarray(adapters["layers"]["norm"]["scale"][k], np.float16)
+        expected = np.asarray(adapters["layers"]["norm"]["scale"].m[k], np.float16)
         np.testing.assert_array_equal(got[f"model.layers.{k}.norm.weight"], expected)
-    large = {**adapters, "layers": {"norm": {"scale": jnp.full((2, 8), 1e6)}}}
+    scale = adapters["layers"]["norm"]["scale"].replace(m=jnp.full((2, 8), 1e6))
+    large = {**adapters, "layers": {"norm": {"scale": scale}}}
     with pytest.raises(AdapterFileError, match="layers/norm/scale.* overflows float16"):
-        io.merge_checkpoint(args[0], large, made, tmp_path / "large", names)
+        io.merge_checkpoint(args[0], large, tmp_path / "large", names)
     assert not (tmp_path / "large").exists()
 
 
@@ -238,17 +258,17 @@ def test_servers_get_a_merged_base(tmp_path):
     file, out = tmp_path / "base.safetensors", tmp_path / "out"
     save_file(torch(PARAMS), file)
     with pytest.raises(ValueError, match="kernel trains itself.* base must be .* None"):
-        io.export(out, ADAPTERS, PLAN, "vllm")
-    done = io.export(out, ADAPTERS, PLAN, "vllm", base=file)
+        io.export(out, ADAPTERS, "vllm")
+    done = io.export(out, ADAPTERS, "vllm", base=file)
     assert done.rank is None
-    io.merge_checkpoint(file, ADAPTERS, PLAN, tmp_path / "merged")
+    io.merge_checkpoint(file, ADAPTERS, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / file.name)
     assert_same(load_file(out / file.name), merged)
 
 
 def test_what_a_checkpoint_has_not_is_refused(tmp_path):
     file = tmp_path / "base.safetensors"
-    merging = file, ADAPTERS, PLAN, tmp_path / "out"
+    merging = file, ADAPTERS, tmp_path / "out"
     save_file(torch(PARAMS, tied=True), file)
     with pytest.raises(
         AdapterFileError, match="'lm_head/kernel', or has it only as an"
@@ -269,30 +289,29 @@ def test_what_a_checkpoint_has_not_is_refused(tmp_path):
 
 
 def test_inspect_shows_them(tmp_path):
-    save(tmp_path / "a", ADAPTERS, PLAN)
+    save(tmp_path / "a", ADAPTERS)
     report = json.loads(run("inspect", tmp_path / "a", "--json"))
     assert report["parameters"] == PLAN.trainable_parameters
-    assert [one["path"] for one in report["trained"]] == [o.name for o in PLAN.trained]
+    assert [one["path"] for one in report["trained"]] == [*PLAN.trained]
     text = run("inspect", tmp_path / "a")
     assert "lm_head/kernel (8 x 20) is trained itself: 160 parameters" in text
 
 
 def test_convert_keeps_or_refuses_them(tmp_path):
-    save(tmp_path / "a", ADAPTERS, PLAN)
+    save(tmp_path / "a", ADAPTERS)
     run("convert", tmp_path / "a", tmp_path / "b", "--to", "mora")
     for name in ("a", "b"):
         assert (tmp_path / name / TENSORS).read_bytes()
-    assert_same(load(tmp_path / "b")[0], ADAPTERS)
+    assert_same(load(tmp_path / "b"), ADAPTERS)
     with pytest.raises(ValueError, match="which the reference cannot hold"):
-        io.save_peft_mora(tmp_path / "c", ADAPTERS, PLAN)
+        io.save_peft_mora(tmp_path / "c", ADAPTERS)
     assert not (tmp_path / "c").exists()
-    io.save_peft_lora(tmp_path / "c", ADAPTERS, PLAN)
+    io.save_peft_lora(tmp_path / "c", ADAPTERS)
     whole = load_file(tmp_path / "c" / TENSORS)
-    merged = torch(merge(PARAMS, ADAPTERS, PLAN))
+    merged = torch(merge(PARAMS, ADAPTERS))
     names = [name for name in merged if "q_proj.weight" not in name]
     assert len(names) == 7
     assert_same(
         [whole.pop(f"base_model.model.{n}") for n in names], [merged[n] for n in names]
     )
     assert all(".lora_" in name for name in whole)
-    assert mora_jax.TrainedArray is type(PLAN.trained[0])

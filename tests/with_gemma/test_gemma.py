@@ -129,10 +129,10 @@ def test_every_layer_has_an_adapter_and_merging_is_exact(name):
     grads, logits = gradient(adapters, params)
     # Layers that take the keys and values of others do not use their own.
     flat = flatten_dict(grads, sep="/")
-    idle = {path for path, grad in flat.items() if not grad.any()}
+    idle = {path for path, grad in flat.items() if not grad.m.any()}
     assert idle == {f"{path}_mora" for path, _ in plan.unproven}
     assert bool(idle) == (name == "Gemma4_E2B")
-    merged = mora_jax.merge(params, adapters, plan)
+    merged = mora_jax.merge(params, adapters)
     close(model.apply({"params": merged}, TOKENS).logits, logits, 1e-4)
 
 
@@ -144,7 +144,7 @@ def test_embeddings_may_be_adapted(name):
     plan = linen.plan(model, {"params": params}, config, TOKENS)
     assert not plan.unproven
     adapters = trained(plan)
-    merged = mora_jax.merge(params, adapters, plan)
+    merged = mora_jax.merge(params, adapters)
     expected = model.apply({"params": merged}, TOKENS).logits
     got = linen.wrap(model, plan)(adapters, {"params": params}, TOKENS).logits
     close(got, expected, 1e-4)
@@ -169,10 +169,10 @@ def test_checkpoints_of_transformers_are_read_and_merged_into(tmp_path):
     close(model.apply({"params": params}, ids).logits, expected["base"][1:])
     plan = linen.plan(model, {"params": params}, CONFIG, ids)
     adapters, merged = trained(plan), tmp_path / "merged"
-    io.merge_checkpoint(data / "gemma3", adapters, plan, merged, "gm")
+    io.merge_checkpoint(data / "gemma3", adapters, merged, "gm")
     loaded = io.load_base(merged, shapes, "gm")
-    close(loaded, mora_jax.merge(params, adapters, plan))
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, plan, "gm", rank=32)
+    close(loaded, mora_jax.merge(params, adapters))
+    lost = io.save_peft_lora(tmp_path / "lora", adapters, "gm", rank=32)
     assert len(lost) == 7 and max(lost.values()) < 1e-5
 
 
@@ -196,7 +196,7 @@ def test_the_sampler_gives_the_tokens_of_the_merged_model(name, monkeypatch):
     monkeypatch.setattr(type(model), "INFO", info)
     plan = planned(name, model, params)
     adapters = trained(plan)
-    merged = mora_jax.merge(params, adapters, plan)
+    merged = mora_jax.merge(params, adapters)
     adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
     got = tokens_of(adapted, {"base": params, "mora": adapters})
     np.testing.assert_array_equal(got, tokens_of(model, merged))
@@ -229,7 +229,7 @@ def test_one_module_has_all_collections_and_streams_of_the_model():
     assert set(made["params"]) == {"base", "mora"}
     params = {"base": variables["params"], "mora": adapters}
     both = {**variables, "params": params}
-    merged = mora_jax.merge(variables["params"], adapters, plan)
+    merged = mora_jax.merge(variables["params"], adapters)
     merged = {**variables, "params": merged}
     close(adapted.apply(both, x), model.apply(merged, x))
     settings = {"train": True, "mutable": ["batch_stats", "intermediates"]}
@@ -267,7 +267,7 @@ def test_a_dense_layer_beside_gemma():
     tiny("Gemma2_2B")  # from here on nn.Module.param is gemma's
     layer, x = mora_jax.MoRADense(16, config=CONFIG), jnp.ones((1, 16))
     params = layer.init(KEY, x)["params"]
-    assert params["kernel_mora"].shape == (8, 8)
+    assert params["kernel_mora"].m.shape == (8, 8)
     close(layer.apply({"params": params}, x), x @ params["kernel"])
 
 

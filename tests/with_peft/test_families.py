@@ -92,9 +92,9 @@ def test_merged_is_the_lora(tmp_path, family, operator):
     plan = mora_jax.plan(io.Checkpoint(base).shapes(family), config)
     assert len(plan) == len(weights(model))
     adapters = made(plan, scale=0.1)
-    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", family)
-    rank = 32 if plan.specs[0].operator.block else None  # all of it
-    lost = io.save_peft_lora(lora, adapters, plan, family, task_type=None, rank=rank)
+    io.merge_checkpoint(base, adapters, tmp_path / "merged", family)
+    rank = 32 if OPERATORS[operator].block else None  # all of it
+    lost = io.save_peft_lora(lora, adapters, family, task_type=None, rank=rank)
     assert len(lost) == len(plan) and max(lost.values()) < 1e-5
     ids = torch.tensor(IDS)
     with torch.no_grad():
@@ -129,9 +129,9 @@ def test_kernels_of_tunix(tmp_path, operator):
     config = MoRAConfig(rank=2, operator=operator, targets=".*", overrides=axes)
     plan = mora_jax.plan(traverse_util.unflatten_dict(leaves, sep="/"), config)
     adapters = made(plan, scale=0.1)
-    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", "tunix")
+    io.merge_checkpoint(base, adapters, tmp_path / "merged", "tunix")
     lora, rank = tmp_path / "lora", 32 if operator == "rotation" else None
-    io.save_peft_lora(lora, adapters, plan, "tunix", task_type=None, rank=rank)
+    io.save_peft_lora(lora, adapters, "tunix", task_type=None, rank=rank)
     ids = torch.tensor(IDS)
     with torch.no_grad():
         before = model(ids).logits

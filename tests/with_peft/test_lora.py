@@ -5,11 +5,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import made
+from adapter_files import made, specs_of
 from base_files import DATA, NAMES, base, llama
 from safetensors.numpy import load_file as load
 
-from mora_jax import MoRAConfig, MoRAWarning, io, linen
+from mora_jax import AdapterSpec, MoRAConfig, MoRAWarning, TrainedArray, io, linen
 from mora_jax.io._files import TENSORS
 from mora_jax.operators import OPERATORS
 
@@ -53,7 +53,7 @@ def test_logits(tmp_path, operator):
     adapters = made(plan, scale=0.1)
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     rank = 64 if operator in BLOCKS else None  # all of it
-    lost = io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES, rank=rank)
+    lost = io.save_peft_lora(tmp_path / "a", adapters, NAMES, rank=rank)
     assert len(lost) == 14 and max(lost.values()) < 1e-5
     model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
@@ -71,8 +71,8 @@ def test_logits_of_an_adapted_embedding(tmp_path):
     adapters = made(plan, scale=0.1)
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     with pytest.warns(MoRAWarning, match="tied"):
-        io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES | TABLE)
-    io.merge_checkpoint(BASE, adapters, plan, tmp_path / "merged", NAMES | TABLE)
+        io.save_peft_lora(tmp_path / "a", adapters, NAMES | TABLE)
+    io.merge_checkpoint(BASE, adapters, tmp_path / "merged", NAMES | TABLE)
     merged = torch_llama(tmp_path / "merged" / BASE.name)
     np.testing.assert_allclose(logits(merged), expected, atol=1e-4)
     merged.lm_head.weight = torch_llama().lm_head.weight
@@ -116,18 +116,24 @@ def test_a_lora_of_peft_comes_in_and_goes_out(tmp_path, how):
     names |= {"model.layers.{n}.{norm}": "layers_{n}/{norm}/scale"}
     model = trained_by_peft({"target_modules": LINEAR, **PEFTS[how]})
     model.save_pretrained(tmp_path / "peft")
-    adapters, plan = io.load_peft(tmp_path / "peft", PARAMS, names)
+    adapters = io.load_peft(tmp_path / "peft", PARAMS, names)
     expected, variables = logits(model), {"params": PARAMS}
+    paths = {kind: [] for kind in (AdapterSpec, TrainedArray)}
+    for path, spec in specs_of(adapters).items():
+        paths[type(spec)].append(path)
+    targets, train = paths.values()
+    config = MoRAConfig(rank=1, targets=targets, train=train)
+    plan = linen.plan(MODEL, variables, config, IDS)
     wrapped = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     np.testing.assert_allclose(wrapped, expected, atol=1e-4)
     assert np.abs(expected - np.asarray(MODEL.apply(variables, IDS))).max() > 0.1
-    io.save_peft_lora(tmp_path / "ours", adapters, plan, names)
+    io.save_peft_lora(tmp_path / "ours", adapters, names)
     one, other = (load(tmp_path / d / TENSORS) for d in ("peft", "ours"))
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)
     again = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "ours")
     np.testing.assert_allclose(logits(again), expected, atol=1e-5)
-    io.merge_checkpoint(BASE, adapters, plan, tmp_path / "merged", names)
+    io.merge_checkpoint(BASE, adapters, tmp_path / "merged", names)
     merged, weights = load(tmp_path / "merged" / BASE.name), model.merge_and_unload()
     state = weights.state_dict()
     for name, weight in merged.items():

@@ -30,12 +30,12 @@ def loaded(directory):
 def test_logits_are_those_of_tunix(tmp_path, name):
     """Of the base, of the base merged, and of the base with a LoRA."""
     base = DATA / name
-    adapters, plan = io.load(base / "adapter")
+    adapters = io.load(base / "adapter")
     expected = load_file(DATA / f"{name}_logits.safetensors")
     close(logits(loaded(base)), expected["base"], 1e-5)
-    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", "tunix")
+    io.merge_checkpoint(base, adapters, tmp_path / "merged", "tunix")
     merged = logits(loaded(tmp_path / "merged"))
     close(merged, expected["adapted"], 1e-5)
-    io.save_peft_lora(tmp_path / "lora", adapters, plan, "tunix", rank=32)
+    io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
     model = peft.PeftModel.from_pretrained(loaded(base), tmp_path / "lora")
     close(logits(model), expected["adapted"], 1e-5)

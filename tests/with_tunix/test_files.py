@@ -75,7 +75,7 @@ def write_data():
         found = {"base": np.asarray(logits(base))}
         adapted = mora.wrap(base, ADAPTERS)
         mora.set_adapters(adapted, random_like(mora.adapters(adapted)))
-        io.save(folder / "adapter", mora.adapters(adapted), mora.plan_of(adapted))
+        io.save(folder / "adapter", mora.adapters(adapted))
         found["adapted"] = np.asarray(logits(adapted))
         save_file(found, DATA / f"{name}_logits.safetensors")
 
@@ -88,9 +88,9 @@ def test_the_data_is_what_tunix_computes(name):
     base = read_into(model, DATA / name)
     expected = load_file(DATA / f"{name}_logits.safetensors")
     close(logits(base), expected["base"])
-    adapters, plan = io.load(DATA / name / "adapter", nnx.state(base, nnx.Param))
-    adapted = mora.wrap(base, plan)
-    mora.set_adapters(adapted, adapters, plan)
+    adapters = io.load(DATA / name / "adapter", nnx.state(base, nnx.Param))
+    adapted = mora.wrap(base, ADAPTERS)
+    mora.set_adapters(adapted, adapters)
     close(logits(adapted), expected["adapted"])
     assert np.abs(expected["adapted"] - expected["base"]).max() > 0.05
 
@@ -109,9 +109,8 @@ def test_merged_files_are_the_adapted_model(tmp_path, name):
     chex.assert_trees_all_equal(found, params)
     adapted = mora.wrap(base, ADAPTERS)
     mora.set_adapters(adapted, random_like(mora.adapters(adapted)))
-    plan, adapters = mora.plan_of(adapted), mora.adapters(adapted)
-    merged = tmp_path / "merged"
-    io.merge_checkpoint(tmp_path / "base", adapters, plan, merged, "tunix")
+    adapters, merged = mora.adapters(adapted), tmp_path / "merged"
+    io.merge_checkpoint(tmp_path / "base", adapters, merged, "tunix")
     library = importlib.import_module(
         f"tunix.models.{name.split()[0]}.params_safetensors"
     )
@@ -123,7 +122,7 @@ def test_merged_files_are_the_adapted_model(tmp_path, name):
             )
             close(logits(loaded), logits(expected))
     assert np.abs(logits(adapted) - logits(base)).max() > 0.05
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, plan, "tunix", rank=32)
+    lost = io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
     assert {f"{module}.weight" for module in lost} == {
         name for name in tensors if name.endswith("_proj.weight")
     }

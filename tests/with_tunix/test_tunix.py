@@ -93,7 +93,7 @@ def test_logits_equal_the_reference(which, request):
 @models_warn
 def test_all_projections_are_adapted_and_merged(model, adapted):
     plan = mora.plan_of(adapted)
-    axes = {spec.path[-2]: spec.axes for spec in plan.specs}
+    axes = {path[-2]: spec.axes for path, spec in plan.specs.items()}
     mlp = {"gate_proj": "io", "up_proj": "io", "down_proj": "io"}
     attention = {"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"}
     assert axes == attention | mlp and len(plan) == 30 * 7
@@ -462,16 +462,15 @@ def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
     params = importlib.import_module(f"tunix.models.qwen{version}.params")
     targets = ".*(_proj/w|_proj/kernel|mlp/.*_proj)"
     adapted = trained(mora.wrap(base, MoRAConfig(rank=2, targets=targets)))
-    plan, adapters = mora.plan_of(adapted), mora.adapters(adapted)
-    out = tmp_path / "merged"
-    io.merge_checkpoint(tmp_path / "base", adapters, plan, out, "tunix")
+    adapters, out = mora.adapters(adapted), tmp_path / "merged"
+    io.merge_checkpoint(tmp_path / "base", adapters, out, "tunix")
     for folder, expected in ("base", base), ("merged", adapted):
         loaded = params.create_model_from_safe_tensors(
             str(tmp_path / folder), base.config, dtype=jnp.float32
         )
         np.testing.assert_allclose(logits(loaded), logits(expected), atol=1e-4)
     assert np.abs(logits(adapted) - logits(base)).max() > 0.05
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, plan, "tunix", rank=32)
+    lost = io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
     modules = {f"{module}.weight" for module in lost}
     assert modules <= tensors.keys() and len(modules) == len(
         [name for name in tensors if name.endswith("_proj.weight")]

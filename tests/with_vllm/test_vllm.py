@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import run
+from adapter_files import run, specs_of
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
@@ -109,8 +109,8 @@ def write_lora(directory, plan):
     """A LoRA as PEFT saves one that was not trained yet."""
     directory.mkdir()
     random, tensors = np.random.default_rng(0), {}
-    for spec in plan.specs:
-        module = spec.name.removesuffix("/kernel").replace("layers_", "layers/")
+    for path, spec in plan.items():
+        module = path.removesuffix("/kernel").replace("layers_", "layers/")
         module = f"base_model.model.model.{module}".replace("/", ".")
         bound = spec.in_features**-0.5
         a = random.uniform(-bound, bound, (RANK, spec.in_features))
@@ -150,8 +150,8 @@ def taught(base):
         start, rate = mora_jax.init(plan), lesson.RATE
         if name == "lora":
             write_lora(base.parent / "given", plan)
-            start, plan = mora_jax.io.load_peft(base.parent / "given", plan, NAMES)
-            assert {spec.alpha for spec in plan.specs} == {LORA_ALPHA / RANK}
+            start = mora_jax.io.load_peft(base.parent / "given", plan, NAMES)
+            assert {s.alpha for s in specs_of(start).values()} == {LORA_ALPHA / RANK}
             rate *= lesson.LORA_RATE / 2  # alpha is 2
         adapters = teach_facts.train(
             linen.wrap(model, plan),
@@ -162,11 +162,11 @@ def taught(base):
             lesson.Progress(STEPS, name),
         )
         native, out = base.parent / f"{name}-native", base.parent / name
-        mora_jax.save(native, adapters, plan)
+        mora_jax.save(native, adapters)
         options = ["--max-error", BOUNDS[name], "--base-model", base]
         options += ["--names", json.dumps(NAMES)]
         printed = run("export", native, out, "--for", "vllm", *options)
-        merged = {"params": mora_jax.merge(params, adapters, plan)}
+        merged = {"params": mora_jax.merge(params, adapters)}
         found[name] = Taught(
             facts.facts, functools.partial(apply, merged), out, printed
         )
