@@ -73,7 +73,7 @@ def adapters_in(tree: Any, *, by_row: bool = False) -> dict[Path, Adapter]:
         if adapter is None:
             raise TypeError(
                 f"adapters must hold adapters, got {type(leaf).__name__} at {name!r}: "
-                "plan.adapters(tree) makes them of plain arrays, and params come first"
+                "plan.adapters(tree) makes them of plain arrays; are params swapped?"
             )
         adapter = check_adapter(name, adapter, by_row)
         path = (*place[:-1], place[-1].removesuffix(SUFFIX))

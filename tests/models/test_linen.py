@@ -3,6 +3,7 @@
 The laws over all models are in test_model_laws.py.
 """
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -12,12 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import bare, close, largest, random_like, trained
 from twins import CONFIG, STACK, TWINS, LinenMethods, X
 
 import mora_jax
 from mora_jax import (
+    Adapter,
+    AdapterSpec,
     MoRAConfig,
     MoRADense,
     fold,
@@ -364,7 +368,7 @@ def test_bad_input():
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),
         (ValueError, lacks, lambda: linen.plan(model, {}, CONFIG, X)),
         (ValueError, "adapters hold no adapter", lambda: apply({}, variables, X)),
-        (ValueError, "swapped", lambda: apply(variables, {"params": adapters}, X)),
+        (TypeError, "swapped", lambda: apply(variables, {"params": adapters}, X)),
         (ValueError, "must have shape", lambda: apply(small, variables, X)),
         (TypeError, r"plan.adapters\(tree\)", lambda: apply(plain, variables, X)),
         (ValueError, "already hold 'kernel_m", lambda: apply(adapters, both, X)),
@@ -419,13 +423,102 @@ def test_moradense_settings_and_dropout():
         layer.apply(variables, X)
 
 
-def test_moradense_learns_in_a_scan():
-    model = scan(Each)(lambda: MoRADense(12, config=CONFIG))
+def vmap(layer):
+    """The class of two layers side by side."""
+    return nn.vmap(layer, **STACK, in_axes=None, axis_size=2)
+
+
+LIFTS = {
+    "scan": scan(Each),
+    "scan of remat": scan(nn.remat(Each)),
+    "scan of jit": scan(nn.jit(Each)),
+    "vmap": vmap(Each),
+    "vmap of scan": vmap(scan(Each)),
+}
+
+
+@pytest.mark.parametrize("how", LIFTS)
+def test_moradense_in_lifted_layers_is_merged_by_what_it_holds(how):
+    """Their specs are of one layer, their M's of the stack, and no plan is known."""
+    model = LIFTS[how](lambda: MoRADense(12, config=CONFIG, name="fc"))
+    plain = LIFTS[how](lambda: nn.Dense(12, name="fc"))
     base, adapters = split(variables_of(model)["params"])
+    stack = (2, 2) if how == "vmap of scan" else (2,)
+    adapter = adapters["fc"]["kernel_mora"]
+    assert adapter.spec.axes == "io" and adapter.m.shape == (*stack, 6, 6)
+    # Those of a plan know of the stack, and may mean something else.
+    config = dataclasses.replace(CONFIG, operator="permutation", rank=1, alpha=2.0)
+    whole = trained(linen.plan(plain, {"params": base}, config, X))
+    assert whole["fc"]["kernel_mora"].spec.axes == "s" * len(stack) + "io"
 
-    def loss(adapters):
-        params = mora_jax.combine(base, adapters)
-        return jnp.mean(model.apply({"params": params}, X)[1] ** 2)
+    @jax.jit
+    def both(adapters):
+        def adapted(adapters):
+            params = mora_jax.combine(base, adapters)
+            return model.apply({"params": params}, X)
 
-    (gradient,) = jax.tree.leaves(jax.jit(jax.grad(loss))(adapters))
-    assert gradient.shape == (2, 6, 6) and (np.abs(gradient).max((1, 2)) > 0).all()
+        def merged(adapters):
+            return plain.apply({"params": fold(base, adapters)}, X)
+
+        def loss(adapters, run):
+            y = run(adapters)
+            return jnp.mean(y[1] ** 2), y
+
+        grad = jax.grad(loss, has_aux=True)
+        return [grad(adapters, run) for run in (adapted, merged)]
+
+    for given in (adapters, whole):
+        adapted, merged = both(given)
+        close(adapted, merged)
+        (gradient,) = jax.tree.leaves(adapted[0])
+        assert (np.abs(gradient).max((-2, -1)) > 0).all()
+
+
+def test_steps_of_an_optimizer_keep_what_adapters_mean():
+    """Also of those that the model was not planned for; and compile once for each."""
+    variables, apply, adapters = made(nn.Sequential([nn.Dense(12), nn.Dense(12)]))
+    tx, traces = optax.adamw(1e-2), []
+
+    @jax.jit
+    def step(adapters, state):
+        traces.append(None)
+        grads = jax.grad(lambda a: jnp.mean(apply(a, variables, X) ** 2))(adapters)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, grads
+
+    def train(adapters):
+        new, state = adapters, tx.init(adapters)
+        for _ in range(2):
+            new, state, grads = step(new, state)
+        moments = state[0]
+        for tree in (new, grads, moments.mu, moments.nu):
+            chex.assert_trees_all_equal_structs(tree, adapters)
+        merged = {"params": fold(variables["params"], new)}
+        close(apply(new, variables, X), apply.model.apply(merged, X))
+
+    other = dataclasses.replace(CONFIG, operator="permutation", rank=1, alpha=2.0)
+    for config, number in ((CONFIG, 1), (CONFIG, 1), (other, 2), (other, 2)):
+        train(trained(linen.plan(apply.model, variables, config, X)))
+        assert len(traces) == number
+    train(adapters)
+    assert len(traces) == 2
+
+
+def test_adapters_of_other_kernels_are_refused_by_name():
+    variables, apply, adapters = made(nn.Sequential([nn.Dense(12), nn.Dense(10)]))
+    turned = AdapterSpec.from_config(CONFIG, (12, 12), "oi")
+    other = AdapterSpec.from_config(CONFIG, (12, 10))
+
+    def at(layer, spec):
+        adapter = Adapter(jnp.zeros(spec.shape), spec)
+        return {**adapters, layer: {"kernel_mora": adapter}}
+
+    where, kernel = "'layers_0/kernel', the plan a kernel", r"a kernel \(12, 12\) with"
+    for message, given in (
+        (f"have nothing at {where}", {"layers_1": adapters["layers_1"]}),
+        ("have .* at 'layers_2/kernel', the plan nothing", at("layers_2", other)),
+        (rf"have {kernel} axes 'oi' at {where}", at("layers_0", turned)),
+        (rf"have a kernel \(12, 10\) .* at {where}", at("layers_0", other)),
+    ):
+        with pytest.raises(ValueError, match=f"adapters {message}"):
+            apply(given, variables, X)

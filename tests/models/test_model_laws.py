@@ -7,10 +7,11 @@ import pytest
 from adapter_files import slow
 from cases import by_kind
 from flax import nnx
-from helpers import close, largest, random_like, wide
+from helpers import close, largest, random_like, trained, wide
 from programs import plan_of, results, shapes_of
-from twins import CONVOLUTIONS, TABLES, TWINS
+from twins import CONVOLUTIONS, LIFTED, TABLES, TWINS
 
+from mora_jax import AdapterSpec, MoRAConfig, Plan, fold
 from mora_jax import nnx as mora
 
 APIS = "linen", "nnx"
@@ -86,6 +87,45 @@ def test_one_program_serves_all_numbers(name, api):
     case = results(name, api)
     case.run(jax.tree.map(lambda m: 2 * m, case.adapters))
     assert len(case.traces) == 1
+
+
+OTHER_OPERATORS = "permutation", "low_rank", "sharing"
+# Scans, vmap, remat and jit of both APIs, and one model of each other kind.
+GIVEN = [*LIFTED, "methods", "einsums", "t-kernel", "tied"]
+
+
+def other_adapters(plan):
+    """Adapters of the same kernels, with other operators, ranks and alphas."""
+    parts = {}
+    for k, (path, spec) in enumerate(plan.specs.items()):
+        operator = OTHER_OPERATORS[k % 3]
+        config = MoRAConfig(rank=1 + k % 2, operator=operator, alpha=0.5 / (1 + k))
+        parts[path] = AdapterSpec.from_config(config, spec.kernel_shape, spec.axes)
+    return trained(Plan(parts))
+
+
+@pytest.mark.parametrize(
+    ("name", "api"), [(n, api) for n in GIVEN for api in APIS if getattr(TWINS[n], api)]
+)
+def test_a_model_computes_what_the_given_adapters_say(name, api):
+    """They are no part of the plan, and so are no reason to wrap the model again."""
+    case = results(name, api)
+    others, number = other_adapters(case.plan), len(case.traces)
+    base, ((_, adapted), gradients), ((_, merged), expected) = case.run(others)
+    close((adapted, gradients), (merged, expected), case.tolerance)
+    folded = jax.jit(lambda *args: case.base(fold(*args), case.x))(case.params, others)
+    close(adapted, folded, case.tolerance)
+    assert all(largest(g) > 0 for g in jax.tree.leaves(gradients))
+    changes = jax.tree.map(lambda y, base: largest(wide(y) - wide(base)), adapted, base)
+    assert all(change > 5e-3 for change in jax.tree.leaves(changes))
+    # Equal adapters of another plan share the program, and so do the plan's own.
+    case.run(jax.tree.map(lambda m: 2 * m, other_adapters(case.plan)))
+    assert len(case.traces) == number + 1
+    model, variables, _ = shapes_of(TWINS[name], api)
+    again = plan_of(model, variables, TWINS[name], case.x)
+    assert again is not case.plan
+    chex.assert_trees_all_equal(case.run(trained(again)), case.after)
+    assert len(case.traces) == number + 1
 
 
 @pytest.mark.parametrize("name", IN_BOTH)

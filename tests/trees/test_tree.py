@@ -183,7 +183,7 @@ def test_what_does_not_merge(model):
     cases = [
         ((params, {}), ValueError, "adapters hold no adapter"),
         ((adapters, params), TypeError, "must hold adapters, .*, and params come fir"),
-        ((adapters, {"params": params}), TypeError, "'params/.*and params come first"),
+        ((adapters, {"params": params}), TypeError, "'params/.*are params swapped"),
         ((adapters, adapters), ValueError, "params hold the adapter .*give the base"),
         ((params, plain), TypeError, r"at 'attn/.*': plan.adapters\(tree\) makes them"),
         ((params, layers), TypeError, r"got the Plan: adapters are init\(plan\)"),
@@ -210,7 +210,7 @@ def test_what_does_not_combine(model):
     params, adapters, _ = model
     fc = adapters["fc"]
     plain = {"fc": {"bias": jnp.ones(10)}}
-    rule = "must hold adapters, .* and params come first"
+    rule = "must hold adapters, .* are params swapped"
     cases = [
         (combine(params, adapters), adapters, "already hold '.*kernel_mora'"),
         (params, {"x": fc}, "have nothing at 'x'"),
