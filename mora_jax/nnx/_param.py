@@ -27,15 +27,22 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
     Code that filters adapters by the type `nnx.LoRAParam` finds it. Where Flax copies a
     whole variable (`nnx.update`, `nnx.merge`, `copy_from`), it copies the spec with the
-    numbers. Assigning a variable that has another spec raises an error.
+    numbers. Assigning a variable or an adapter of another spec raises an error.
     """
 
     spec: AdapterSpec
 
     def set_value(self, value: Any, **kwargs: Any) -> None:
-        if isinstance(value, MoRAParam):
+        super().set_value(self._numbers_of(value), **kwargs)
+
+    def set_raw_value(self, value: Any, **kwargs: Any) -> None:
+        # What `nnx.update(model, adapters)` does.
+        super().set_raw_value(self._numbers_of(value), **kwargs)
+
+    def _numbers_of(self, value: Any) -> Any:
+        if isinstance(value, MoRAParam | Adapter):
             self._check(value.spec)
-        super().set_value(value, **kwargs)
+        return value.m if isinstance(value, Adapter) else value
 
     def _check(self, spec: AdapterSpec) -> None:
         check_same("kernel", spec, self.spec)

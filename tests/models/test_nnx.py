@@ -192,10 +192,24 @@ def test_a_model_computes_what_the_adapters_that_are_set_say():
             close(run(model), merged(X))
 
 
-def test_a_number_alone_is_not_taken_for_another_operators():
+def test_numbers_alone_are_not_taken_for_another_operators():
     one, two = pair()
-    with pytest.raises(ValueError, match="kernel_mora was made for operator.name"):
-        two.encoder.kernel_mora[...] = one.encoder.kernel_mora
+    before, tree = mora.adapters(two), mora.adapters(one)
+
+    def assign(value):
+        two.encoder.kernel_mora[...] = value
+
+    for call in (
+        lambda: assign(one.encoder.kernel_mora),
+        lambda: assign(tree["encoder"]["kernel_mora"]),
+        lambda: nnx.update(two, tree),
+    ):
+        with pytest.raises(ValueError, match="kernel_mora was made for operator.name"):
+            call()
+    chex.assert_trees_all_equal(mora.adapters(two), before)
+    nnx.update(two, doubled := jax.tree.map(lambda m: 2 * m, before))
+    chex.assert_trees_all_equal(mora.adapters(two), doubled)
+    assert isinstance(two.encoder.kernel_mora[...], jax.Array)
 
 
 def test_adapters_of_other_kernels_are_refused_by_name():

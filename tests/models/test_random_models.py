@@ -229,7 +229,7 @@ def check_call(case, plan, functions, call):
             continue
         for name in plan.keys() - case.listed.keys():
             path = (*name.split("/")[:-1], f"{name.split('/')[-1]}_mora")
-            moved |= {name} if np.any(flatten_dict(slopes)[path]) else set()
+            moved |= {name} if np.any(flatten_dict(slopes)[path].m) else set()
             if not model.blocks[int(path[0][1:])].no_gradient:
                 check_gradient(model, path, merged, ms, slopes, merged_slopes, at)
     return moved
@@ -238,7 +238,7 @@ def check_call(case, plan, functions, call):
 def check_gradient(model, path, merged, ms, slopes, merged_slopes, at):
     """Raise unless the gradient of one M is that with the merged kernel."""
     size, flat = max(largest(merged_slopes), 1e-3), flatten_dict(ms)
-    slope, expected = (flatten_dict(s)[path] for s in (slopes, merged_slopes))
+    slope, expected = (flatten_dict(s)[path].m for s in (slopes, merged_slopes))
     text = f"gradient of {'/'.join(path)}"
     if np.any(expected) or model.precision != "float64":
         wrong = off(slope, expected, size)
@@ -248,10 +248,11 @@ def check_gradient(model, path, merged, ms, slopes, merged_slopes, at):
         return
     # The model may stop the gradient of its kernel, which is not meant for M. Then a
     # difference of outputs tells what is right.
-    step = np.asarray(random_like(flat[path], 1.0))
+    step = np.asarray(random_like(flat[path].m, 1.0))
 
     def loss_at(h):
-        moved = unflatten_dict({**flat, path: flat[path] + h * step})
+        moved = flat[path].replace(m=flat[path].m + h * step)
+        moved = unflatten_dict({**flat, path: moved})
         return float(loss(merged(moved)))
 
     expected, got = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6, np.sum(slope * step)
@@ -314,7 +315,7 @@ def random_ms(case, plan, scale):
     flat = flatten_dict(ms)
     for path in flat:
         if "/".join(path).removesuffix("_mora") in case.listed:
-            flat[path] = np.zeros_like(flat[path])
+            flat[path] = jax.tree.map(np.zeros_like, flat[path])
     return unflatten_dict(flat)
 
 
