@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
+from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 
 _SUBLANES, _LANES = 8, 128
 
@@ -54,7 +54,7 @@ class _Tile(LinearMap):
             return jnp.concatenate(parts, axis=-1)
         rows = operand.shape[-2] if operand.ndim > 1 else 1
         whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
-        if whole_tiles and current_tuning().chip == "tpu":
+        if whole_tiles and current_chip() == "tpu":
             return self._broadcast(operand)
         # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
         # where sharding is explicit.

@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.linear_map import Static
-from mora_jax._jax.qwix_guard import matmul
-from mora_jax.operators._base import Operator, Precision, Times
+from mora_jax._jax.linear_algebra import matmul, rows_product
+from mora_jax.operators._base import Operator
+from mora_jax.operators._map import Precision
 from mora_jax.operators._pytree import operator
 
 
@@ -96,10 +96,39 @@ class LowRank(Operator):
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
 
-    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        # Of many adapters the one of a row is found before it is taken apart.
-        a, b = (Static(_factor, self, k) for k in range(2))
-        return times(times(x, m, a), m, b)
+    # C and D are identities, and between them x is multiplied by both factors. With
+    # h = x A kept for it, the derivative is dy = (x dA) B + h dB, so that dA = x^T (g
+    # B^T) and dB = h^T g.
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return h
+
+    def product(
+        self, h: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        a, b = self.factors(m)
+        return matmul(matmul(h, a, precision), b, precision)
+
+    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+        a, b = self.factors(m)
+        return x, matmul(x, a, precision), b
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        (x, h, b), (by_a, by_b) = kept, self.factors(tangent)
+        through_a = matmul(matmul(x, by_a, precision), b, precision)
+        return through_a + matmul(h, by_b, precision)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
+    ) -> jax.Array:
+        x, h, b = kept
+        by_a = rows_product(x, matmul(g, b.T, precision), precision)
+        return self.joined(by_a, rows_product(h, g, precision))
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
@@ -130,7 +159,3 @@ def nearest_factors(
     rank = min(rank or least, values.shape[-1])
     b = values[..., :rank, None] * right[..., :rank, :]
     return left[..., :rank], b, float(cut[rank]), least
-
-
-def _factor(op: LowRank, k: int, m: jax.Array) -> jax.Array:
-    return op.factors(m)[k]
