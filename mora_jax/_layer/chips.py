@@ -122,6 +122,11 @@ class BlockMap(DeltaMap):
     ) -> jax.Array:
         return self.op.rows(x, m, precision)
 
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.rows(kept, tangent, precision)
+
     def gradient(
         self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
     ) -> jax.Array:

@@ -49,8 +49,8 @@ class ByM(LinearMap):
       precision: The precision of the products with M.
       shards: The number of devices that share the rows of x and split its first axis.
       on_mesh: The map of an operator where devices share features; None on one device.
-      product, kernel_shape: The einsum whose output y is, and its kernel's shape; None
-        for y as rows.
+      product, out_shape: The einsum whose output y is, and the shape of its features;
+        None for y as rows.
     """
 
     m_dtype: Any
@@ -59,14 +59,14 @@ class ByM(LinearMap):
     shards: int = 1
     on_mesh: Static | None = None
     product: Contraction | None = None
-    kernel_shape: Shape = ()
+    out_shape: Shape = ()
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         op, kept = residuals
         delta, tangent = self._map(op), operand.astype(self.dtype)
         y = delta.tangent(kept, tangent, self.precision)
         product = self.product
-        return y if product is None else product.from_rows(y, self.kernel_shape)
+        return y if product is None else product.from_rows(y, self.out_shape)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         op, kept = residuals

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.axes import features
+from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.linear_map import LinearMap, Static
@@ -139,8 +139,9 @@ class Adapted(_OfLayer):
         delta = on_mesh(op) if on_mesh else op
         x = product.to_rows(operand.astype(dtype))
         shards = row_shards(layer.layout, x)
-        settings = m.dtype, dtype, precision, shards, on_mesh, product, kernel.shape
-        return ByM(*settings), (op, delta.kept(x, m.astype(dtype), precision))
+        outs = sizes(kernel.shape, layer.axes, "o")
+        by_m = ByM(m.dtype, dtype, precision, shards, on_mesh, product, outs)
+        return by_m, (op, delta.kept(x, m.astype(dtype), precision))
 
 
 class Activation(_OfLayer):
@@ -151,7 +152,8 @@ class Activation(_OfLayer):
         y = layer.multiply(operand, kernel)
         x = layer.product.to_rows(operand.astype(y.dtype))
         rows = chips.map_of(op).rows(x, m.astype(y.dtype), layer.precision)
-        return y + layer.product.from_rows(rows, kernel.shape)
+        outs = sizes(kernel.shape, layer.axes, "o")
+        return y + layer.product.from_rows(rows, outs)
 
 
 class Folded(_OfLayer):

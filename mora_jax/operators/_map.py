@@ -70,9 +70,8 @@ class DeltaMap:
         self, kept: Any, tangent: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """The derivative dy = D(C(x) dM) of `rows` by M."""
-        if self.block:
-            return self.rows(kept, tangent, precision)
-        return self.leave(self.product(kept, tangent, precision))
+        h = self.enter(kept) if self.block else kept
+        return self.leave(self.product(h, tangent, precision))
 
     def gradient(
         self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1

@@ -130,7 +130,8 @@ class Contraction(Product):
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
-        return self.from_rows(for_rows(self.to_rows(x)), delta.kernel_shape)
+        outs = sizes(delta.kernel_shape, self.axes, "o")
+        return self.from_rows(for_rows(self.to_rows(x)), outs)
 
     def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
         if not self._batch:
@@ -176,11 +177,10 @@ class Contraction(Product):
         """The input as (*stack, *batch, in_features)."""
         return _joined(x, *self._orders["x"])
 
-    def from_rows(self, rows: jax.Array, kernel_shape: Shape) -> jax.Array:
-        """(*stack, *batch, out_features) as the output for such a kernel."""
-        outs = sizes(kernel_shape, self.axes, "o")
+    def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
+        """(*stack, *batch, out_features) as the layer's output."""
         order, _ = self._orders["rows"]
-        return jnp.transpose(rows.reshape(*rows.shape[:-1], *outs), order)
+        return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
 
     def output_rows(self, y: jax.Array) -> jax.Array:
         """The output as (*stack, *batch, out_features)."""
