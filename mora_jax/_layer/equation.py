@@ -16,6 +16,7 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import matmul, transposed
 from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.platform import Chip, current_chip
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
@@ -177,7 +179,7 @@ class Delta:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
         if on_mesh := self._of_kernel:
             return on_mesh.matrix(self.m, chips.matrix_of)
-        return chips.matrix_of(self.operator)(self.m)
+        return _matrix(self.operator, self.m, current_chip())
 
     @property
     def _of_kernel(self) -> OnMesh | None:
@@ -195,6 +197,12 @@ class Delta:
     def _with(self, m: jax.Array) -> "Delta":
         """The delta at one index of a stack axis."""
         return dataclasses.replace(self, m=m)
+
+
+# One program for all layers of a shape: `merge` calls it for each kernel.
+@functools.partial(jax.jit, static_argnums=2)
+def _matrix(op: Any, m: jax.Array, chip: Chip | None) -> jax.Array:
+    return chips.matrix_of(op)(m)
 
 
 def scaled_m(

@@ -1,4 +1,4 @@
-"""An operator of another kind, in one class: the protocol asks for nothing else."""
+"""LoRA as an operator, whose delta is not linear in what it trains."""
 
 import functools
 
@@ -16,35 +16,9 @@ from meshes import make_mesh, put
 import mora_jax
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, Plan, remora, sharding
 from mora_jax._layer.equation import Delta
-from mora_jax.operators import Operator
-from mora_jax.operators._pytree import operator
+from mora_jax.operators import LowRank, Operator
 
 INS, OUTS, RANK, ALPHA, SCALE = 12, 10, 3, 1.5, 0.5
-
-
-@operator
-class LowRank(Operator):
-    """x A B: two factors instead of a square, and a delta that is not linear in them.
-
-    They train as one array, A above the transpose of B.
-    """
-
-    name = "low_rank"
-    linear = False
-
-    @property
-    def m_shape(self):
-        return self.in_features + self.out_features, self.square_rank
-
-    def rows_with(self, times, x, m):
-        h = times(x, m, lambda m: m[: self.in_features])
-        return times(h, m, lambda m: m[self.in_features :].T)
-
-    def matrix(self, m):
-        return m[: self.in_features] @ m[self.in_features :].T
-
-    def scaled(self, m, factor):
-        return m.at[..., self.in_features :, :].multiply(factor)
 
 
 def plain(m, x, kernel):
@@ -133,9 +107,6 @@ def test_numbers_show_that_the_merged_model_is_the_same(operator):
     plan = mora_jax.plan(variables["params"], config)
     found = mora_jax.diagnostics.check(model, variables, plan, x)
     assert found["kernel"] < 1e-5
-
-
-# --- The library's own LoRA ---
 
 
 def test_the_start_is_pefts():
