@@ -40,6 +40,7 @@ def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
     return tuple([shape[k] for k in _places(axes, letter)])
 
 
+@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
 def features(shape: Shape, axes: str) -> tuple[int, int]:
     """The numbers of input and of output features of a kernel, with `axes` checked."""
     check_axes(axes, len(shape))
@@ -57,9 +58,6 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
     order = _order(axes)
     weight = weight.reshape([shape[k] for k in order])
     return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
-
-
-# A model's layers ask the same again and again.
 
 
 @functools.lru_cache(maxsize=1024)

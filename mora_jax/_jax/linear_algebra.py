@@ -34,7 +34,7 @@ def rows_product(
     """Sum of h^T g over all rows: (..., q) and (..., k) to (q, k)."""
     # One product of all rows: the one that JAX derives keeps their axes apart, and
     # XLA's CPU compiler writes h once more for it, in another order.
-    h, g = (a.reshape(-1, a.shape[-1]) for a in (h, g))
+    h, g = h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])
     return matmul(h.T, g, precision)
 
 

@@ -107,19 +107,15 @@ class _Call:
     def __call__(self, *args: Any) -> jax.Array:
         if self.batch_axes:
             return self._batched(_Call.__call__)(*args)
-        residuals, operand = self.split(args)
+        residuals = jax.tree.unflatten(self.treedef, args[:-1])
         token = chosen_platform.set(self.platform)
         try:
             chosen = self.map.chosen(residuals)
             apply = chosen.backward if self.transposed else chosen.forward
             # What is traced here is kept: by caches, or as a compiled program.
-            return undisturbed(apply)(residuals, operand)
+            return undisturbed(apply)(residuals, args[-1])
         finally:
             chosen_platform.reset(token)
-
-    def split(self, args: Sequence[Any]) -> tuple[Any, Any]:
-        """The residuals and x."""
-        return jax.tree.unflatten(self.treedef, args[:-1]), args[-1]
 
     @property
     def by_hand(self) -> int | None:
@@ -131,8 +127,9 @@ class _Call:
 
     def derivative(self, args: Sequence[Any]) -> tuple[list[Any], "_Call"]:
         """That derivative of a plain call: the residuals' leaves, and its own call."""
-        by_second, residuals = undisturbed(self.map.derivative)(*self.split(args))
-        return _bound(by_second, residuals)
+        residuals = jax.tree.unflatten(self.treedef, args[:-1])
+        derivative = undisturbed(self.map.derivative)
+        return _bound(*derivative(residuals, args[-1]))
 
     def tangent(self, *args: Any) -> jax.Array:
         """The same under all maps, of the tangent that is the last argument."""

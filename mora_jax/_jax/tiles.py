@@ -15,12 +15,12 @@ _SUBLANES, _LANES = 8, 128
 
 def tile_to(x: jax.Array, features: int) -> jax.Array:
     """(..., width) -> (..., features): entry j is entry j mod width of `x`."""
-    return _Tile(x.shape[-1], features)((), x)
+    return x if x.shape[-1] == features else _Tile(x.shape[-1], features)((), x)
 
 
 def sum_tiles(x: jax.Array, width: int) -> jax.Array:
     """(..., features) -> (..., width): the transpose of `tile_to`."""
-    return _Tile(width, x.shape[-1]).transpose((), x)
+    return x if x.shape[-1] == width else _Tile(width, x.shape[-1]).transpose((), x)
 
 
 def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
@@ -87,7 +87,7 @@ class _Tile(LinearMap):
             y = pad_to(y, -(-features // width) * width)
             return y.reshape(*y.shape[:-1], -1, width).sum(-2)
         # Converted after they are cut: XLA would write all of y in the wider dtype.
-        tiles = (y[..., k : k + width].astype(wide) for k in range(0, features, width))
-        first, *others = tiles
-        total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
+        starts = range(0, features, width)
+        first, *others = [y[..., k : k + width].astype(wide) for k in starts]
+        total = sum([pad_to(tile, width) for tile in others], pad_to(first, width))
         return total.astype(y.dtype)

@@ -50,7 +50,7 @@ THIN = 16
 
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
-    if _has_few_slices(op):
+    if isinstance(op, Decoupling) and _has_few_slices(op):
         if current_chip() == "tpu":
             return (OrderedMap if isinstance(op, Permutation) else SlicedMap)(op)
         if current_chip() == "gpu" and op.num_feeding == op.num_groups:
@@ -92,9 +92,8 @@ def stores_folds() -> bool:
     return current_chip() == "tpu"
 
 
-def _has_few_slices(op: Any) -> bool:
-    aligned = isinstance(op, Decoupling) and op.aligned
-    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
+def _has_few_slices(op: Decoupling) -> bool:
+    return op.aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
 
 
 def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:

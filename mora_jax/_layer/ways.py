@@ -132,7 +132,7 @@ class Adapted(_OfLayer):
         # of the kernel's shape.
         (op, m, kernel), layer = residuals, self.layer
         product, precision = layer.product, layer.precision
-        arrays = ((array.shape, array.dtype) for array in (operand, kernel))
+        arrays = (operand.shape, operand.dtype), (kernel.shape, kernel.dtype)
         dtype, on_mesh = _result_dtype(layer.multiply, *arrays), None
         if features := split_features(layer.layout, layer.axes, kernel.shape):
             on_mesh = Static(InParts, features=features)
@@ -244,7 +244,7 @@ def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
 def _result_dtype(multiply: Static, *arrays: tuple[Shape, Any]) -> Any:
-    shapes = (jax.ShapeDtypeStruct(*array) for array in arrays)
+    shapes = [jax.ShapeDtypeStruct(*array) for array in arrays]
     return jax.eval_shape(multiply, *shapes).dtype
 
 
@@ -301,7 +301,7 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
     # given, instead of the kernel that it knows, one with a delta, and round it.
-    known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
+    known = {type(size) for size in x.shape} <= {int}  # unlike some of jax.export
     return known and not (dropout or intercepted())
 
 

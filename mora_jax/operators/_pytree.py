@@ -38,9 +38,14 @@ def operator(cls: ClassT) -> ClassT:
     cls.given = any(f.init for f in fields if f.metadata)
     static = [f.name for f in fields if not f.metadata]
 
+    def flatten(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        arrays = [getattr(op, name) for name in cls.arrays]
+        return arrays, tuple([getattr(op, name) for name in static])
+
     def flatten_with_keys(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]
-        return children, tuple(getattr(op, name) for name in static)
+        arrays, aux = flatten(op)
+        keys = map(jax.tree_util.GetAttrKey, cls.arrays)
+        return [*zip(keys, arrays, strict=True)], aux
 
     def unflatten(aux: tuple[Any, ...], children: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
@@ -49,5 +54,5 @@ def operator(cls: ClassT) -> ClassT:
             object.__setattr__(op, name, value)
         return op
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

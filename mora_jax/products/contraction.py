@@ -55,7 +55,7 @@ class Contraction(Product):
 
     def __post_init__(self) -> None:
         kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
-        axes = (kinds[c in self.inputs, c in self.outputs] for c in self.kernel)
+        axes = [kinds[c in self.inputs, c in self.outputs] for c in self.kernel]
         object.__setattr__(self, "axes", "".join(axes))
 
     @classmethod
