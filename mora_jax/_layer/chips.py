@@ -64,7 +64,7 @@ def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
         return functools.partial(_ordered_matrix, op, op.in_inverse, op.out_inverse)
     if current_chip() == "tpu" and isinstance(op, PermutationPart):
         return functools.partial(_ordered_matrix, op.operator, *op.places)
-    if current_chip() == "gpu" and isinstance(op, LowRank) and op.square_rank <= THIN:
+    if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
         return functools.partial(_outer_products, op)
     return op.matrix
 
@@ -257,7 +257,7 @@ def _outer_products(op: LowRank, m: jax.Array) -> jax.Array:
     """A B as a sum of outer products, which XLA fuses with all that follows."""
     a, b = op.factors(m)
     return functools.reduce(
-        jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.square_rank))
+        jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.rank))
     )
 
 

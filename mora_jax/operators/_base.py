@@ -76,6 +76,8 @@ class Operator(DeltaMap):
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
     """True if the delta is linear in what is trained, and weighted sums are exact."""
+    square: ClassVar[bool] = True
+    """True if M is (q, q), so that q is as wide as a budget and both widths allow."""
     drawn: ClassVar[bool] = False
     """True if `start` draws numbers whatever `init` is, so that it needs a key."""
 
@@ -83,7 +85,7 @@ class Operator(DeltaMap):
         for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
-        if self.linear and not self.tiles and q > limit:
+        if self.square and not self.tiles and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"

@@ -46,6 +46,7 @@ class LowRank(Operator):
 
     name = "low_rank"
     linear = False
+    square = False
     drawn = True
     work = "factors"
 
@@ -55,9 +56,14 @@ class LowRank(Operator):
         return rank
 
     @property
+    def rank(self) -> int:
+        """The rank r, which stands in `square_rank`."""
+        return self.square_rank
+
+    @property
     def m_shape(self) -> Shape:
         """Shape of A above the transpose of B: (in + out, r)."""
-        return self.in_features + self.out_features, self.square_rank
+        return self.in_features + self.out_features, self.rank
 
     @property
     def fine_tuning_scale(self) -> float:
@@ -84,7 +90,7 @@ class LowRank(Operator):
         assert key is not None
         keys = jax.random.split(key)
         bound = 1 / math.sqrt(self.in_features)
-        shape = (*stack, self.in_features, self.square_rank)
+        shape = (*stack, self.in_features, self.rank)
         a = jax.random.uniform(keys[0], shape, dtype, -bound, bound)
         b = super().start(stack, init, keys[1], dtype)[..., self.in_features :, :]
         if init == "embedding":
