@@ -256,9 +256,7 @@ def _ordered_matrix(
 def _outer_products(op: LowRank, m: jax.Array) -> jax.Array:
     """A B as a sum of outer products, which XLA fuses with all that follows."""
     a, b = op.factors(m)
-    return functools.reduce(
-        jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.rank))
-    )
+    return functools.reduce(jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.rank)))
 
 
 def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
