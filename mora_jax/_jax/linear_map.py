@@ -78,7 +78,8 @@ class LinearMap(abc.ABC):
         self, residuals: Any, operand: ArrayLike, transposed: bool = False
     ) -> jax.Array:
         """A(r) x, or A(r)^T x if `transposed`; each is the other's transpose."""
-        leaves, call = _bound(self, residuals, transposed)
+        leaves, treedef = jax.tree.flatten(residuals)
+        call = _Call(self, treedef, chosen_platform.get(), transposed)
         return linear_p.bind(*alike(*leaves, operand), call=call)
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
@@ -129,7 +130,9 @@ class _Call:
         """That derivative of a plain call: the residuals' leaves, and its own call."""
         residuals = jax.tree.unflatten(self.treedef, args[:-1])
         derivative = undisturbed(self.map.derivative)
-        return _bound(*derivative(residuals, args[-1]))
+        by_second, residuals = derivative(residuals, args[-1])
+        leaves, treedef = jax.tree.flatten(residuals)
+        return leaves, _Call(by_second, treedef, chosen_platform.get())
 
     def tangent(self, *args: Any) -> jax.Array:
         """The same under all maps, of the tangent that is the last argument."""
@@ -147,14 +150,6 @@ class _Call:
         for axes in reversed(self.batch_axes):
             function = jax.vmap(function, (*axes, *(axes[k] for k in like)))
         return function
-
-
-def _bound(
-    function: LinearMap, residuals: Any, transposed: bool = False
-) -> tuple[list[Any], _Call]:
-    """The leaves of a map's residuals, and its call."""
-    leaves, treedef = jax.tree.flatten(residuals)
-    return leaves, _Call(function, treedef, chosen_platform.get(), transposed)
 
 
 # A primitive of our own, because nothing in JAX's public API has all that is needed.

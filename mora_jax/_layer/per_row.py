@@ -127,15 +127,8 @@ class BySlot(_BySlot):
         return self.each(product, (operand, index))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        (op, index), ms = residuals
-
-        def product(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            g, slot = row
-            m = _in_slot(ms, slot).astype(g.dtype)
-            times = functools.partial(op.product, m=m, precision=self.precision)
-            return _if_any(ms, slot, transposed(times, self.row, g))
-
-        return self.each(product, (cotangent, index))
+        of_h = functools.partial(self.forward, residuals)
+        return transposed(of_h, (cotangent.shape[0], *self.row), cotangent)
 
     @property
     def derives(self) -> bool:

@@ -36,7 +36,7 @@ class Operator(DeltaMap):
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
     and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
     its derivative by M and the delta as a `matrix`, which it also gives where it knows
-    a faster way. If M is no square that multiplies the rows of C(x), it says which
+    a faster way. If M is not a square that multiplies the rows of C(x), it says which
     array it is, `m_shape`, and how rows are multiplied, `product`; and if the delta is
     not linear in it, the derivative, as `LowRank` does. Equality and hash go by the
     settings. Arrays that a seed determines are pytree leaves: a jitted function takes

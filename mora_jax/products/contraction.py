@@ -190,7 +190,7 @@ class Contraction(Product):
     def _orders(self) -> dict[str, tuple[list[int], int]]:
         """The orders of axes of x and y as rows, and of rows as y, found once.
 
-        Beside each is the number of axes that lead, before those of features.
+        Beside each is the number of axes that lead, before the features'.
         """
         xs, ys = self._row_labels("i"), self._row_labels("o")
         leading = len(self._labels("s") + self._batch)
