@@ -19,7 +19,7 @@ from benchmarks.common.flax_llama import flax_llama, inputs
 from benchmarks.common.harness import method_name
 from benchmarks.common.ways import choose
 from mora_jax import FrozenDense, MoRAConfig, linen
-from mora_jax._jax.tuning import TUNING
+from mora_jax._layer.tuning import TUNING
 from mora_jax.products import Contraction
 
 FROZEN = "frozen"

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from mora_jax import AdapterSpec
 from mora_jax._jax.linear_map import Static
-from mora_jax._jax.tuning import Tuning, current_tuning
-from mora_jax._layer.ways import Adapted, Way, joins
+from mora_jax._layer.tuning import Tuning, current_tuning
+from mora_jax._layer.ways import Layer, Way, joins
 from mora_jax.products import Product
 
 
@@ -35,6 +35,6 @@ def choose(
     if dtype is None or not joins(product, axes, x, dropout):
         return "activation"
     settings = axes, None, spec.layout, spec.execution
-    layer = Adapted(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
+    layer = Layer(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
     kernel = jax.ShapeDtypeStruct(shape, dtype)
     return layer.way(kernel, spec.operator.work, tuning or current_tuning())

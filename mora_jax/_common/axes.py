@@ -1,5 +1,6 @@
 """A kernel's axes as letters: which are features, and which are stacked."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -34,14 +35,16 @@ def check_axes(axes: str, ndim: int) -> str:
 
 def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
     """The sizes in `shape`, or other things, of the axes marked with `letter`."""
-    return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
+    if len(shape) != len(axes):
+        raise ValueError(f"axes must have a letter for each of {shape}, got {axes!r}")
+    return tuple([shape[k] for k in _places(axes, letter)])
 
 
+@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
 def features(shape: Shape, axes: str) -> tuple[int, int]:
     """The numbers of input and of output features of a kernel, with `axes` checked."""
     check_axes(axes, len(shape))
-    ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
-    return ins, outs
+    return math.prod(sizes(shape, axes, "i")), math.prod(sizes(shape, axes, "o"))
 
 
 def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:
@@ -57,6 +60,13 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
     return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
 
 
-def _order(axes: str) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def _places(axes: str, letter: str) -> tuple[int, ...]:
+    """The numbers of the axes marked with `letter`."""
+    return tuple(k for k, kind in enumerate(axes) if kind == letter)
+
+
+@functools.lru_cache(maxsize=1024)
+def _order(axes: str) -> tuple[int, ...]:
     """The numbers of the axes: the stack first, then inputs, then outputs."""
-    return [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
+    return tuple(k for letter in "sio" for k in _places(axes, letter))

@@ -10,7 +10,7 @@ modes work, and so does `jax.vmap`.
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mora_jax._common.types import ArrayLike
+from mora_jax._jax.platform import CHIPS, chosen_platform, default_platform
 from mora_jax._jax.qwix_guard import undisturbed
-from mora_jax._jax.tuning import TUNING, chosen_platform, default_platform, traced_for
 from mora_jax._jax.vma import alike
 
 
@@ -34,9 +34,13 @@ class Static(functools.partial[Any]):
         return isinstance(other, Static) and self._parts == other._parts
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash(self._parts)
 
-    @property
+    @functools.cached_property
     def _parts(self) -> tuple[Any, ...]:
         return self.func, self.args, frozenset(self.keywords.items())
 
@@ -55,16 +59,19 @@ class LinearMap(abc.ABC):
         """A(r)^T y, with the shape and dtype of x."""
 
     @property
-    def derivative(self) -> Callable[[Any, Any, Any], jax.Array] | None:
+    def derives(self) -> bool:
+        """True if the map has a `derivative`; otherwise JAX takes it."""
+        return False
+
+    def derivative(self, residuals: Any, operand: jax.Array) -> "tuple[LinearMap, Any]":
         """The derivative by the second residual, where JAX would do more than it must.
 
-        It is a function of the residuals, the operand and that array's tangent, linear
-        in the last. None leaves it to JAX.
+        It is a map of that array's tangent, with the residuals of the map.
         """
-        return None
+        raise NotImplementedError
 
     def chosen(self, residuals: Any) -> "LinearMap":
-        """Map that computes the same in the way of `current_tuning()`."""
+        """Map that computes the same in the way of `current_platform()`."""
         return self
 
     def __call__(
@@ -72,7 +79,7 @@ class LinearMap(abc.ABC):
     ) -> jax.Array:
         """A(r) x, or A(r)^T x if `transposed`; each is the other's transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, chosen_platform(), transposed)
+        call = _Call(self, treedef, chosen_platform.get(), transposed)
         return linear_p.bind(*alike(*leaves, operand), call=call)
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
@@ -101,26 +108,38 @@ class _Call:
     def __call__(self, *args: Any) -> jax.Array:
         if self.batch_axes:
             return self._batched(_Call.__call__)(*args)
-        *leaves, operand = args
-        residuals = jax.tree.unflatten(self.treedef, leaves)
-        with traced_for(self.platform):
+        residuals = jax.tree.unflatten(self.treedef, args[:-1])
+        token = chosen_platform.set(self.platform)
+        try:
             chosen = self.map.chosen(residuals)
             apply = chosen.backward if self.transposed else chosen.forward
             # What is traced here is kept: by caches, or as a compiled program.
-            return undisturbed(apply)(residuals, operand)
+            return undisturbed(apply)(residuals, args[-1])
+        finally:
+            chosen_platform.reset(token)
 
-    def by_hand(self) -> Mapping[int, Callable[..., jax.Array]]:
-        """{number of a leaf: its derivative, of all arguments and the tangent}."""
-        if self.transposed or self.map.derivative is None:
-            return {}
-        leaf = self.treedef.children()[0].num_leaves  # an operator may have arrays
-        return {leaf: self._batched(_Call._derivative, (leaf,))}
+    @property
+    def by_hand(self) -> int | None:
+        """The number of the argument by which the map has a derivative of its own."""
+        # There may be more leaves before it: an operator may have arrays.
+        if self.transposed or not self.map.derives:
+            return None
+        return self.treedef.children()[0].num_leaves
 
-    def _derivative(self, *args: Any) -> jax.Array:
-        *leaves, operand, tangent = args
-        assert self.map.derivative is not None
+    def derivative(self, args: Sequence[Any]) -> tuple[list[Any], "_Call"]:
+        """That derivative of a plain call: the residuals' leaves, and its own call."""
+        residuals = jax.tree.unflatten(self.treedef, args[:-1])
         derivative = undisturbed(self.map.derivative)
-        return derivative(jax.tree.unflatten(self.treedef, leaves), operand, tangent)
+        by_second, residuals = derivative(residuals, args[-1])
+        leaves, treedef = jax.tree.flatten(residuals)
+        return leaves, _Call(by_second, treedef, chosen_platform.get())
+
+    def tangent(self, *args: Any) -> jax.Array:
+        """The same under all maps, of the tangent that is the last argument."""
+        if self.batch_axes and (by_hand := self.by_hand) is not None:
+            return self._batched(_Call.tangent, (by_hand,))(*args)
+        leaves, call = self.derivative(args[:-1])
+        return linear_p.bind(*alike(*leaves, args[-1]), call=call)
 
     def _batched(
         self, method: Callable[..., Any], like: tuple[int, ...] = ()
@@ -167,9 +186,14 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
     moving = {
         k: t for k, t in enumerate(residual_tangents) if not isinstance(t, ad.Zero)
     }
-    for leaf, derivative in (call.by_hand() if moving else {}).items():
-        if leaf in moving:
-            parts.append(derivative(*residuals, operand, moving.pop(leaf)))
+    if moving and (by_hand := call.by_hand) in moving:
+        by_second = moving.pop(by_hand)
+        if call.batch_axes:
+            parts.append(call.tangent(*primals, by_second))
+        else:  # as `tangent` does, with a frame less between a user and the product
+            leaves, derivative = call.derivative(primals)
+            args = alike(*leaves, by_second)
+            parts.append(linear_p.bind(*args, call=derivative))
     if moving:
         at = [residuals[k] for k in moving]
         function = _as_function_of(list(moving), primals, call)
@@ -200,9 +224,10 @@ def _transpose(cotangent: Any, *args: Any, call: _Call) -> Any:
     else:
         # By a residual in which the map is linear as well: as JAX would, or by hand,
         # since the derivative then is the map itself, of the tangent.
-        by_hand = call.by_hand().get(linear[0]) if len(linear) == 1 else None
-        apply = by_hand and (lambda *args: by_hand(*args, args[linear[0]]))
-        function = _as_function_of(linear, args, apply or call)
+        apply: Callable[..., jax.Array] = call
+        if linear == [call.by_hand]:
+            apply = lambda *args: call.tangent(*args, args[linear[0]])  # noqa: E731
+        function = _as_function_of(linear, args, apply)
         back = jax.linear_transpose(function, *avals)(cotangent)
     found = dict(zip(linear, back, strict=True))
     return [found.get(k) for k in range(len(args))]
@@ -237,5 +262,5 @@ def _lowered_on(platform: str) -> Any:
 
 # Where a program is lowered for several platforms, JAX asks for the rule of each.
 mlir.register_lowering(linear_p, _lowered_on("cpu"))
-for _platform in TUNING:
+for _platform in CHIPS:
     mlir.register_lowering(linear_p, _lowered_on(_platform), platform=_platform)

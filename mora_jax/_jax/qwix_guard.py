@@ -12,9 +12,6 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-
-from mora_jax._common.types import ArrayLike
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,20 +44,3 @@ def undisturbed(function: F) -> F:
             "adapter's own products: install one of qwix 0.1.4 to 0.1.8"
         )
     return switch(function)
-
-
-def matmul(
-    a: ArrayLike, b: ArrayLike, precision: jax.lax.PrecisionLike = None
-) -> jax.Array:
-    """`a @ b`, (..., k) and (k, n) to (..., n)."""
-    # Not `jax.numpy.matmul`, which JAX compiles on its own. It keeps that program, and
-    # one that was traced in a quantized model would then be used in a plain model, or
-    # the other way round.
-    dtype = jnp.result_type(a, b)
-    a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
-    return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
-
-
-def last_with_first(a: jax.Array) -> tuple[Any, Any]:
-    """The axes that a product of `a` with a matrix sums over, for `dot_general`."""
-    return ((a.ndim - 1,), (0,)), ((), ())

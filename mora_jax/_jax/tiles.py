@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
+from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 
 _SUBLANES, _LANES = 8, 128
 
 
 def tile_to(x: jax.Array, features: int) -> jax.Array:
     """(..., width) -> (..., features): entry j is entry j mod width of `x`."""
-    return _Tile(x.shape[-1], features)((), x)
+    return x if x.shape[-1] == features else _Tile(x.shape[-1], features)((), x)
 
 
 def sum_tiles(x: jax.Array, width: int) -> jax.Array:
     """(..., features) -> (..., width): the transpose of `tile_to`."""
-    return _Tile(width, x.shape[-1]).transpose((), x)
+    return x if x.shape[-1] == width else _Tile(width, x.shape[-1]).transpose((), x)
 
 
 def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
@@ -54,7 +54,7 @@ class _Tile(LinearMap):
             return jnp.concatenate(parts, axis=-1)
         rows = operand.shape[-2] if operand.ndim > 1 else 1
         whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
-        if whole_tiles and current_tuning().chip == "tpu":
+        if whole_tiles and current_chip() == "tpu":
             return self._broadcast(operand)
         # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
         # where sharding is explicit.
@@ -87,7 +87,7 @@ class _Tile(LinearMap):
             y = pad_to(y, -(-features // width) * width)
             return y.reshape(*y.shape[:-1], -1, width).sum(-2)
         # Converted after they are cut: XLA would write all of y in the wider dtype.
-        tiles = (y[..., k : k + width].astype(wide) for k in range(0, features, width))
-        first, *others = tiles
-        total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
+        starts = range(0, features, width)
+        first, *others = [y[..., k : k + width].astype(wide) for k in starts]
+        total = sum([pad_to(tile, width) for tile in others], pad_to(first, width))
         return total.astype(y.dtype)

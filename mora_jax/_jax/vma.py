@@ -4,7 +4,6 @@ JAX adds what its own functions need. It cannot do so for a primitive that is no
 own, for zeros that a loop adds to, and for the shapes that a function is transposed by.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ def alike(*arrays: ArrayLike) -> list[Any]:
     """The arrays, as ones that differ along the same axes."""
     # The gradient of one that did not is then summed over devices, as it must be.
     axes = _axes_of(*arrays)
-    return [_vary(x, axes) for x in arrays] if axes else list(arrays)
+    return [_vary(x, axes) for x in arrays] if axes else [*arrays]
 
 
 def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
@@ -50,17 +49,10 @@ def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
     return _vary(jnp.zeros(shape, dtype), _axes_of(*arrays))
 
 
-def transposed(
-    function: Callable[[jax.Array], jax.Array],
-    shape: Shape,
-    cotangent: jax.Array,
-    dtype: DTypeLike | None = None,
-) -> jax.Array:
-    """The transpose of a linear function of an array of `shape`, at `cotangent`."""
-    like: Any = jax.ShapeDtypeStruct(shape, dtype or cotangent.dtype)
-    if _axes_of(cotangent):
-        # Zeros that nothing reads: versions of JAX differ in what says that a shape
-        # differs.
-        like = zeros_for(like.shape, like.dtype, cotangent)
-    (result,) = jax.linear_transpose(function, like)(cotangent)
-    return result
+def shape_alike(shape: Shape, dtype: DTypeLike, like: jax.Array) -> Any:
+    """A shape to transpose a function by, whose cotangents are as `like` is."""
+    # Zeros that nothing reads where devices differ: versions of JAX differ in what says
+    # that a shape differs.
+    if _axes_of(like):
+        return zeros_for(shape, dtype, like)
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -11,6 +11,7 @@ R_k) M. The gradient of M, the sum of R_k^T (x_k^T g_k), then takes n products o
 slices; on a GPU these are one product with an axis of blocks.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import ArrayLike
-from mora_jax._jax.qwix_guard import last_with_first, matmul
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_algebra import matmul, transposed
+from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
-from mora_jax._jax.vma import transposed, zeros_for
+from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
 from mora_jax.operators import Decoupling, LowRank, Permutation
 from mora_jax.operators._blocks import divide
-
-Precision = jax.lax.PrecisionLike
+from mora_jax.operators._map import DeltaMap, Precision
 
 # Products of the gradient of M in one step of a loop. XLA fetches what a product reads
 # while it computes the ones before it, in one step of a loop. With 1, all and 8 a Llama
@@ -48,34 +48,23 @@ ORDERED_ROWS = 1024
 THIN = 16
 
 
-def rows_of(op: Any) -> Callable[..., jax.Array]:
-    """`op.rows` in the form for the platform, a function of (x, m, precision)."""
-    if _chip() == "tpu" and _has_few_slices(op):
-        return functools.partial(_sliced_rows, op)
-    return op.rows
-
-
-def gradient_of(op: Any, row_shards: int = 1) -> Callable[..., jax.Array]:
-    """`op.gradient` in the form for the platform, a function of (x, g, precision)."""
-    # Products of blocks are kept apart by the `row_shards` devices that share the rows
-    # of x, until they are rotated back: one array like M is summed over devices, not n.
-    if _has_few_slices(op):
-        if _chip() == "tpu":
-            ordered = isinstance(op, Permutation)
-            gradient = _ordered_gradient if ordered else _sliced_gradient
-            return functools.partial(gradient, op, row_shards)
-        if _chip() == "gpu" and op.num_feeding == op.num_groups:
-            return functools.partial(_batched_gradient, op, row_shards)
-    return op.gradient
+def map_of(op: Any) -> Any:
+    """The map of an operator in the form for the platform, or the operator itself."""
+    if isinstance(op, Decoupling) and _has_few_slices(op):
+        if current_chip() == "tpu":
+            return (OrderedMap if isinstance(op, Permutation) else SlicedMap)(op)
+        if current_chip() == "gpu" and op.num_feeding == op.num_groups:
+            return BatchedMap(op)
+    return op
 
 
 def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
     """`op.matrix` in the form for the platform, a function of M."""
-    if _chip() == "tpu" and isinstance(op, Permutation):
+    if current_chip() == "tpu" and isinstance(op, Permutation):
         return functools.partial(_ordered_matrix, op, op.in_inverse, op.out_inverse)
-    if _chip() == "tpu" and isinstance(op, PermutationPart):
+    if current_chip() == "tpu" and isinstance(op, PermutationPart):
         return functools.partial(_ordered_matrix, op.operator, *op.places)
-    if _chip() == "gpu" and isinstance(op, LowRank) and op.square_rank <= THIN:
+    if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
         return functools.partial(_outer_products, op)
     return op.matrix
 
@@ -87,7 +76,7 @@ def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
-    if _chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
+    if current_chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
         return functools.partial(_add_copies, part)
     return functools.partial(_add_matrix, part)
 
@@ -95,21 +84,16 @@ def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
 def folds_in_place(op: Any) -> bool:
     """True if `add_of` changes blocks of the kernel, and copies the rest of it."""
     blocks = isinstance(op, Decoupling) and not isinstance(op, Permutation)
-    return _chip() == "tpu" and blocks and op.aligned
+    return current_chip() == "tpu" and blocks and op.aligned
 
 
 def stores_folds() -> bool:
     """True if each part of a product would form a folded kernel once more."""
-    return _chip() == "tpu"
+    return current_chip() == "tpu"
 
 
-def _chip() -> str | None:
-    return current_tuning().chip
-
-
-def _has_few_slices(op: Any) -> bool:
-    aligned = isinstance(op, Decoupling) and op.aligned
-    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
+def _has_few_slices(op: Decoupling) -> bool:
+    return op.aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
 
 
 def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
@@ -118,94 +102,131 @@ def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
     return jnp.broadcast_to(rotated, (op.compressed_shape[0], *rotated.shape[1:]))
 
 
-def _unrotate(op: Decoupling, products: jax.Array) -> jax.Array:
-    """Gradient of M, from the gradients of its copies R_k M, (n, shards, q, q)."""
-    # Blocks that are left out come last, and lack gradients.
-    products = pad_to(products, op.compressed_shape[0], axis=0)
-    rotated = functools.partial(_rotated_m, op)
-    unrotate = functools.partial(transposed, rotated, op.m_shape)
-    return jax.vmap(unrotate, in_axes=1)(products).sum(0)
+@dataclasses.dataclass(frozen=True)
+class BlockMap(DeltaMap):
+    """The map of an operator with few blocks, whose M is rotated for each."""
+
+    # Products of blocks are kept apart by the devices that share the rows of x, until
+    # they are rotated back: one array like M is summed over devices, not n.
+    op: Any
+
+    block = True
+
+    @property
+    def m_shape(self) -> Shape:
+        return self.op.m_shape
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.op.rows(x, m, precision)
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.rows(kept, tangent, precision)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
+    ) -> jax.Array:
+        products = self.products(kept, g, shards, precision)
+        # Blocks that are left out come last, and lack gradients.
+        products = pad_to(products, self.op.compressed_shape[0], axis=0)
+        rotated = functools.partial(_rotated_m, self.op)
+        unrotate = functools.partial(transposed, rotated, self.m_shape)
+        return jax.vmap(unrotate, in_axes=1)(products).sum(0).astype(g.dtype)
+
+    def products(
+        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    ) -> jax.Array:
+        """Gradients of the copies R_k M, (n, shards, q, q)."""
+        raise NotImplementedError
 
 
-def _sliced_rows(
-    op: Decoupling, x: jax.Array, m: jax.Array, precision: Precision = None
-) -> jax.Array:
-    rotated, q = _rotated_m(op, m), op.square_rank
-    blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
-    groups: list[Any] = [None] * op.num_groups
-    for k, block in enumerate(blocks[: op.num_feeding]):
-        axes, group = last_with_first(x), k % op.num_groups
-        h = jax.lax.dot_general(block, rotated[k], axes, precision=precision)
-        groups[group] = h if groups[group] is None else groups[group] + h
-    y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
-    return op.outputs_in_place(y)
+class SlicedMap(BlockMap):
+    """The form for TPUs: a product for each slice of x."""
 
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        op, rotated, q = self.op, _rotated_m(self.op, m), self.op.square_rank
+        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
+        groups: list[Any] = [None] * op.num_groups
+        for k, block in enumerate(blocks[: op.num_feeding]):
+            h, group = self.product(block, rotated[k], precision), k % op.num_groups
+            groups[group] = h if groups[group] is None else groups[group] + h
+        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
+        return op.outputs_in_place(y)
 
-def _sliced_gradient(
-    op: Decoupling, shards: int, x: jax.Array, g: jax.Array, precision: Precision
-) -> jax.Array:
-    n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
-    y = sum_tiles(g, groups * q)
-    x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
-    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+    def products(
+        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    ) -> jax.Array:
+        op, q, groups = self.op, self.op.square_rank, self.op.num_groups
+        n, y = op.compressed_shape[0], sum_tiles(g, groups * q)
+        x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
+        sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
 
-    def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
-        # Unsigned, or XLA would not see that the slices are whole tiles.
-        k = k.astype(jnp.uint32)
-        h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
-        back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
-        gradient = jax.lax.dot_general(
-            h,
-            back,
-            (((1,), (1,)), ((0,), (0,))),
-            precision=precision,
-            preferred_element_type=sum_dtype,
+        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
+            # Unsigned, or XLA would not see that the slices are whole tiles.
+            k = k.astype(jnp.uint32)
+            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
+            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
+            gradient = jax.lax.dot_general(
+                h,
+                back,
+                (((1,), (1,)), ((0,), (0,))),
+                precision=precision,
+                preferred_element_type=sum_dtype,
+            )
+            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
+
+        # A loop, since XLA takes as long for n products as for n layers.
+        products = zeros_for((n, shards, q, q), sum_dtype, x, y)
+        return jax.lax.fori_loop(
+            0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
         )
-        return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
-
-    # A loop, since XLA takes as long for n products as for n layers.
-    products = zeros_for((n, shards, q, q), sum_dtype, x, y)
-    products = jax.lax.fori_loop(
-        0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
-    )
-    return _unrotate(op, products).astype(g.dtype)
 
 
-def _ordered_gradient(
-    op: Permutation, shards: int, x: jax.Array, g: jax.Array, precision: Precision
-) -> jax.Array:
+class OrderedMap(SlicedMap):
     """The same where features are in another order, some rows at a time."""
+
     # A TPU reorders features by transposes that move whole rows of memory. Some rows of
     # x and y fit in its fast memory, so that both are read once and none is written.
-    x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
-    rows = x.shape[1]
-    steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
-    # With an axis of steps. XLA would transpose all of x if it were to slice rows.
-    x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
 
-    def products(step: ArrayLike) -> jax.Array:
-        at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
-        h, decompress = op.split(at(x, step))
-        (back,) = jax.linear_transpose(decompress, h)(at(y, step))
+    def products(
+        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    ) -> jax.Array:
+        op = self.op
+        x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
+        rows = x.shape[1]
+        steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
+        # With an axis of steps. XLA would transpose all of x if it were to slice rows.
+        x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
+
+        def products(step: ArrayLike) -> jax.Array:
+            at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
+            h = op.enter(at(x, step))
+            back = transposed(op.leave, h.shape, at(y, step))
+            return _block_products(h, back, precision)
+
+        shape = jax.eval_shape(products, 0)
+        total = zeros_for(shape.shape, shape.dtype, x, y)
+        return jax.lax.fori_loop(
+            0, steps, lambda step, total: total + products(step), total
+        )
+
+
+class BatchedMap(BlockMap):
+    """The form for GPUs: one product with an axis of blocks."""
+
+    def products(
+        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    ) -> jax.Array:
+        op, n, q = self.op, self.op.num_feeding, self.op.square_rank
+        x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
+        blocks = x[..., : n * q], sum_tiles(g, n * q)
+        h, back = (a.reshape(shards, -1, n, q) for a in blocks)
         return _block_products(h, back, precision)
-
-    shape = jax.eval_shape(products, 0)
-    total = zeros_for(shape.shape, shape.dtype, x, y)
-    total = jax.lax.fori_loop(
-        0, steps, lambda step, total: total + products(step), total
-    )
-    return _unrotate(op, total).astype(g.dtype)
-
-
-def _batched_gradient(
-    op: Decoupling, shards: int, x: jax.Array, g: jax.Array, precision: Precision
-) -> jax.Array:
-    """One product with an axis of blocks, whose results are rotated back."""
-    q, n = op.square_rank, op.num_feeding
-    x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
-    blocks = x[..., : n * q], sum_tiles(g, n * q)
-    h, back = (a.reshape(shards, -1, n, q) for a in blocks)
-    return _unrotate(op, _block_products(h, back, precision)).astype(g.dtype)
 
 
 def _block_products(h: jax.Array, g: jax.Array, precision: Precision) -> jax.Array:
@@ -235,9 +256,7 @@ def _ordered_matrix(
 def _outer_products(op: LowRank, m: jax.Array) -> jax.Array:
     """A B as a sum of outer products, which XLA fuses with all that follows."""
     a, b = op.factors(m)
-    return functools.reduce(
-        jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.square_rank))
-    )
+    return functools.reduce(jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.rank)))
 
 
 def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:

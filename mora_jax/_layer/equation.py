@@ -6,11 +6,10 @@ r"""The equation of an adapted layer, and its derivatives.
 
     dM = \alpha \sum_{rows} C(x)^T D^T(g), \qquad dx = g\,(W + \alpha\, C M D)^T
 
-Here g is the gradient of y. `adapted` adds the two terms of y, for every layer. The
-operator computes D(C(x) M), as `Operator.rows`, and dM, as `Operator.gradient`: blocks
-of C(x) are rows like any other, so that the sum goes over both. dx follows from the
-transpose of a map of x, see `ways`. alpha multiplies M before anything else is done
-with it, since alpha D(C(x) M) = D(C(x) (alpha M)).
+Here g is the gradient of y. The map D(C(x) M) and its derivative by M are the
+operator's, see `operators._map`. dx follows from the transpose of a map of x, see
+`ways`. alpha multiplies M before anything else is done with it, since alpha D(C(x) M) =
+D(C(x) (alpha M)).
 
 The rest of this file says what stands here for x (rows of a batch, unit vectors of an
 embedding, outputs of a convolution), and where the devices are that compute it.
@@ -18,7 +17,6 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,85 +25,59 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.qwix_guard import last_with_first, undisturbed
-from mora_jax._jax.vma import transposed
+from mora_jax._jax.linear_algebra import matmul, transposed
+from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.platform import Chip, current_chip
+from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
-from mora_jax._mesh.on_mesh import OperatorOnMesh
+from mora_jax._mesh.on_mesh import InParts, OnMesh
 from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators._base import in_range, rows_product, whole
+from mora_jax.operators._base import in_range
+from mora_jax.products import Contraction
 
 
-def adapted(
-    y: jax.Array,
-    delta: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    factor: jax.Array | None = None,
-) -> jax.Array:
-    """Sum of y = x W, as the layer has computed it, and alpha D(C(x) M) = delta(x).
+@dataclasses.dataclass(frozen=True)
+class ByM(LinearMap):
+    """The derivative dy = D(C(x) dM) as a map of dM, whose transpose is M's gradient.
 
-    `factor` is an array that the layer multiplies its output by, instead of its kernel.
+    The residuals are the operator and what is kept of x. If the delta is linear in M,
+    D(C(x) M) itself is this map of M.
+
+    Attributes:
+      m_dtype, dtype: The dtypes of dM and of the computation.
+      precision: The precision of the products with M.
+      shards: The number of devices that share the rows of x and split its first axis.
+      on_mesh: The map of an operator where devices share features; None on one device.
+      product, out_shape: The einsum whose output y is, and the shape of its features;
+        None for y as rows.
     """
-    added = delta(x)
-    return y + (added if factor is None else added * factor.astype(y.dtype))
 
-
-@dataclasses.dataclass(frozen=True)
-class TimesM(LinearMap):
-    """Product h M as a map of M; the residual is h = C(x)."""
-
+    m_dtype: Any
+    dtype: Any
     precision: jax.lax.PrecisionLike
+    shards: int = 1
+    on_mesh: Static | None = None
+    product: Contraction | None = None
+    out_shape: Shape = ()
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (h,) = residuals
-        axes = last_with_first(h)
-        return jax.lax.dot_general(h, operand, axes, precision=self.precision)
+        op, kept = residuals
+        delta, tangent = self._map(op), operand.astype(self.dtype)
+        y = delta.tangent(kept, tangent, self.precision)
+        product = self.product
+        return y if product is None else product.from_rows(y, self.out_shape)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        # d(h M) = h dM, so the gradient of M is the sum of h^T g over rows. JAX would
-        # derive the same sum with the axes of a batch kept apart, for which XLA's CPU
-        # compiler writes h once more in another order.
-        (h,) = residuals
-        return rows_product(h, cotangent, self.precision)
+        op, kept = residuals
+        g = cotangent if self.product is None else self.product.output_rows(cotangent)
+        gradient = self._map(op).gradient(kept, g, self.precision, self.shards)
+        return gradient.astype(self.m_dtype)
 
-
-@dataclasses.dataclass(frozen=True)
-class ProductByM(LinearMap):
-    """D(C(x) M) as a map of M; the residuals are (operator, x)."""
-
-    # `row_shards` devices share the rows of x and split its first axis; 1 if unknown.
-    # For operators whose C(x) is as large as x: x is kept for the gradient, and no
-    # blocks of it. Layers that read the same x (queries, keys, values) keep it once.
-    precision: jax.lax.PrecisionLike
-    row_shards: int = 1
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        op, x = residuals
-        return chips.rows_of(op)(x, operand, self.precision)
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        op, x = residuals
-        gradient = chips.gradient_of(op, self.row_shards)
-        return gradient(x, cotangent, self.precision)
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixByM(LinearMap):
-    """C M D as a map of M; the residual is the operator."""
-
-    # JAX knows its transpose; it is a map so that the form is chosen by the platform.
-    m_shape: Shape
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (op,) = residuals
-        return chips.matrix_of(op)(operand)
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        of_m = functools.partial(self.forward, residuals)
-        return transposed(of_m, self.m_shape, cotangent)
+    def _map(self, op: Any) -> Any:
+        return chips.map_of(op) if self.on_mesh is None else self.on_mesh(op)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +85,11 @@ class Delta:
     r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
 
     Attributes:
-      operator: C and D; or one device's part of them, where a device computes.
+      operator: C and D.
       m: alpha M, (*stack, *m_shape).
       kernel_shape, axes: The kernel's shape, and its axes, a letter each.
       precision: The precision of the products with M.
       layout: The places of the kernel's features on a mesh; None for one device.
-      given_m: True where the derivative by M is taken elsewhere.
-      in_parts: True if devices that share features each compute a part of the product
-        with M, instead of sharing C(x).
     """
 
     operator: Any
@@ -129,8 +98,6 @@ class Delta:
     axes: str
     precision: jax.lax.PrecisionLike = None
     layout: KernelLayout | None = None
-    given_m: bool = False
-    in_parts: bool = False
 
     @classmethod
     def of(
@@ -144,42 +111,29 @@ class Delta:
         x: jax.Array | None = None,
     ) -> "Delta":
         """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
-        # M is replicated over the devices that the layer's input `x` is on.
         shape, axes = spec.seen_by(ndim)
-        scaled_m = spec.operator.scaled(jnp.asarray(m), spec.factor)
-        if dtype is not None:
-            scaled_m = scaled_m.astype(dtype)
-        if x is not None:
-            ndim_m = len(spec.operator.m_shape)
-            scaled_m = gather_m(scaled_m, spec.layout, x, ndim_m)
-        return cls(spec.operator, scaled_m, shape, axes, precision, spec.layout)
+        m = scaled_m(spec, m, dtype, x)
+        return cls(spec.operator, m, shape, axes, precision, spec.layout)
 
-    @property
-    def rows(self) -> Callable[[jax.Array], jax.Array]:
-        """The function from (*stack, *batch, in) to (*stack, *batch, out)."""
-        # A function, chosen once: a method that asked on each call would be one more
-        # frame between a user's layer and the product.
+    def rows(self, x: jax.Array) -> jax.Array:
+        """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self._stack:
-            return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        on_mesh = self._on_mesh(KernelLayout.for_activations)
-        op, operator = on_mesh or self.operator, self.operator
-        # Devices send each other parts of the output, or parts of C(x), q numbers a
-        # row. With the first M's gradient needs a sum of arrays like M, nothing else.
-        in_parts = on_mesh and (self.in_parts or operator.block or not operator.linear)
-        # With a given M the product need be fast as a map of x alone.
-        if in_parts or self.given_m:
-            rows = chips.rows_of(op)
-            return functools.partial(rows, m=self.m, precision=self.precision)
-        if operator.block:
-            return self._rows_by_m
-        return lambda x: op.rows_with(self._times, x, self.m)
+            return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
+        op, shards, on_mesh = self.operator, row_shards(self.layout, x), None
+        if features := split_features(self.layout, self.axes, self.kernel_shape):
+            # Devices send each other parts of C(x), if it is small.
+            kind = OnMesh if op.linear and not op.block else InParts
+            on_mesh = Static(kind, features=features)
+        delta = on_mesh(op) if on_mesh else op
+        if isinstance(delta, InParts) or not op.linear:
+            return delta.rows(x, self.m, self.precision)
+        kept = delta.kept(x, self.m, self.precision)
+        return self._by_m(kept, shards=shards, on_mesh=on_mesh)
 
-    def _rows_by_m(self, x: jax.Array) -> jax.Array:
-        by_m = ProductByM(self.precision, row_shards(self.layout, x))
-        return by_m((self.operator, x), self.m)
-
-    def _times(self, h: jax.Array, m: jax.Array, part: Any = whole) -> jax.Array:
-        return TimesM(self.precision)((h,), part(m))
+    def _by_m(self, kept: Any, **settings: Any) -> jax.Array:
+        """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
+        by_m = ByM(self.m.dtype, self.m.dtype, self.precision, **settings)
+        return by_m((self.operator, kept), self.m)
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
@@ -188,26 +142,23 @@ class Delta:
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Integers (...) -> rows of the delta (..., out_features)."""
         op, indices = self.operator, in_range(indices, self.operator.in_features)
-        on_mesh = self._on_mesh(KernelLayout.for_activations)
-        if on_mesh and on_mesh.features.out_axes:
-            return on_mesh.unit_rows(indices, self.m, self.precision)
-        if op.linear:
-            h, decompress = op.split_units(indices, self.m.dtype)
-            return decompress(self._times(h, self.m))
+        features = split_features(self.layout, self.axes, self.kernel_shape)
+        if features and features.out_axes:
+            op = OnMesh(op, features)
         return op.unit_rows(indices, self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
-        if not self.operator.linear:
-            return self._times(h, self.operator.factors(self.m)[1])
-        return self.operator._decompress(self._times(h, self.m))
+        if self.operator.linear:
+            return self._by_m(h)
+        _, b = self.operator.factors(self.m)
+        return self.operator.leave(matmul(h, b, self.precision))
 
     def compress_kernel(self) -> jax.Array:
         """C as a kernel, with q output features."""
-        q = self.operator.square_rank
-        pairs = zip(self.axes, self.kernel_shape, strict=True)
-        shape = tuple(q if axis == "o" else n for axis, n in pairs)
         matrix, _ = self.operator.factors(self.m)
+        pairs = zip(self.axes, self.kernel_shape, strict=True)
+        shape = tuple(matrix.shape[-1] if axis == "o" else n for axis, n in pairs)
         return kernel_from_rows(matrix, shape, self.axes)
 
     def kernel(self) -> jax.Array:
@@ -218,7 +169,7 @@ class Delta:
         """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
         if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
-        if on_mesh := self._on_mesh(KernelLayout.for_kernel):
+        if on_mesh := self._of_kernel:
             return on_mesh.added(self.m, kernel, chips.add_of)
         return chips.add_of(self.operator)(self.m, kernel)
 
@@ -226,20 +177,17 @@ class Delta:
         """(*stack, in_features, out_features)."""
         if self._stack:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
-        if on_mesh := self._on_mesh(KernelLayout.for_kernel):
+        if on_mesh := self._of_kernel:
             return on_mesh.matrix(self.m, chips.matrix_of)
-        if not self.operator.linear:
-            return self.operator.matrix(self.m)
-        return MatrixByM(self.operator.m_shape)((self.operator,), self.m)
+        return _matrix(self.operator, self.m, current_chip())
 
-    def _on_mesh(
-        self, split: Callable[[KernelLayout, str, Shape], FeatureSharding]
-    ) -> OperatorOnMesh | None:
-        """The operator where devices share the features; None if they do not."""
+    @property
+    def _of_kernel(self) -> OnMesh | None:
+        """The operator where devices share the kernel; None if they do not."""
         if self.layout is None:
             return None
-        features = split(self.layout, self.axes, self.kernel_shape)
-        return OperatorOnMesh(self.operator, features) if features.splits else None
+        features = self.layout.for_kernel(self.axes, self.kernel_shape)
+        return OnMesh(self.operator, features) if features.splits else None
 
     @property
     def _stack(self) -> Shape:
@@ -249,6 +197,40 @@ class Delta:
     def _with(self, m: jax.Array) -> "Delta":
         """The delta at one index of a stack axis."""
         return dataclasses.replace(self, m=m)
+
+
+# One program for all layers of a shape: `merge` calls it for each kernel.
+@functools.partial(jax.jit, static_argnums=2)
+def _matrix(op: Any, m: jax.Array, chip: Chip | None) -> jax.Array:
+    return chips.matrix_of(op)(m)
+
+
+def scaled_m(
+    spec: AdapterSpec,
+    m: ArrayLike,
+    dtype: DTypeLike | None = None,
+    x: jax.Array | None = None,
+) -> jax.Array:
+    """The trained array of alpha times the delta, in `dtype` or its own."""
+    # It is replicated over the devices that the layer's input `x` is on. The factor is
+    # not rounded where the layer is wider than M.
+    m = jnp.asarray(m)
+    wide = m.dtype if dtype is None else jnp.promote_types(m.dtype, dtype)
+    scaled = spec.operator.scaled(m.astype(wide), spec.factor)
+    scaled = scaled if dtype is None else scaled.astype(dtype)
+    if x is None:
+        return scaled
+    return gather_m(scaled, spec.layout, x, len(spec.operator.m_shape))
+
+
+def split_features(
+    layout: KernelLayout | None, axes: str, kernel_shape: Shape
+) -> FeatureSharding | None:
+    """The mesh axes that split features of inputs and outputs; None if none does."""
+    if layout is None:
+        return None
+    features = layout.for_activations(axes, kernel_shape)
+    return features if features.splits else None
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:

@@ -9,8 +9,8 @@
 
 Each is a linear map of x, and its transpose is dx. The derivative by M is the delta of
 M's tangent in every way, computed from x, so that no gradient of a kernel's shape is
-formed. `Adapted` is the map that stands in a program; it becomes one of the three when
-it is traced for a platform.
+formed. `Adapted` is the map that stands in a program, and has that derivative; it
+becomes one of the three when it is traced for a platform.
 
 On a mesh each device folds the part of the kernel that it holds. If the kernel is split
 over batches (FSDP), it is folded before it is gathered: each device does its share of
@@ -20,7 +20,6 @@ the work, and the gather that the layer needs anyway brings the folded kernel.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,34 +28,43 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.axes import features
+from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
-from mora_jax._jax.tuning import Tuning, Work, current_tuning
-from mora_jax._jax.vma import transposed
 from mora_jax._layer import chips
-from mora_jax._layer.equation import Delta, adapted
+from mora_jax._layer.dropout import dropped
+from mora_jax._layer.equation import ByM, Delta, scaled_m, split_features
 from mora_jax._layer.per_row import by_row
 from mora_jax._layer.slots import Selected
+from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh.layout import KernelLayout, MeshAxes
-from mora_jax._mesh.on_mesh import REPLICATED, ShardMappedMap
-from mora_jax._mesh.placement import explicit_layout, explicit_sharding, with_auto_axes
+from mora_jax._mesh.on_mesh import REPLICATED, InParts, ShardMappedMap
+from mora_jax._mesh.placement import (
+    explicit_layout,
+    explicit_sharding,
+    row_shards,
+    with_auto_axes,
+)
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.products import Product
+from mora_jax.operators._base import Work
+from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted(LinearMap):
-    """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
+class Layer:
+    """One adapted layer, without its arrays.
 
-    `multiply` is the layer's own product of x and W, linear in both, and `product` says
-    which. `execution` is as asked for, and the rest describes W and x.
+    `multiply` is its own product of x and W, linear in both, and `product` says which.
+    `execution` is as asked for, `precision` is for the products with M, and the rest
+    describes W and x.
     """
 
-    product: Product
+    product: Contraction
     multiply: Static
     axes: str
     precision: jax.lax.PrecisionLike
@@ -70,10 +78,8 @@ class Adapted(LinearMap):
         pays = self.execution == "auto" and self._fold_pays(kernel, work, tuning)
         if self.execution == "fold" or pays:
             return "fold"
-        if self.layout is None:
-            return "activation"
-        of_rows = self.layout.for_activations(self.axes, kernel.shape)
-        return "fused" if of_rows.splits else "activation"
+        splits = split_features(self.layout, self.axes, kernel.shape)
+        return "fused" if splits else "activation"
 
     def _fold_pays(self, kernel: Any, work: Work, tuning: Tuning) -> bool:
         bits = jnp.finfo(kernel.dtype).bits
@@ -88,58 +94,70 @@ class Adapted(LinearMap):
         rows = math.prod(self.x_shape) / ins
         return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
 
-    def chosen(self, residuals: Any) -> LinearMap:
-        operator, _, kernel = residuals
-        way = self.way(kernel, operator.work, current_tuning())
-        if way == "fused":
-            return fused(self, kernel.shape)
-        return Folded(self) if way == "fold" else self
-
-    def delta(self, residuals: Any, m: jax.Array, **settings: Any) -> Delta:
-        operator, _, kernel = residuals
-        of_kernel = kernel.shape, self.axes, self.precision, self.layout
-        return Delta(operator, m, *of_kernel, **settings)
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        _, m, kernel = residuals
-        y = self.multiply(operand, kernel)
-        delta = self.delta(residuals, m.astype(y.dtype), given_m=True)
-        added = functools.partial(self.product.delta, delta)
-        return adapted(y, added, operand.astype(y.dtype))
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        # dx = g W^T + alpha g D^T M^T C^T: JAX transposes both terms of `forward`,
-        # which hold nothing but the residuals, so that no activation is kept for it.
-        of_x = functools.partial(self.forward, residuals)
-        return transposed(of_x, self.x_shape, cotangent, self.x_dtype)
-
-    @property
-    def derivative(self) -> Callable[[Any, Any, Any], jax.Array]:
-        return self.by_m
-
-    def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
-        """The derivative by M, of M's tangent."""
-        # Of a linear operator the derivative does not depend on M: it is the delta with
-        # the tangent instead of M, and its transpose is dM. Without this JAX would take
-        # the derivative of a fold by M, through a gradient of the kernel's shape.
-        operator, m, kernel = residuals
-        arrays = ((array.shape, array.dtype) for array in (x, kernel))
-        dtype = _result_dtype(self.multiply, *arrays)
-        x, tangent = x.astype(dtype), tangent.astype(dtype)
-
-        def of_m(m: jax.Array) -> jax.Array:
-            return self.product.delta(self.delta(residuals, m, in_parts=True), x)
-
-        if operator.linear:
-            return of_m(tangent)
-        return jax.jvp(of_m, (m.astype(dtype),), (tangent,))[1]
-
 
 @dataclasses.dataclass(frozen=True)
-class Folded(LinearMap):
-    """The same as x times the folded kernel."""
+class _OfLayer(LinearMap):
+    """A map of a layer's x. The residuals are (operator, alpha M, W)."""
 
-    layer: Adapted
+    layer: Layer
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        # JAX transposes what `forward` does with x, which holds nothing but the
+        # residuals, so that no activation is kept for it.
+        of_x = functools.partial(self.forward, residuals)
+        layer = self.layer
+        return transposed(of_x, layer.x_shape, cotangent, layer.x_dtype)
+
+
+class Adapted(_OfLayer):
+    """x (W + alpha C M D), in the way that suits the platform."""
+
+    def chosen(self, residuals: Any) -> LinearMap:
+        operator, _, kernel = residuals
+        way = self.layer.way(kernel, operator.work, current_tuning())
+        if way == "fused":
+            return fused(self.layer, kernel.shape)
+        return Folded(self.layer) if way == "fold" else Activation(self.layer)
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        return self.chosen(residuals).forward(residuals, operand)
+
+    @property
+    def derives(self) -> bool:
+        return True
+
+    def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
+        """The derivative by M: dy = alpha D(C(x) dM), see `equation.ByM`."""
+        # Without this JAX would take the derivative of a fold by M, through a gradient
+        # of the kernel's shape.
+        (op, m, kernel), layer = residuals, self.layer
+        product, precision = layer.product, layer.precision
+        arrays = (operand.shape, operand.dtype), (kernel.shape, kernel.dtype)
+        dtype, on_mesh = _result_dtype(layer.multiply, *arrays), None
+        if features := split_features(layer.layout, layer.axes, kernel.shape):
+            on_mesh = Static(InParts, features=features)
+        delta = on_mesh(op) if on_mesh else op
+        x = product.to_rows(operand.astype(dtype))
+        shards = row_shards(layer.layout, x)
+        outs = sizes(kernel.shape, layer.axes, "o")
+        by_m = ByM(m.dtype, dtype, precision, shards, on_mesh, product, outs)
+        return by_m, (op, delta.kept(x, m.astype(dtype), precision))
+
+
+class Activation(_OfLayer):
+    """x W + alpha D(C(x) M)."""
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, m, kernel), layer = residuals, self.layer
+        y = layer.multiply(operand, kernel)
+        x = layer.product.to_rows(operand.astype(y.dtype))
+        rows = chips.map_of(op).rows(x, m.astype(y.dtype), layer.precision)
+        outs = sizes(kernel.shape, layer.axes, "o")
+        return y + layer.product.from_rows(rows, outs)
+
+
+class Folded(_OfLayer):
+    """x times the folded kernel."""
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         return self.layer.multiply(operand, self._fold(residuals, operand))
@@ -152,19 +170,20 @@ class Folded(LinearMap):
 
     def _fold(self, residuals: Any, after: jax.Array) -> jax.Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
-        operator, m, kernel = residuals
-        layout, m = self.layer.layout, m.astype(sum_dtype(m, kernel))
-        if layout is not None and layout.gathers:
-            # The fold does not wait for `after`: it is the same in the rematerialised
-            # forward pass and in the backward pass, which can share it and its gather.
-            folded = self.layer.delta(residuals, m).added_to(kernel)
-            gathered = layout.gathered_sharding(kernel.ndim)
-            folded = jax.lax.with_sharding_constraint(folded, gathered)
-        else:
-            m = schedule_after(after, m)
-            folded = self.layer.delta(residuals, m).added_to(kernel)
-            if chips.folds_in_place(operator):
-                return folded
+        (op, m, kernel), layer = residuals, self.layer
+        m = m.astype(sum_dtype(m, kernel))
+        gathers = layer.layout is not None and layer.layout.gathers
+        # If it is gathered, the fold does not wait for `after`: it is the same in the
+        # rematerialised forward pass and in the backward pass, which can share it and
+        # its gather.
+        m = m if gathers else schedule_after(after, m)
+        delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layer.layout)
+        folded = delta.added_to(kernel)
+        if layer.layout is not None and gathers:
+            sharding = layer.layout.gathered_sharding(kernel.ndim)
+            folded = jax.lax.with_sharding_constraint(folded, sharding)
+        elif chips.folds_in_place(op):
+            return folded
         return barrier(after, folded) if chips.stores_folds() else folded
 
 
@@ -181,7 +200,7 @@ def schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
     # of the program.
     if x.size == 0:
         return m
-    return barrier(x, m) if current_tuning().chip else _add_zero(x, m)
+    return barrier(x, m) if current_chip() else _add_zero(x, m)
 
 
 def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
@@ -202,7 +221,7 @@ def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((x, m))[1]
 
 
-def fused(layer: Adapted, kernel_shape: Shape) -> LinearMap:
+def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
     """The same where each device adds its parts of both terms."""
     labels = layer.product.einsum_labels
     assert layer.layout is not None and labels is not None
@@ -216,7 +235,8 @@ def fused(layer: Adapted, kernel_shape: Shape) -> LinearMap:
     x_spec, kernel_spec, y_spec = (
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
-    here = Static(Adapted.forward, dataclasses.replace(layer, layout=None))
+    on_one = Activation(dataclasses.replace(layer, layout=None))
+    here = Static(Activation.forward, on_one)
     x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
     specs = x_spec, y_spec, REPLICATED, kernel_spec
     return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
@@ -224,7 +244,7 @@ def fused(layer: Adapted, kernel_shape: Shape) -> LinearMap:
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
 def _result_dtype(multiply: Static, *arrays: tuple[Shape, Any]) -> Any:
-    shapes = (jax.ShapeDtypeStruct(*array) for array in arrays)
+    shapes = [jax.ShapeDtypeStruct(*array) for array in arrays]
     return jax.eval_shape(multiply, *shapes).dtype
 
 
@@ -263,12 +283,13 @@ def adapted_product(
             f"the layer multiplies by a kernel of shape {kernel.shape}, the adapter's "
             f"has {shape}; say execution='activation' in overrides for it"
         )
+    assert isinstance(product, Contraction)  # or it would not have joined
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.
-    delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)
-    settings = precision, spec.layout, spec.execution
-    layer = Adapted(product, multiply, axes, *settings, tuple(x.shape), x.dtype)
-    return layer((delta.operator, delta.m, kernel), x)
+    settings = axes, precision, spec.layout, spec.execution
+    layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
+    wide = jnp.promote_types(jnp.result_type(m), x.dtype)
+    return Adapted(layer)((spec.operator, scaled_m(spec, m, wide, x), kernel), x)
 
 
 def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
@@ -281,7 +302,7 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
     # given, instead of the kernel that it knows, one with a delta, and round it.
-    known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
+    known = {type(size) for size in x.shape} <= {int}  # unlike some of jax.export
     return known and not (dropout or intercepted())
 
 
@@ -295,7 +316,10 @@ def add_delta(
     precision: jax.lax.PrecisionLike = None,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's output `y` with its delta, as for `adapted_product` and `adapted`."""
+    """A layer's output `y` with its delta, arguments as for `adapted_product`.
+
+    `factor` is an array that the layer multiplies its output by, instead of its kernel.
+    """
     if (sharding := explicit_sharding(y)) is not None:
         labels = product.einsum_labels
         layout = None if labels is None else explicit_layout(labels, x, sharding)
@@ -305,7 +329,7 @@ def add_delta(
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return with_auto_axes(add, sharding, y, m, x, dropout_key)
-    x, drop = jnp.asarray(x), (dropout_key, spec.dropout)
+    x, rate = jnp.asarray(x), spec.dropout
 
     def delta(m: ArrayLike, x: jax.Array) -> jax.Array:
         settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
@@ -313,12 +337,14 @@ def add_delta(
 
     def added(x: jax.Array) -> jax.Array:
         if isinstance(m, Selected):
-            rows = undisturbed(by_row)(spec, product, delta, precision, m, x)
-        else:
-            rows = undisturbed(delta)(m, x)
-        return product.dropped_after(rows, x, *drop)
+            return undisturbed(by_row)(spec, product, delta, precision, m, x)
+        return undisturbed(delta)(m, x)
 
-    return adapted(y, added, product.dropped(x, y.dtype, *drop), factor)
+    if product.takes_indices:  # they cannot be zero, and are dropped with their rows
+        rows = dropped(added(x), dropout_key, rate, (*x.shape, 1))
+    else:
+        rows = added(dropped(x.astype(y.dtype), dropout_key, rate))
+    return y + (rows if factor is None else rows * factor.astype(y.dtype))
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
 from mora_jax.operators import Operator
-from mora_jax.operators._base import Split
+from mora_jax.operators._map import DeltaMap
 
 REPLICATED = PartitionSpec()
 
@@ -73,15 +74,15 @@ class ShardMappedMap(LinearMap):
         return mapped(cotangent, *self._gathered(residuals))
 
     @property
-    def derivative(self) -> Callable[[Any, Any, Any], jax.Array] | None:
+    def derives(self) -> bool:
         # JAX would transpose the sum over devices as well, to another sum.
-        return None if self.by_residual is None else self._by_tangent
+        return self.by_residual is not None
 
-    def _by_tangent(self, residuals: Any, operand: Any, tangent: Any) -> jax.Array:
+    def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
         assert self.by_residual is not None
         op, residual = residuals
         own = (op, operand, residual)[: len(self.by_residual.specs) - 1]
-        return self.by_residual(own, tangent)
+        return self.by_residual, own
 
     def _mapped(
         self, apply: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
@@ -147,40 +148,32 @@ PartForm = Callable[[Any], Callable[..., jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class OperatorOnMesh:
-    """An operator with the methods of `Operator`, where devices compute their parts."""
+class OnMesh(DeltaMap):
+    """The map of an operator, where devices that share features share C(x)."""
 
     operator: Operator
     features: FeatureSharding
 
-    def split(self, x: jax.Array) -> Split:
-        """Split with a C(x) that is the same on all devices, and D(h) in parts."""
-        h, decompress = self.operator.split(x)
-        if axes := self.features.in_axes:
-            inputs, here = dataclasses.replace(self.features, out_axes=()), "compress"
-            specs = last_axis(axes, x.ndim), REPLICATED
-            of_x = ShardMappedMap(inputs, Static(_here, here), jax.typeof(x), specs)
-            h = of_x((self.operator,), x)
-        return Split(h, self._decompress if self.features.out_axes else decompress)
+    @property
+    def m_shape(self) -> Shape:
+        return self.operator.m_shape
 
-    rows_with = Operator.rows_with
+    def enter(self, x: jax.Array) -> jax.Array:
+        """C(x), the same on all devices."""
+        if not (axes := self.features.in_axes):
+            return self.operator.enter(x)
+        inputs = dataclasses.replace(self.features, out_axes=())
+        specs = last_axis(axes, x.ndim), REPLICATED
+        of_x = ShardMappedMap(inputs, Static(_here, "enter"), jax.typeof(x), specs)
+        return of_x((self.operator,), x)
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        here, outputs = Static(_here, "decompress"), self._outputs_only
-        specs = REPLICATED, last_axis(outputs.out_axes, h.ndim)
-        return ShardMappedMap(outputs, here, jax.typeof(h), specs)((self.operator,), h)
-
-    def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        """D(C(x) M), (..., in_features) -> (..., out_features): a map of x and of M."""
-        both = self.features.in_axes, self.features.out_axes
-        x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
-        specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
-        if not self.operator.linear:
-            specs, here = (*specs, REPLICATED), Static(_tangent, precision)
-        by_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
-        specs, here = (x_spec, y_spec, REPLICATED), Static(_rows_of_x, precision)
-        of_x = ShardMappedMap(self.features, here, jax.typeof(x), specs, by_m)
-        return of_x((self.operator, m), x)
+    def leave(self, h: jax.Array) -> jax.Array:
+        """D(h) in parts."""
+        if not (axes := self.features.out_axes):
+            return self.operator.leave(h)
+        specs, here = (REPLICATED, last_axis(axes, h.ndim)), Static(_here, "leave")
+        of_h = ShardMappedMap(self._outputs_only, here, jax.typeof(h), specs)
+        return of_h((self.operator,), h)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Any = None
@@ -192,13 +185,13 @@ class OperatorOnMesh:
         here, outputs = Static(_here, "unit_rows", precision), self._outputs_only
         specs = REPLICATED, last_axis(outputs.out_axes, indices.ndim + 1), REPLICATED
         of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
-        return self._by_m(of_m, m, indices)
+        return self._of_m(of_m, m, indices)
 
     def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
         here, specs = Static(_here, matrix_of), (REPLICATED, self._kernel_spec)
         of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
-        return self._by_m(of_m, m)
+        return self._of_m(of_m, m)
 
     def added(self, m: jax.Array, kernel: jax.Array, add_of: PartForm) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
@@ -212,7 +205,7 @@ class OperatorOnMesh:
         # Without a transpose, since it is not linear.
         return sums.forward((self.operator, m), kernel)
 
-    def _by_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
+    def _of_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
         # Of a delta that is not linear in M JAX takes the derivative.
         apply = of_m if self.operator.linear else of_m.forward
         return apply((self.operator, *arrays), m)
@@ -224,6 +217,50 @@ class OperatorOnMesh:
     @property
     def _kernel_spec(self) -> PartitionSpec:
         return PartitionSpec(self.features.in_axes, self.features.out_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts(OnMesh):
+    """The same where each device computes a part of the product with M.
+
+    Devices send each other parts of the output, or parts of C(x), q numbers a row. Here
+    it is the output, so that M's gradient needs a sum of arrays like M, nothing else.
+    """
+
+    def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+        here, specs = Static(_rows_of_x, precision), (*self._specs(x), REPLICATED)
+        by_m = self._by_m(x, m, precision)
+        of_x = ShardMappedMap(self.features, here, jax.typeof(x), specs, by_m)
+        return of_x((self.operator, m), x)
+
+    def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
+        return (x,) if self.operator.linear else (x, m)
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Any = None
+    ) -> jax.Array:
+        by_m = self._by_m(kept[0], tangent, precision)
+        return by_m((self.operator, *kept), tangent)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
+    ) -> jax.Array:
+        by_m = self._by_m(kept[0], g, precision)
+        return by_m.transpose((self.operator, *kept), g)
+
+    def _by_m(self, x: jax.Array, m: Any, precision: Any) -> ShardMappedMap:
+        """The derivative by M as a map of its tangent, in the dtype of `m`."""
+        x_spec, y_spec = self._specs(x)
+        specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
+        if not self.operator.linear:
+            specs, here = (*specs, REPLICATED), Static(_tangent, precision)
+        whole = jax.ShapeDtypeStruct(self.m_shape, m.dtype)
+        return ShardMappedMap(self.features, here, whole, specs)
+
+    def _specs(self, x: jax.Array) -> tuple[PartitionSpec, ...]:
+        """The splits of x, and of the output."""
+        both = self.features.in_axes, self.features.out_axes
+        return tuple(last_axis(axes, x.ndim) for axes in both)
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:

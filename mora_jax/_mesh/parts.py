@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators import Decoupling, Operator, Permutation, Sharing, SignedSharing
-from mora_jax.operators._base import Split, Times
 from mora_jax.operators._blocks import num_blocks
+from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators._projection import Projection
 
 _part = functools.partial(
@@ -33,7 +33,7 @@ _part = functools.partial(
 
 @_part
 @dataclasses.dataclass(frozen=True)
-class OperatorPart:
+class OperatorPart(DeltaMap):
     """The part of any operator for some of its inputs and outputs.
 
     It computes with zeros for the inputs that are elsewhere. Subclasses do less work.
@@ -49,13 +49,7 @@ class OperatorPart:
 
     @property
     def m_shape(self) -> Shape:
-        """Shape of M."""
         return self.operator.m_shape
-
-    @property
-    def linear(self) -> bool:
-        """True if the delta is linear in what is trained."""
-        return self.operator.linear
 
     @property
     def is_whole(self) -> bool:
@@ -64,33 +58,19 @@ class OperatorPart:
         here = self.in_features, self.out_features
         return here == (op.in_features, op.out_features)
 
-    def split(self, x: jax.Array) -> Split:
-        """Split of the product of the inputs that are here, for the outputs here."""
-        h, decompress = self.operator.split(self.pad_inputs(x))
-        return Split(h, lambda h: self.take_outputs(decompress(h)))
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self.operator.enter(self.pad_inputs(x))
 
-    def compress(self, x: jax.Array) -> jax.Array:
-        """C of the inputs that are here, for an operator of one block."""
-        return self.split(x).h
+    def leave(self, h: jax.Array) -> jax.Array:
+        return self.take_outputs(self.operator.leave(h))
 
-    def decompress(self, h: jax.Array) -> jax.Array:
-        """D for the outputs that are here, for an operator of one block."""
-        # D does not depend on x, and XLA drops what C would make of these zeros.
-        nothing = jnp.zeros((*h.shape[:-1], self.in_features), h.dtype)
-        return self.split(nothing).decompress(h)
-
-    rows = Operator.rows
-
-    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        """Share of the inputs here in the outputs here: (..., in) -> (..., out)."""
-        if not self.linear:
-            y = self.operator.rows_with(times, self.pad_inputs(x), m)
-            return self.take_outputs(y)
-        h, decompress = self.split(x)
-        return decompress(times(h, m))
+    def product(
+        self, h: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.operator.product(h, m, precision)
 
     def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """The outputs here of rows of the whole delta: (...) -> (..., out)."""
         return self.take_outputs(self.operator.unit_rows(indices, m, precision))
@@ -122,32 +102,34 @@ class OperatorPart:
 class SharingPart(OperatorPart):
     """The part of sharing; only groups that a device has unequally often take more."""
 
-    def split(self, x: jax.Array) -> Split:
+    def enter(self, x: jax.Array) -> jax.Array:
         op, q = self.operator, self.operator.square_rank
-        h, decompress = super().split(x)
         if op.compress_groups == "strided" and not self.in_features % q:
-            h = sum_tiles(x, q) * op._scale("in", x.dtype)
-        if op.decompress_groups == "strided" and not self.out_features % q:
-            n = self.out_features
-            return Split(h, lambda h: tile_to(h * op._scale("out", h.dtype), n))
-        return Split(h, decompress)
+            return sum_tiles(x, q) * op._scale("in", x.dtype)
+        return super().enter(x)
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        op, outs = self.operator, self.out_features
+        if op.decompress_groups == "strided" and not outs % op.square_rank:
+            return tile_to(h * op._scale("out", h.dtype), outs)
+        return super().leave(h)
 
 
 @_part
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
-    def split(self, x: jax.Array) -> Split:
-        return Split(matmul(x, self._in_basis(x)), self._decompress)
+    def enter(self, x: jax.Array) -> jax.Array:
+        return matmul(x, self._in_basis(x))
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        return matmul(self._in_basis(m), self._decompress(m))
+        return matmul(self._in_basis(m), self.leave(m))
 
     def _in_basis(self, like: jax.Array) -> jax.Array:
         return self.take_inputs(self.operator.basis("in", like.dtype))
-
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
 
 @_part
@@ -180,61 +162,92 @@ class BlockPart(OperatorPart):
         sizes = self.in_features, self.out_features
         return self.operator.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
 
-    def split(self, x: jax.Array) -> Split:
-        op, groups = self.operator, self.operator.num_groups
-        start, wanted = 0, groups
+    # M multiplies whichever are fewer: the blocks from here, or the groups for here.
+    # Both orders give the same sum, since M is the same for all blocks of a group.
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        blocks = self._blocks(x)
+        if self._sums_first:
+            return self._sum_wanted(blocks)
+        return jnp.concatenate(blocks, axis=-2)
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        if not self._sums_first:
+            sizes = [size for _, size in self._runs]
+            ends = list(itertools.accumulate(sizes))[:-1]
+            h = self._sum_wanted(jnp.split(h, ends, axis=-2))
+        return self._outputs_of_groups(h)
+
+    @property
+    def _sums_first(self) -> bool:
+        return sum(size for _, size in self._runs) > self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        """The number of groups that outputs here want."""
+        groups = self.operator.num_groups
+        if self.out_features == self.operator.out_features:
+            return groups
+        return min(groups, self._max_blocks(self.out_features))
+
+    def _sum_wanted(self, blocks: Sequence[jax.Array]) -> jax.Array:
+        """The sums of the groups that outputs here want: (..., wanted, q)."""
+        op, start = self.operator, 0
         if self.out_features < op.out_features:
             start = self.out_start // op.square_rank
-            wanted = min(groups, self._max_blocks(self.out_features))
-        blocks, firsts = self._touched_blocks(x)
+        placed = (
+            jnp.roll(pad_to(h, op.num_groups, axis=-2), first - start, axis=-2)
+            for h, (first, _) in zip(blocks, self._runs, strict=True)
+        )
+        return functools.reduce(jnp.add, placed)[..., : self._wanted, :]
 
-        def sum_wanted(blocks: Sequence[jax.Array]) -> jax.Array:
-            """The sums of the groups that outputs here want: (..., wanted, q)."""
-            placed = (
-                jnp.roll(pad_to(h, groups, axis=-2), first - start, axis=-2)
-                for h, first in zip(blocks, firsts, strict=True)
-            )
-            return functools.reduce(jnp.add, placed)[..., :wanted, :]
+    @property
+    def _has_all(self) -> bool:
+        """True if all blocks are computed, from features here among zeros."""
+        op = self.operator
+        whole = self.in_features == op.in_features
+        return whole or op.truncate or op.square_rank > op.in_features
 
-        # M multiplies whichever are fewer: the blocks from here, or those for here.
-        # Both orders give the same sum, since M is the same for all blocks of a group.
-        sizes = [h.shape[-2] for h in blocks]
-        if sum(sizes) > wanted:
-            return Split(sum_wanted(blocks), self._outputs_of_groups)
-        ends = list(itertools.accumulate(sizes))[:-1]
+    @property
+    def _overlap(self) -> int:
+        """The number of first features that complete the last block."""
+        n, q = self.operator.compressed_shape
+        return n * q - self.operator.in_features
 
-        def decompress(h: jax.Array) -> jax.Array:
-            return self._outputs_of_groups(sum_wanted(jnp.split(h, ends, axis=-2)))
+    @property
+    def _runs(self) -> list[tuple[Any, int]]:
+        """Of each array in `_blocks`, the number of its first group, and of groups.
 
-        return Split(jnp.concatenate(blocks, axis=-2), decompress)
-
-    def _touched_blocks(self, x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
-        """The blocks that hold features of this device, and where they belong.
-
-        Returns:
-          Arrays (..., k, q), and for each the number of its first block. The groups of
-          the blocks follow each other, and after the last group comes the first again.
-          Blocks of one group are summed.
+        The groups of the blocks follow each other, and after the last group comes the
+        first again.
         """
+        op = self.operator
+        if self._has_all:
+            return [(0, op.num_groups)]
+        touched = self._max_blocks(self.in_features)
+        runs = [(self.in_start // op.square_rank, min(touched, op.num_out_blocks))]
+        return runs + [(op.compressed_shape[0] - 1, 1)] * (self._overlap > 0)
+
+    def _blocks(self, x: jax.Array) -> list[jax.Array]:
+        """Blocks that hold features of this device, (..., k, q); summed by groups."""
         op, q, size = self.operator, self.operator.square_rank, self.in_features
-        if op.truncate or q > op.in_features or size == op.in_features:
-            return [op.sum_groups(op._compress(self.pad_inputs(x)))], [0]
-        # The features here begin within block `first`, at an offset that only the
-        # device knows. Put at that offset among zeros, they are whole blocks, which are
+        if self._has_all:
+            return [op.enter(self.pad_inputs(x))]
+        # The features here begin within a block, at an offset that only the device
+        # knows. Put at that offset among zeros, they are whole blocks, which are
         # rotated as such; what is elsewhere adds zeros.
-        first, touched = self.in_start // q, self._max_blocks(size)
+        touched = self._max_blocks(size)
         h = _put(x, touched * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], touched, q)
-        h = op.rotate_rows(h, first + jnp.arange(touched))
-        blocks, firsts = [op.sum_groups(h)], [first]
-        n = op.compressed_shape[0]
-        if over := n * q - op.in_features:  # the first features complete the last block
+        h = op.rotate_rows(h, self.in_start // q + jnp.arange(touched))
+        blocks = [op.sum_groups(h)]
+        if over := self._overlap:
             h = _put(x, over + size, jnp.minimum(self.in_start, over))
             h = h[..., None, :over]
             h = jnp.pad(h, [*[(0, 0)] * x.ndim, (q - over, 0)])
-            blocks.append(op.rotate_rows(h, jnp.array([n - 1])))
-            firsts.append(n - 1)
-        return blocks, firsts
+            last = jnp.array([op.compressed_shape[0] - 1])
+            blocks.append(op.rotate_rows(h, last))
+        return blocks
 
     def _outputs_of_groups(self, h: jax.Array) -> jax.Array:
         """(..., wanted, q) -> (..., out_features)."""

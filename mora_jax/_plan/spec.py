@@ -219,7 +219,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
         # "auto" goes by the budget, and not by the q that is left of it.
         name = resolve_auto(name, config.rank)
         q = square_rank(config.rank, ins, outs, name, config.multiple_of)
-    elif q > min(ins, outs) and OPERATORS.get(parse_spec(name)[0], Operator).linear:
+    elif q > min(ins, outs) and OPERATORS.get(parse_spec(name)[0], Operator).square:
         raise ValueError(
             "square_rank must be at most min(in_features, out_features) = "
             f"{min(ins, outs)}, got {q}"

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +16,31 @@ from mora_jax._common.checks import (
     positive_integer,
 )
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
-from mora_jax._jax.tuning import Work
-from mora_jax._jax.vma import transposed
+from mora_jax._jax.linear_algebra import transposed
+from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax.operators._map import DeltaMap, Precision
 
 Side = Literal["in", "out"]
-Precision = jax.lax.PrecisionLike
-Times = Callable[..., jax.Array]
-"""Product h m of (h, m), or h part(m) of (h, m, part) where a part of m multiplies."""
+Work = Literal["products", "sums", "blocks", "factors"]
+"""The work: products with C and D, sums and copies, moves of blocks; thin factors."""
 Trained = Float[ArrayLike, "..."]
 Inputs = Float[ArrayLike, "*batch ins"]
 
 
-class Split(NamedTuple):
-    """Split of D(C(x) M) into h, (..., q) or (..., n, q), and the map of h M to it."""
-
-    h: jax.Array
-    decompress: Callable[[jax.Array], jax.Array]
-
-
 @dataclasses.dataclass(frozen=True)
-class Operator:
-    r"""The two fixed linear maps around the trained square matrix M.
+class Operator(DeltaMap):
+    r"""The two fixed linear maps around the trained array M.
 
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
     and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
-    the delta `matrix` and the `gradient` of M, which it also gives where it knows a
-    faster way. If its delta is not an M between two maps, it says that it is not
-    `linear`, and gives `rows_with`; convolutions ask for its `factors` as well.
-    Equality and hash go by the settings. Arrays that a seed determines are pytree
-    leaves: a jitted function takes them as arguments.
+    its derivative by M and the delta as a `matrix`, which it also gives where it knows
+    a faster way. If M is not a square that multiplies the rows of C(x), it says which
+    array it is, `m_shape`, and how rows are multiplied, `product`; and if the delta is
+    not linear in it, the derivative, as `LowRank` does. Equality and hash go by the
+    settings. Arrays that a seed determines are pytree leaves: a jitted function takes
+    them as arguments.
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M of `m_shape`, `indices` are numbers of inputs,
@@ -63,8 +55,8 @@ class Operator:
     """
 
     # The rest of the library asks an operator only for what it trains (`m_shape`,
-    # `start`, `scaled`, `linear`), for the product and its derivatives (`rows`,
-    # `matrix`, `gradient`, `unit_rows`), and for `split` where rows have an M each.
+    # `start`, `scaled`, `linear`), for the map and its derivative (`DeltaMap`), and for
+    # the delta as a matrix or by rows (`matrix`, `unit_rows`).
     in_features: int
     out_features: int
     square_rank: int
@@ -80,12 +72,12 @@ class Operator:
     it q may not exceed `min(in_features, out_features)`."""
     q_multiple_of: ClassVar[int] = 1
     """A divisor of q."""
-    block: ClassVar[bool] = False
-    """True if M acts on several blocks of the input, so that C(x) is as large as x."""
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
     """True if the delta is linear in what is trained, and weighted sums are exact."""
+    square: ClassVar[bool] = True
+    """True if M is (q, q), so that q is as wide as a budget and both widths allow."""
     drawn: ClassVar[bool] = False
     """True if `start` draws numbers whatever `init` is, so that it needs a key."""
 
@@ -93,7 +85,7 @@ class Operator:
         for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
-        if self.linear and not self.tiles and q > limit:
+        if self.square and not self.tiles and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
@@ -191,32 +183,11 @@ class Operator:
         # Subclasses need not make `in_features` numbers for each.
         return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
-    def split(self, x: jax.Array) -> Split:
-        """Split of D(C(x) M) into what M multiplies and the map of the product."""
-        return Split(self._compress(x), self._decompress)
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self._compress(x)
 
-    def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
-        """Split for unit vectors e_i, whose numbers i are `indices`, (...)."""
-        return Split(self._compress_units(indices, dtype), self._decompress)
-
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        """D(C(x) M), row by row: (..., in_features) -> (..., out_features)."""
-        if not self.linear:
-
-            def times(h: jax.Array, m: jax.Array, part: Any = whole) -> jax.Array:
-                return matmul(h, part(m), precision)
-
-            return self.rows_with(times, x, m)
-        h, decompress = self.split(x)
-        axes = last_with_first(h)
-        return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
-
-    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        """`rows` with each product by M, or by a part of it, as `times` computes it."""
-        h, decompress = self.split(x)
-        return decompress(times(h, m))
+    def leave(self, h: jax.Array) -> jax.Array:
+        return self._decompress(h)
 
     def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
@@ -229,11 +200,8 @@ class Operator:
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """Rows of the delta by their numbers: (...) -> (..., out_features)."""
-        if not self.linear:
-            units = jax.nn.one_hot(indices, self.in_features, dtype=m.dtype)
-            return self.rows(units, m, precision)
-        h, decompress = self.split_units(indices, m.dtype)
-        return decompress(matmul(h, m, precision))
+        h = self._compress_units(indices, m.dtype)
+        return self._decompress(self.product(h, m, precision))
 
     def matrix(self, m: jax.Array) -> jax.Array:
         """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features)."""
@@ -246,16 +214,6 @@ class Operator:
             return transposed(self._compress, (self.in_features,), column)
 
         return jax.vmap(column, in_axes=-1, out_axes=-1)(self._decompress(m))
-
-    def gradient(
-        self, x: jax.Array, g: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        r"""Gradient of M from x and g: :math:`dM = \sum_{rows} C(x)^T D^T(g)`."""
-        # A block is a row like any other. It is one product of all rows: the one that
-        # JAX would derive keeps their axes apart, and XLA writes C(x) once more for it.
-        h, decompress = self.split(x)
-        (back,) = jax.linear_transpose(decompress, h)(g)
-        return rows_product(h, back, precision)
 
     def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
@@ -306,17 +264,6 @@ class Operator:
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
         return array
-
-
-def whole(m: jax.Array) -> jax.Array:
-    """All of M, as the part of it by which rows are multiplied."""
-    return m
-
-
-def rows_product(h: jax.Array, g: jax.Array, precision: Precision = None) -> jax.Array:
-    """Sum of h^T g over all rows: (..., q) and (..., k) to (q, k)."""
-    h, g = (a.reshape(-1, a.shape[-1]) for a in (h, g))
-    return matmul(h.T, g, precision)
 
 
 def in_range(indices: ArrayLike, size: int) -> jax.Array:

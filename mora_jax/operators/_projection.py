@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.linear_algebra import matmul
 from mora_jax.operators._base import Operator, Side
 
 

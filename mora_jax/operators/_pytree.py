@@ -34,8 +34,8 @@ def operator(cls: ClassT) -> ClassT:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its arrays."""
     cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
     fields = dataclasses.fields(cls)
-    cls.arrays = tuple(f.name for f in fields if f.metadata)
-    cls.given = any(f.init for f in fields if f.metadata)
+    cls.arrays = tuple(f.name for f in fields if "compute" in f.metadata)
+    cls.given = any(f.init for f in fields if "compute" in f.metadata)
     register_pytree(cls, cls.arrays)
     return cls
 
@@ -44,9 +44,14 @@ def register_pytree(cls: type, children: Sequence[str]) -> None:
     """Make a dataclass a pytree whose children are these fields; the rest is static."""
     static = [f.name for f in dataclasses.fields(cls) if f.name not in children]
 
+    def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [getattr(record, name) for name in children]
+        return values, tuple([getattr(record, name) for name in static])
+
     def flatten_with_keys(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        pairs = [(jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in children]
-        return pairs, tuple(getattr(record, name) for name in static)
+        values, aux = flatten(record)
+        keys = map(jax.tree_util.GetAttrKey, children)
+        return [*zip(keys, values, strict=True)], aux
 
     def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
@@ -55,4 +60,4 @@ def register_pytree(cls: type, children: Sequence[str]) -> None:
             object.__setattr__(record, name, value)
         return record
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

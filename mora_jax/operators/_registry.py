@@ -122,7 +122,7 @@ def square_rank(
         positive_integer("multiple_of", multiple_of)
     cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
     q = cls.widest(rank, in_features, out_features)
-    if not cls.linear:
+    if not cls.square:
         return q
     q = min(q, in_features, out_features)
     if multiple_of is None:

@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
-from mora_jax.operators._base import Operator, Split
+from mora_jax.operators._base import Operator
 from mora_jax.operators._blocks import block_positions, num_blocks, to_blocks
+from mora_jax.operators._map import Precision
 from mora_jax.operators._pytree import operator
 
 
@@ -91,22 +92,25 @@ class Decoupling(Operator):
         y = tile_to(h.reshape(*batch, groups * q), self.out_features)
         return self.outputs_in_place(y)
 
-    def split(self, x: jax.Array) -> Split:
-        # D sums the blocks of a group. M multiplies them all, so it may multiply the
-        # sum instead: n blocks become min(n, p).
-        return Split(self.sum_groups(self._compress(x)), self.decompress_groups)
+    # D sums the blocks of a group. M multiplies them all, so it may multiply the sum
+    # instead: n blocks become min(n, p).
 
-    def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self.sum_groups(self._compress(x))
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return self.decompress_groups(h)
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
         # A unit vector is in t blocks of the n, so that M multiplies t rows.
-        block, rows = self.block_rows(indices, dtype)
-
-        def decompress(h: jax.Array) -> jax.Array:
-            groups = np.arange(self.num_groups, dtype=np.uint32)
-            feeds = self.in_group(block)[..., None] == groups
-            h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
-            return self.decompress_groups(h)
-
-        return Split(rows, decompress)
+        block, rows = self.block_rows(indices, m.dtype)
+        h = self.product(rows, m, precision)
+        groups = np.arange(self.num_groups, dtype=np.uint32)
+        feeds = self.in_group(block)[..., None] == groups
+        h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
+        return self.decompress_groups(h)
 
     def matrix(self, m: jax.Array) -> jax.Array:
         # In whole rows, which compilers vectorise; in tiles of q columns it took four

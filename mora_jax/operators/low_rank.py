@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.linear_map import Static
-from mora_jax._jax.qwix_guard import matmul
-from mora_jax.operators._base import Operator, Precision, Times
+from mora_jax._jax.linear_algebra import last_with_first, matmul, rows_product
+from mora_jax.operators._base import Operator
+from mora_jax.operators._map import Precision
 from mora_jax.operators._pytree import operator
 
 
@@ -46,6 +46,7 @@ class LowRank(Operator):
 
     name = "low_rank"
     linear = False
+    square = False
     drawn = True
     work = "factors"
 
@@ -55,9 +56,14 @@ class LowRank(Operator):
         return rank
 
     @property
+    def rank(self) -> int:
+        """The rank r, which stands in `square_rank`."""
+        return self.square_rank
+
+    @property
     def m_shape(self) -> Shape:
         """Shape of A above the transpose of B: (in + out, r)."""
-        return self.in_features + self.out_features, self.square_rank
+        return self.in_features + self.out_features, self.rank
 
     @property
     def fine_tuning_scale(self) -> float:
@@ -84,7 +90,7 @@ class LowRank(Operator):
         assert key is not None
         keys = jax.random.split(key)
         bound = 1 / math.sqrt(self.in_features)
-        shape = (*stack, self.in_features, self.square_rank)
+        shape = (*stack, self.in_features, self.rank)
         a = jax.random.uniform(keys[0], shape, dtype, -bound, bound)
         b = super().start(stack, init, keys[1], dtype)[..., self.in_features :, :]
         if init == "embedding":
@@ -96,10 +102,40 @@ class LowRank(Operator):
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
 
-    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        # Of many adapters the one of a row is found before it is taken apart.
-        a, b = (Static(_factor, self, k) for k in range(2))
-        return times(times(x, m, a), m, b)
+    # C and D are identities, and between them x is multiplied by both factors. With
+    # h = x A kept for it, the derivative is dy = (x dA) B + h dB, so that dA = x^T (g
+    # B^T) and dB = h^T g.
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return h
+
+    def product(
+        self, h: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        a, b = self.factors(m)
+        h = jax.lax.dot_general(h, a, last_with_first(h), precision=precision)
+        return jax.lax.dot_general(h, b, last_with_first(h), precision=precision)
+
+    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+        a, b = self.factors(m)
+        return x, matmul(x, a, precision), b
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        (x, h, b), (by_a, by_b) = kept, self.factors(tangent)
+        through_a = matmul(matmul(x, by_a, precision), b, precision)
+        return through_a + matmul(h, by_b, precision)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
+    ) -> jax.Array:
+        x, h, b = kept
+        by_a = rows_product(x, matmul(g, b.T, precision), precision)
+        return self.joined(by_a, rows_product(h, g, precision))
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
@@ -130,7 +166,3 @@ def nearest_factors(
     rank = min(rank or least, values.shape[-1])
     b = values[..., :rank, None] * right[..., :rank, :]
     return left[..., :rank], b, float(cut[rank]), least
-
-
-def _factor(op: LowRank, k: int, m: jax.Array) -> jax.Array:
-    return op.factors(m)[k]

@@ -1,13 +1,10 @@
 """Base class of products: how a layer multiplies its input with its kernel."""
 
 import abc
-from collections.abc import Callable
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._trace_check import Claim
@@ -33,8 +30,7 @@ class KernelDelta(Protocol):
     @property
     def kernel_shape(self) -> Shape: ...
 
-    @property
-    def rows(self) -> Callable[[jax.Array], jax.Array]:
+    def rows(self, x: jax.Array) -> jax.Array:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         ...
 
@@ -109,26 +105,6 @@ class Product(abc.ABC):
         """The axes of the batch in the input `x` and the output; None without one."""
         return (0, 0) if x.ndim else None
 
-    def dropped(
-        self, x: jax.Array, dtype: DTypeLike, key: PRNGKeyArray | None, rate: float
-    ) -> jax.Array:
-        """The input as the delta sees it under the adapter's dropout.
-
-        Args:
-          x: The layer's input.
-          dtype: The dtype of the computation.
-          key: The key of the mask; None to drop nothing.
-          rate: The part that is dropped, from 0 to 1.
-        """
-        return x if self.takes_indices else _drop(x.astype(dtype), x.shape, key, rate)
-
-    def dropped_after(
-        self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
-    ) -> jax.Array:
-        """The delta's output `y` for the input `x`; arguments as for `dropped`."""
-        # An index cannot be zero, and is dropped with its row.
-        return _drop(y, (*x.shape, 1), key, rate) if self.takes_indices else y
-
     def factors(self, scale: ArrayLike | float) -> Factors:
         """Factors of input and output that have the effect of scaling the kernel.
 
@@ -146,13 +122,3 @@ class Product(abc.ABC):
             f"each feature of an embedding, got {type(self).__name__} scaled by shape "
             f"{jnp.shape(scale)}"
         )
-
-
-def _drop(
-    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
-) -> jax.Array:
-    """Dropout of `x` by a mask of `shape`."""
-    if key is None or rate == 0:
-        return x
-    # What stays is scaled up, which keeps the mean.
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)

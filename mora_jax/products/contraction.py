@@ -1,6 +1,7 @@
 """Dense layers: an einsum of input and kernel."""
 
 import dataclasses
+import functools
 import math
 import string
 from typing import Any
@@ -54,10 +55,11 @@ class Contraction(Product):
 
     def __post_init__(self) -> None:
         kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
-        axes = (kinds[c in self.inputs, c in self.outputs] for c in self.kernel)
+        axes = [kinds[c in self.inputs, c in self.outputs] for c in self.kernel]
         object.__setattr__(self, "axes", "".join(axes))
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
         """Read an equation as for `jax.numpy.einsum`, such as `"...i,io->...o"`.
 
@@ -102,6 +104,7 @@ class Contraction(Product):
         return cls(inputs, kernel, outputs)
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":
         """The equation from (*stack, *batch, *in) to (*stack, *batch, *out)."""
         kernel = string.ascii_letters[: len(axes)]
@@ -122,7 +125,7 @@ class Contraction(Product):
         """The equation from outputs to inputs, with the same kernel."""
         return Contraction(self.outputs, self.kernel, self.inputs)
 
-    @property
+    @functools.cached_property
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
@@ -177,20 +180,43 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        lead = self._labels("s") + self._batch
-        order = [self.inputs.index(c) for c in lead + self._labels("i")]
-        x = jnp.transpose(x, order)
-        return x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
+        return _joined(x, *self._orders["x"])
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        labels = self._labels("s") + self._batch + self._labels("o")
-        y = rows.reshape(*rows.shape[:-1], *out_shape)
-        return jnp.transpose(y, [labels.index(c) for c in self.outputs])
+        order, _ = self._orders["rows"]
+        return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
+
+    def output_rows(self, y: jax.Array) -> jax.Array:
+        """The output as (*stack, *batch, out_features)."""
+        return _joined(y, *self._orders["y"])
+
+    @functools.cached_property
+    def _orders(self) -> dict[str, tuple[list[int], int]]:
+        """The orders of axes of x and y as rows, and of rows as y, found once.
+
+        Beside each is the number of axes that lead, before the features'.
+        """
+        xs, ys = self._row_labels("i"), self._row_labels("o")
+        leading = len(self._labels("s") + self._batch)
+        return {
+            "x": ([self.inputs.index(c) for c in xs], leading),
+            "y": ([self.outputs.index(c) for c in ys], leading),
+            "rows": ([ys.index(c) for c in self.outputs], leading),
+        }
+
+    def _row_labels(self, letter: str) -> str:
+        return self._labels("s") + self._batch + self._labels(letter)
 
     def _labels(self, letter: str) -> str:
         return "".join(sizes(self.kernel, self.axes, letter))
 
-    @property
+    @functools.cached_property
     def _batch(self) -> str:
         return "".join(c for c in self.inputs if c not in self.kernel)
+
+
+def _joined(x: jax.Array, order: list[int], leading: int) -> jax.Array:
+    """The axes of x in another order, and those behind the leading ones as one."""
+    x = jnp.transpose(x, order)
+    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:]))

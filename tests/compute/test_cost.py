@@ -1,5 +1,6 @@
 """What an adapted layer costs, as far as it can be told without a clock."""
 
+import math
 import re
 from typing import Any
 
@@ -31,23 +32,11 @@ def flops(lowered):
 
 def arithmetic(op):
     """Additions and multiplications for one row, by the definition of the operator."""
-    q, widths = op.square_rank, op.in_features + op.out_features
-    blocks, out_blocks = -(-op.in_features // q), -(-op.out_features // q)
-    # M may multiply the sum of the blocks that feed one.
-    fewest = min(blocks, out_blocks)
-    dense = {
-        "truncation": op.square_rank**2,
-        "sharing": op.square_rank**2,
-        "signed_sharing": op.square_rank**2,
-        "decoupling": fewest * q * q,
-        "permutation": fewest * q * q,
-        "signed_decoupling": blocks * q * q,
-        "rotation": blocks * q * q,
-        "orthogonal": op.square_rank**2 + op.square_rank * widths,
-        "subspace": op.square_rank**2 + op.square_rank * widths,
-        "hadamard": op.square_rank**2 + op.square_rank * widths,
-        "low_rank": op.square_rank * widths,
-    }[op.name]
+    widths, dense = op.in_features + op.out_features, math.prod(op.m_shape)
+    if op.block and op.square:  # M may multiply the sum of the blocks that feed one
+        dense *= op.enter(jnp.ones(op.in_features)).shape[0]
+    if op.square and op.work == "products":  # with C and D
+        dense += op.square_rank * widths
     return 2 * dense + 4 * widths  # sums, scales and copies
 
 
@@ -76,15 +65,15 @@ def test_arithmetic(case, size):
     counted = flops(lower(jax.value_and_grad(added, (0, 1)), m, x, g))
     # Rotating M, or making a random basis, does not depend on the rows.
     fixed = 12 * op.square_rank * max(size)
-    by_m = 2 * ROWS * op.square_rank * op.square_rank
+    by_m = 2 * ROWS * math.prod(op.m_shape)
     assert 3 * by_m <= counted <= 1.1 * 3 * ROWS * arithmetic(op) + fixed
     counted = flops(lower(jax.value_and_grad(folded, (0, 1)), m, x, g, frozen))
     counted -= flops(lower(jax.value_and_grad(plain), x, g, frozen))
     folds = 2 * 8 * size[0] * size[1]  # twice, a few operations an entry
-    if op.name in ("orthogonal", "subspace", "hadamard"):  # from M by two products
+    if op.square and op.work == "products":  # from M by two products
         folds += 2 * 2 * op.square_rank * size[1] * (size[0] + op.square_rank)
         folds += 4 * 12 * op.square_rank * (size[0] + size[1])  # of matrices made anew
-    if op.name == "low_rank":
+    if not op.linear:  # from its factors
         folds += 2 * 2 * op.square_rank * size[0] * size[1]
     trained = 1 if op.linear else 2  # factors, with a product and a gradient each
     assert by_m <= counted <= 1.1 * trained * ROWS * arithmetic(op) + folds

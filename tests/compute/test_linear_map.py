@@ -96,8 +96,24 @@ class Affine(LinearMap):
         return cotangent @ residuals[1].T
 
     @property
-    def derivative(self):
-        return lambda residuals, x, tangent: self.mark * (x @ tangent)
+    def derives(self):
+        return True
+
+    def derivative(self, residuals, operand):
+        return Times(self.mark), operand
+
+
+@dataclasses.dataclass(frozen=True)
+class Times(LinearMap):
+    """mark * x w as a map of w."""
+
+    mark: float
+
+    def forward(self, residuals, operand):
+        return self.mark * (residuals @ operand)
+
+    def backward(self, residuals, cotangent):
+        return self.mark * (residuals.T @ cotangent)
 
 
 @pytest.mark.parametrize("batched", [False, True])

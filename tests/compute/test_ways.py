@@ -21,7 +21,7 @@ from benchmarks.common.ways import choose
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
 from mora_jax._flax.calls import unchecked
-from mora_jax._jax.tuning import TUNING
+from mora_jax._layer.tuning import TUNING
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7

@@ -12,7 +12,6 @@ from helpers import close, random
 from platforms import as_if_on
 
 from mora_jax._layer.chips import add_of
-from mora_jax._layer.equation import Delta
 from mora_jax._mesh.parts import part_of
 
 SIZES = [
@@ -47,11 +46,8 @@ def test_parts_make_the_whole(case, size):
                 part_of(op, jnp.int32(k * here), jnp.int32(n * there), here, there)
                 for n in range(out_parts)
             ]
-            local = [
-                Delta(part, m, (here, there), "io", given_m=True) for part in local
-            ]
-            products.append([delta.rows(inputs) for delta in local])
-            deltas.append([delta.kernel() for delta in local])
+            products.append([part.rows(inputs, m) for part in local])
+            deltas.append([part.matrix(m) for part in local])
         added = [sum(column) for column in zip(*products, strict=True)]
         whole = op.apply(m, x), op.delta_weight(m)
         return jnp.concatenate(added, axis=-1), jnp.block(deltas), whole

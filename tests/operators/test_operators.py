@@ -40,11 +40,11 @@ def deltas(op, m, x):
         "apply": op.apply(m, x),
         "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
         "general delta": Operator.matrix(op, m),
-        "general lookup": Operator.unit_rows(op, jnp.arange(op.in_features), m),
         "start": op.apply(op.start((), "zeros", jax.random.key(0), x.dtype), x),
     }
-    if op.linear:
-        results["gradient"] = op.gradient(x, op.apply(m, x))
+    kept = op.kept(x, m)
+    results["tangent"] = op.tangent(kept, m, precision=None)
+    results["gradient"] = op.gradient(kept, op.apply(m, x))
     return results
 
 
@@ -55,6 +55,7 @@ def maps(op, m, x, h):
         "compress": op.compress(x),
         "decompress": op.decompress(h),
         "general rows": op._decompress(op._compress(x) @ m),
+        "general rows of units": Operator.unit_rows(op, jnp.arange(op.in_features), m),
         "general lookup": op._decompress(
             op._compress_units(jnp.arange(op.in_features), m.dtype) @ m
         ),
@@ -78,13 +79,15 @@ def check_laws(case, op: Operator):
     m, x = random(0, *op.m_shape), random(1, 3, op.in_features)
     got = deltas(op, m, x)
     delta = case.delta(op, m)
-    for name in ("delta_weight", "lookup", "general delta", "general lookup"):
+    for name in ("delta_weight", "lookup", "general delta"):
         close(got[name], delta)
     close(got["apply"], np.float64(x) @ delta)
     close(got["start"], np.zeros((3, op.out_features)))
-    if op.linear:
-        by_m = case.m_gradient(op, m, np.float64(x), np.float64(x) @ delta)
-        close(got["gradient"], by_m)
+    by_m = case.m_gradient(op, m, np.float64(x), np.float64(x) @ delta)
+    close(got["gradient"], by_m)
+    # By Euler's theorem: LoRA's delta is of the second degree in A and B.
+    close(got["tangent"], (1 if op.linear else 2) * np.float64(x) @ delta)
+    if op.square:
         check_maps(case, op, m, x, delta)
 
 
@@ -102,7 +105,8 @@ def check_maps(case, op: Operator, m, x, delta):
     close(got["decompress"], np.einsum("bnq,nqo->bo", h, d))
     if isinstance(op, Projection):
         close((got["in"], got["out"]), (c[:, 0], d[0].T))
-    close(got["general lookup"], delta)
+    for name in ("general lookup", "general rows of units"):
+        close(got[name], delta)
     close(got["general rows"], x @ delta)
     assert op.block == (len(op.compressed_shape) == 2)
     assert op.block or n == 1
@@ -447,11 +451,11 @@ def test_bad_arrays(case):
     for call in (
         lambda: op.compress(x[:, :11]),
         lambda: op.apply(m, x[:, :11]),
-        lambda: op.apply(m[..., :3, :], x),
+        lambda: op.apply(m[..., :-1, :], x),
         lambda: op.apply(jnp.ones((7, *op.m_shape)), x),
         lambda: op.apply(jnp.ones(op.m_shape[1:]), x),
-        lambda: op.delta_weight(m[..., :3]),
-        lambda: op.decompress(h[..., :3]),
+        lambda: op.delta_weight(m[..., :-1]),
+        lambda: op.decompress(h[..., :-1]),
         lambda: op.compress(jnp.ones(())),
     ):
         with pytest.raises(ValueError, match="must have"):

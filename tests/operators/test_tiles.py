@@ -10,8 +10,8 @@ from helpers import close, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mora_jax._jax.platform import MAX_UNROLLED_SLICES
 from mora_jax._jax.tiles import sum_tiles, tile_to
-from mora_jax._jax.tuning import MAX_UNROLLED_SLICES
 from mora_jax.operators._blocks import block_positions, to_blocks
 
 SIZES = st.integers(1, 9), st.integers(1, 40)

@@ -60,5 +60,6 @@ def sums_of_m(op):
     """Sums over devices of M's gradient, which may be one for each factor."""
     widths = (op.in_features, op.out_features) if not op.linear else ()
     pairs = [(n, op.square_rank) for n in widths]
-    shapes = [op.m_shape, *pairs, *(pair[::-1] for pair in pairs)]
+    shapes = [op.m_shape, *pairs]
+    shapes += [(*stack, columns, rows) for *stack, rows, columns in shapes]
     return {("all-reduce", shape) for shape in shapes}

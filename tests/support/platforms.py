@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from mora_jax._jax.tuning import traced_for
+from mora_jax._jax.platform import traced_for
 
 
 @contextlib.contextmanager

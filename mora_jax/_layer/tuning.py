@@ -5,17 +5,12 @@ measure with the command that is named beside each constant, and add an entry to
 `TUNING` under JAX's name of it. Until then a platform has the constants of the CPU.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from typing import Literal
+from collections.abc import Mapping
 
-import jax
-
-Work = Literal["products", "sums", "blocks", "factors"]
-"""The work: products with C and D, sums and copies, moves of blocks; thin factors."""
+from mora_jax._jax.platform import current_platform
+from mora_jax.operators._base import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +23,6 @@ class Tuning:
       folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
       folds_gathered: True if kernels are folded that are split over batches (FSDP),
         and gathered before they are used.
-      chip: The chip whose forms `chips` and `tiles` take; None for the plain ones.
       loops_over_rows: True if rows with M's of their own are multiplied one after
         another, and not in one product with a copy of an M for each row.
     """
@@ -41,7 +35,6 @@ class Tuning:
     fold_from: Mapping[Work, float]
     folds_16_bits: bool
     folds_gathered: bool
-    chip: Literal["tpu", "gpu"] | None
     loops_over_rows: bool
 
 
@@ -50,7 +43,6 @@ _CPU = Tuning(
     fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors": 0.6},
     folds_16_bits=False,
     folds_gathered=False,
-    chip=None,
     loops_over_rows=True,
 )
 # Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
@@ -75,7 +67,6 @@ _TPU = Tuning(
     fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=True,
-    chip="tpu",
     loops_over_rows=False,
 )
 # The same for an H100. In a model what the activation path reads and writes is fused
@@ -92,16 +83,10 @@ _GPU = Tuning(
     fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=False,
-    chip="gpu",
     loops_over_rows=False,
 )
 TUNING: Mapping[str, Tuning] = {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
 """The constants of each platform, by JAX's name of it."""
-
-# A sum of more slices than this is one sum over an axis. Up to here slices are added in
-# one pass over memory, a third of the time on a CPU. More of them would make programs
-# long, which XLA takes long to compile.
-MAX_UNROLLED_SLICES = 64
 
 # Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
 # one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer
@@ -112,33 +97,7 @@ MAX_UNROLLED_SLICES = 64
 #   copied, in one product            18           19              1.39          1.50
 #   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
 
-# A program is compiled for the platform that it is lowered for, which need not be the
-# one that it is traced on: an exported program may be for several. `linear_map` traces
-# each layer for the platform when it is lowered, so that `current_tuning` is right.
-_platform: ContextVar[str | None] = ContextVar("platform", default=None)
-
-
-def chosen_platform() -> str | None:
-    """Platform that what is traced now will run on, if it need not be the default."""
-    return _platform.get()
-
-
-def default_platform() -> str:
-    """Platform that JAX computes on by default, as `TUNING` names it."""
-    backend = jax.default_backend()
-    return "cuda" if backend == "gpu" else backend
-
 
 def current_tuning() -> Tuning:
     """The constants of the platform that what is traced now will run on."""
-    return TUNING.get(chosen_platform() or default_platform(), _CPU)
-
-
-@contextlib.contextmanager
-def traced_for(platform: str | None) -> Iterator[None]:
-    """Trace within for a platform; None for the default one."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return TUNING.get(current_platform(), _CPU)
