@@ -15,7 +15,7 @@ from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, TrainedArray, check_same
 from mora_jax._tree.paths import unboxed
 from mora_jax.sharding import adapter_sharding
 
@@ -109,9 +109,11 @@ def hold_dropout(module: nnx.Module, spec: AdapterSpec, seed: int) -> None:
     setattr(module, DROPOUT, dropout)
 
 
-def refuse_dropout(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
+def refuse_dropout(module: nnx.Module, name: str, spec: Spec) -> None:
     """Raise if the kernel `name` has dropout, and methods of its module read it."""
-    if folded_kernels(type(module)) and spec.dropout > 0:
+    if not isinstance(spec, AdapterSpec) or spec.dropout == 0:
+        return
+    if folded_kernels(type(module)):
         raise ValueError(
             f"{name}: dropout must be 0 for a kernel that methods read "
             f"(products.Folded), got {spec.dropout}; say so in overrides"

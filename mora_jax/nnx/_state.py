@@ -150,14 +150,13 @@ def set_adapters(
     # All of them are checked before the first is set.
     for path, adapter in found.items():
         spec, m = adapter.spec, adapter.m
+        module, _, old = there[path]
         if not isinstance(m, Selected):
             m = as_jax_array("/".join(place_of(path, spec)), m)
-        if isinstance(spec, AdapterSpec):
-            if hasattr(there[path][0], "plain_class"):  # qwix computes otherwise
-                refuse_dropout(there[path][0], "/".join(path), spec)
-        else:  # the model knows which dtypes it has
-            spec = there[path][-1].spec
-            m = m.astype(spec.dtype)
+            if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
+                m, spec = m.astype(old.spec.dtype), old.spec
+        if hasattr(module, "plain_class"):  # qwix drops in another way
+            refuse_dropout(module, "/".join(path), spec)
         found[path] = Adapter(m, spec)
     begin_to_drop = False
     for path, (module, variable, old) in there.items():

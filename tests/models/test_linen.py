@@ -487,9 +487,9 @@ def test_steps_of_an_optimizer_keep_what_adapters_mean():
         return optax.apply_updates(adapters, updates), state, grads
 
     def train(adapters):
-        new, state = adapters, tx.init(adapters)
-        for _ in range(2):
-            new, state, grads = step(new, state)
+        state: Any = tx.init(adapters)
+        new, state, _ = step(adapters, state)
+        new, state, grads = step(new, state)
         moments = state[0]
         for tree in (new, grads, moments.mu, moments.nu):
             chex.assert_trees_all_equal_structs(tree, adapters)
