@@ -74,12 +74,12 @@ class Narrow(Truncation):
         return self.square_rank, 2
 
     def rows(self, x, m, precision=None):
-        return super().rows(x, self.square(m), precision)
+        return super().rows(x, self.padded(m), precision)
 
     def matrix(self, m):
-        return super().matrix(self.square(m))
+        return super().matrix(self.padded(m))
 
-    def square(self, m):
+    def padded(self, m):
         return jnp.pad(m, ((0, 0), (0, self.square_rank - 2)))
 
 

@@ -1,6 +1,7 @@
 """What optax makes of adapters is what it makes of their arrays."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ PLAN = mora_jax.plan(PARAMS, MoRAConfig(rank=2, overrides=OVERRIDES, train="a/bi
 ADAPTERS = random_like(mora_jax.init(PLAN, params=PARAMS))
 SGD, RATE = optax.sgd(1e-2), 1e-2
 ARGUMENTS = (), (RATE,), (SGD,), (SGD, RATE), (SGD, 3), (SGD, SGD), (RATE, 3)
-ARGUMENTS += (RATE, RATE), (RATE, RATE, 0), (RATE, RATE, jax.random.PRNGKey(0))
-ARGUMENTS += (RATE, RATE, 0, RATE), (lambda _: RATE,), (SGD, lambda *_, **__: True)
-ARGUMENTS += (lambda tree, _: tree,), (lambda leaf, _: leaf,)
+ARGUMENTS += (RATE, RATE), (RATE, RATE, 0), (RATE, 1.0, RATE, 0), (lambda _: RATE,)
+ARGUMENTS += (SGD, lambda *_, **__: True), (lambda tree, _: tree,), (jnp.sum, RATE)
+ARGUMENTS += (({"all": SGD}, lambda tree: jax.tree.map(lambda _: "all", tree)),)
 """Those with which functions of optax make a transformation, in the order of trial."""
 
 
@@ -45,22 +46,29 @@ def steps(tx, tree, way):
     @jax.jit
     def step(tree, state):
         value, grads = jax.value_and_grad(loss)(tree)
-        if way < 0:  # of each example of a batch
-            grads = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), grads)
-        updates, state = tx.update(grads, state, tree, **told(value, grads)[way])
+        if way == "examples":
+            grads, way_told = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), grads), {}
+        else:
+            way_told = told(value, grads)[way]
+        updates, state = tx.update(grads, state, tree, **way_told)
         return optax.apply_updates(tree, updates), state, grads
 
     state, history = tx.init(tree), []
     for _ in range(2):
         tree, state, grads = step(tree, state)
-        history.append((tree, state, grads))
+        history.append((tree, jax.tree.map(without_keys, state), grads))
     return history
+
+
+def without_keys(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def of_arrays(function):
     """A transformation of bare arrays that `function` makes, and what it computes."""
     for args in ARGUMENTS:
-        for way in (0, 1, 2, 3, -1):
+        for way in (0, 1, 2, 3, "examples"):
             try:
                 tx = function(*args)
                 return (tx, way), steps(tx, bare(ADAPTERS), way)
@@ -69,15 +77,16 @@ def of_arrays(function):
     return None
 
 
-FUNCTIONS = {
+FUNCTIONS: Any = {
     f"{module.__name__}.{name}": function
     for module in (optax, optax.contrib)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if "GradientTransformation" in str(inspect.signature(function).return_annotation)
     and not name.startswith("_")
 }
+FUNCTIONS["inject_hyperparams"] = optax.inject_hyperparams(optax.adamw)
 COMMON = "adafactor adamw clip_by_global_norm lamb lbfgs masked sgd".split()
-COMMON = [f"optax.{name}" for name in COMMON]
+COMMON = ["inject_hyperparams", *(f"optax.{name}" for name in COMMON)]
 COMMON += [f"optax.contrib.{name}" for name in ("muon", "prodigy", "schedule_free")]
 
 
