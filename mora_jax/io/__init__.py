@@ -34,8 +34,8 @@ from mora_jax.io.checkpoints._load_base import load_base as load_base
 from mora_jax.io.native._adapter import load as load
 from mora_jax.io.native._adapter import read_metadata as read_metadata
 from mora_jax.io.native._adapter import save as save
-from mora_jax.io.native._records import plan_from_json as plan_from_json
-from mora_jax.io.native._records import plan_to_json as plan_to_json
+from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
+from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
 from mora_jax.io.peft._read import load_peft as load_peft

@@ -53,7 +53,10 @@ def read_json(path: Location) -> Any:
 
 def dump(value: Any) -> bytes:
     """Readable JSON text; equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    try:
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    except RecursionError:  # Python reads what is nested more deeply than it writes
+        raise AdapterFileError("a text is nested too deeply for JSON") from None
     return f"{text}\n".encode()
 
 
@@ -65,7 +68,7 @@ class Field(NamedTuple):
     """A field of a record in a file.
 
     Attributes:
-      kind: The type of its value; `object` for any.
+      kind: The type of its value, which may be the default as well.
       get: The function from what is recorded to the value.
       default: The value where a record lacks the field.
       since: The version that added it. Later than the first, it is not written at its
@@ -104,7 +107,7 @@ def read_record(
     if unknown := sorted(content.keys() - fields.keys()):
         by = f"mora_jax {short(writer)}, which wrote it, or " if writer else ""
         raise AdapterFileError(
-            f"{where} holds {short(unknown)}, which this version does not know: {by}"
+            f"{where} must not hold {short(unknown)}, unknown to this version: {by}"
             "a newer version is needed, or the file is damaged"
         )
     values = {}
@@ -112,16 +115,11 @@ def read_record(
         value = values[key] = content.get(key, field.default)
         if value is REQUIRED:
             raise AdapterFileError(f"{where} lacks {key!r}")
-        # True is an int for isinstance, but not in JSON.
-        if (
-            key in content
-            and field.kind is not object
-            and type(value) is not field.kind
-        ):
-            raise AdapterFileError(
-                f"{key} of {where} must be of type {field.kind.__name__}, "
-                f"got {short(value)}"
-            )
+        # True is an int for isinstance, but not in JSON. None may be a default.
+        if value is not field.default and type(value) is not field.kind:
+            kind = field.kind.__name__
+            must = f"{key} of {where} must be of type {kind}"
+            raise AdapterFileError(f"{must}, got {short(value)}")
     return values
 
 

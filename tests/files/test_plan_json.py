@@ -1,12 +1,11 @@
 """A plan as text: what goes in comes out, and nothing that was changed passes."""
 
-import hashlib
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
-from adapter_files import single
+from adapter_files import signed, single
 from cases import by_case
 
 from mora_jax import MoRAConfig, io, plan
@@ -41,10 +40,7 @@ def test_round_trip(case):
     assert io.plan_from_json(text) == chosen
     assert io.plan_from_json(text, like=chosen) == chosen
     assert io.plan_to_json(io.plan_from_json(text)) == text
-    content = json.loads(text)
-    digest = content.pop("sha256")
-    bare = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    assert digest == hashlib.sha256(bare.encode()).hexdigest()
+    assert signed(json.loads(text)) == text
 
 
 def test_how_adapters_are_trained_may_differ():
@@ -65,9 +61,9 @@ OTHER = {**PARAMS, "a": {"kernel": shape(16, 20)}}
         ({"alpha": 2.0}, f"{MADE} alpha 2.0, not 1.0"),
         ({"operator": "hadamard"}, "operator.name 'hadamard', not 'orthogonal'"),
         ({"b": {"seed": 3}}, "^b/kernel_mora .* 3"),
-        ({"b": {"axes": "soi"}}, "^b/kernel_mora .* axes 'soi'"),
+        ({"b": {"axes": "soi"}}, "with axes 'soi' at 'b/kernel', the plan .* 'sio'"),
         ({"square_rank": 4, "rank": 8}, f"{MADE} square_rank 4, not"),
-        ({"exclude": "a/kernel"}, "with nothing at 'a/kernel', where this plan"),
+        ({"exclude": "a/kernel"}, "have nothing at 'a/kernel', the plan a kernel"),
         ({"params": MORE}, "c/kernel of the plan: the model has no such kernel"),
         ({"params": OTHER}, r"a/kernel of .*: the model's .* must .* \(16, 20\)"),
     ],
@@ -85,7 +81,18 @@ LACKING = {key: value for key, value in json.loads(TEXT).items() if key != "trac
 
 
 def changed(**entries):
+    """The text with other entries, signed as an attacker would."""
+    return signed(json.loads(TEXT) | entries)
+
+
+def unsigned(**entries):
     return json.dumps(json.loads(TEXT) | entries)
+
+
+def both(**entries):
+    """A trained array beside the layers."""
+    array = {"shape": [3], "dtype": "float32", "base_dtype": "float32"}
+    return changed(trained=[array | entries])
 
 
 def layer(**entries):
@@ -110,27 +117,49 @@ def of_width(width, q, **operator):
         (TEXT[:-9], "not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
         (TEXT.replace("{", '{"format": "x",', 1), "'format' occurs twice"),
-        (json.dumps(LACKING), "the plan must hold"),
-        (changed(more=1), "the plan must hold"),
+        (json.dumps(LACKING), "the plan lacks 'traced'"),
+        (changed(more=1), r"the plan must not hold \['more'\]"),
         (changed(format_version=2), "format_version of the plan must be 1, got 2"),
         (changed(format_version=0), "format_version of the plan must be 1, got 0"),
         (
             changed(format_version=True),
             "format_version .* must be 1, got True",
         ),
-        (changed(base_parameters=0), "must be a positive integer, got 0"),
+        (changed(base_parameters=-1), "must be an integer from 0 on, got -1"),
+        (changed(base_parameters=True), "base_parameters .* type int, got True"),
+        (changed(base_parameters=1.0), "base_parameters .* type int, got 1.0"),
+        (changed(traced=1), "traced of the plan must be of type bool, got 1"),
         (changed(layers={}), "layers of the plan must be of type list"),
-        (changed(layers=[3]), r"layers\[0\] of the plan must hold"),
+        (changed(layers=[3]), r"layers\[0\] of the plan must be an object, got 3"),
         (changed(layers=LAYERS * 2), "is 'a/kernel', which is there twice"),
-        (changed(layers=[]), "damaged or edited: its digest differs"),
-        (changed(digest="0" * 64), "damaged or edited: its digest differs"),
-        (settings(alpha=2.0), "damaged or edited: its digest differs"),
-        (settings(alpha="2"), "a/kernel of the plan: alpha must be a number"),
+        (unsigned(layers=[]), "damaged or edited: its SHA-256 differs"),
+        (unsigned(sha256="0" * 64), "damaged or edited: its SHA-256 differs"),
+        (unsigned(traced=True), "damaged or edited: its SHA-256 differs"),
+        (unsigned(sha256=0), "sha256 of the plan must be of type str, got 0"),
+        (settings(alpha="2"), "a/kernel of the plan: alpha .* type float, got '2'"),
+        (settings(alpha=True), "a/kernel of the plan: alpha .* type float, got True"),
         (changed(trained={}), "trained of the plan must be of type list"),
         (layer(square_rank=2**40), "a/kernel of the plan: "),
         (layer(dtype="float16"), "dtype must be 'float32', got 'float16'"),
         (layer(operator_check=[1.0] * 4), "is another operator here than where"),
-        (layer(more=1), r"layers\[0\] of the plan must hold"),
+        (layer(more=1), r"layers\[0\] of the plan must not hold \['more'\]"),
+        (layer(rank=2**70), r"rank must be integers in \[1, 2\*\*31\)"),
+        (layer(rank=0), "rank must be integers"),
+        (layer(rank=True), r"rank of layers\[0\] .* type int, got True"),
+        (layer(kernel_shape=[16, True]), "kernel_shape must be integers"),
+        (layer(kernel_shape=[2**31, 16, 24], axes="sio"), "kernel_shape must be int"),
+        (layer(path=["a"] * 101), "must have a path of names"),
+        (layer(path=["a/../../b"]), "must have a path of names"),
+        (layer(path=["/etc"]), "must have a path of names"),
+        (changed(layers=[LAYERS[0], LAYERS[0] | {"path": ["a/kernel"]}]), "twice, or"),
+        (
+            both(path=["a", "kernel"]),
+            r"trained\[0\] .*'a/kernel', which is there twice",
+        ),
+        (both(path=["a", "kernel_mora"]), "has 'a/kernel_mora' twice, or below"),
+        (both(path=["a"]), "has 'a/kernel_mora' twice, or below 'a'"),
+        (of_width(2**21, 2**10, name="orthogonal"), "too much memory"),
+        (of_width(2**21, 2**10, name="low_rank"), "too much memory"),
         (of_width(2**21, 2**10, name="orthogonal", seed=0), "too much memory"),
         (of_width(2**21, 2**20, name="rotation", truncate=False), "too much memory"),
     ],
@@ -142,9 +171,26 @@ def test_texts_from_strangers(text, message):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["rotation", "low_rank"])
+def test_a_plan_asks_for_no_more_memory_than_the_model(name):
+    settings = {"truncate": False} if name == "rotation" else {"seed": 0}
+    text = of_width(24, 2**24, name=name, **settings)
+    with pytest.raises(AdapterFileError, match="too much memory"):
+        io.plan_from_json(text, like=plan({"a": {"kernel": shape(24, 24)}}))
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments():
     for wrong in (TEXT.encode(), json.loads(TEXT), None):
         with pytest.raises(TypeError, match="text must be a str, got"):
             io.plan_from_json(wrong)
     with pytest.raises(TypeError, match="like must be a Plan, got MoRAConfig"):
         io.plan_from_json(TEXT, like=MoRAConfig())
+
+
+def test_nothing_is_nested_too_deeply():
+    """Python may read what is nested more deeply than it can write."""
+    for depth in (*range(500, 1100, 100), *range(950, 1000, 5), 100_000):
+        text = TEXT.replace('"trained": []', f'"trained": {"[" * depth}{"]" * depth}')
+        with pytest.raises(AdapterFileError, match="nested too deeply|SHA-256 differs"):
+            io.plan_from_json(text)

@@ -120,15 +120,20 @@ def rewrite(directory, change=lambda config: None, tensors=None):
     else:
         config["tensors_sha256"] = digest_of_tensors(tensors)
     change(config)
-    config.pop("sha256", None)
+    config = signed(config)
+    (directory / CONFIG).write_text(config)
+    (directory / TENSORS).write_bytes(with_metadata(tensors, {"mora_jax": config}))
+
+
+def signed(config):
+    """A config as text, with the SHA-256 that belongs to it."""
 
     def text(config):
         return json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
-    digest = hashlib.sha256(text(config).encode()).hexdigest()
-    config = text(config | {"sha256": digest})
-    (directory / CONFIG).write_text(config)
-    (directory / TENSORS).write_bytes(with_metadata(tensors, {"mora_jax": config}))
+    others = {key: value for key, value in config.items() if key != "sha256"}
+    digest = hashlib.sha256(text(others).encode()).hexdigest()
+    return text(others | {"sha256": digest})
 
 
 def digest_of_tensors(data):

@@ -6,10 +6,9 @@ and digests. The file `CONFIG` beside it is that text again.
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +40,19 @@ WHERE = f"the config in {TENSORS}"
 MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 """What a file holds beside the record of its adapters."""
 
-Content = tuple[dict[str, Any], dict[str, np.ndarray]]
-"""The config in a file, and {name: array} of its tensors."""
+
+class Content(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+      written: The config as it is there.
+      config: The same with the defaults of what it lacks.
+      arrays: {name: array} of the tensors.
+    """
+
+    written: Any
+    config: dict[str, Any]
+    arrays: dict[str, np.ndarray]
 
 
 def load(
@@ -51,7 +61,7 @@ def load(
     """Adapters as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned, and nothing is filled in.
+    returned. A setting that the file lacks, of another version, has its default.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
@@ -82,7 +92,7 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    found = _restored(*_settled(path), kernels)
+    found = _restored(_settled(path), kernels)
     if kernels is not None and not any_base:
         specs = {"/".join(place): adapter.spec for place, adapter in found.items()}
         try:
@@ -110,11 +120,11 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    return _settled(_files.as_path("directory", directory))[0]["metadata"]
+    return _settled(_files.as_path("directory", directory)).config["metadata"]
 
 
 def _settled(directory: Location) -> Content:
-    """Return the content of an adapter's file, when nobody is writing it."""
+    """The content of an adapter's file, when nobody is writing it."""
     # Another process may be saving. A local file is read whole all the same, but a
     # store may give parts of two files, and the copy of the config may be of the next
     # adapter. So an error counts only if the file is the same as at the last try.
@@ -124,7 +134,7 @@ def _settled(directory: Location) -> Content:
             data = _files.read_bytes(directory / TENSORS)
             try:
                 content, copy = _parse(data), directory / CONFIG
-                if copy.exists() and dump(read_json(copy)) != dump(content[0]):
+                if copy.exists() and dump(read_json(copy)) != dump(content.written):
                     # Someone has edited it, or has replaced one of the two files.
                     raise AdapterFileError(
                         f"{CONFIG} in {directory} is edited, damaged or of another "
@@ -142,7 +152,7 @@ def _settled(directory: Location) -> Content:
 
 
 def _parse(data: bytes) -> Content:
-    """Return the content of a file, whose format, version and digests are checked."""
+    """The content of a file, whose format, version and digests are checked."""
     file, hint = TensorFile(Path(TENSORS), data), "io.load_peft reads PEFT's"
     texts = file.metadata
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
@@ -150,33 +160,30 @@ def _parse(data: bytes) -> Content:
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; {hint}"
         )
-    content = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
+    written, config = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
     arrays = file.arrays()
-    if content["tensors_sha256"] != _digest(arrays):
+    if config["tensors_sha256"] != _digest(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    return content, arrays
+    return Content(written, config, arrays)
 
 
 def _restored(
-    config: dict[str, Any], arrays: dict[str, np.ndarray], base: _records.Base
+    content: Content, base: Mapping[str, Any] | None
 ) -> dict[TreePath, Adapter]:
     """The adapters that a file holds, by the paths of the base's arrays."""
+    _, config, arrays = content
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    parts, leaves = _records.restore_parts(config, WHERE, base, arrays)
+    found = _records.restore(config, WHERE, base, arrays)
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
-    found = {}
-    for path, spec in parts.items():
-        place = place_of(path, spec)
-        found[path] = Adapter(to_jax("/".join(place), leaves[place]), spec)
-    return found
+    return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
 
 
 def is_ours(directory: Location, name: str) -> bool:
-    """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
+    """True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
         return KEY in TensorFile(directory / name).metadata
     content = read_json(directory / name)
@@ -184,11 +191,8 @@ def is_ours(directory: Location, name: str) -> bool:
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of the bytes of all arrays in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
+    """The SHA-256 of all arrays in the order of their names."""
+    return _records.sha256(arrays[name].tobytes() for name in sorted(arrays))
 
 
 def save(
@@ -238,7 +242,7 @@ def save(
 def replace_adapter(
     directory: Location, adapters: Any, metadata: Any, params: Any = None
 ) -> None:
-    """Do the same as `save`, also where the adapter of another format is."""
+    """Do as `save` does, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept, found = plain(metadata or {}, "metadata"), adapters_in(adapters)
@@ -246,8 +250,8 @@ def replace_adapter(
         found |= _with_digests(found, params)
     tensors, config = _encode(found, kept)
     # Nothing is written that cannot be read.
-    parts = {path: adapter.spec for path, adapter in found.items()}
-    _restored(*_parse(tensors), _records.arrays_of(parts))
+    base = _records.arrays_of({path: a.spec for path, a in found.items()})
+    _restored(_parse(tensors), base)
     _files.replace_files(directory, tensors, config)
 
 
@@ -256,23 +260,17 @@ def _encode(
 ) -> tuple[bytes, bytes]:
     """The content of the file, and its config with the user's `metadata`."""
     arrays: dict[str, np.ndarray] = {}
-    # An M is stored as it is, whatever dtype its spec would give a new one.
-    parts: dict[TreePath, Any] = {}
-    dtypes = []
-    for path, adapter in sorted(found.items()):
-        spec, name = adapter.spec, "/".join(place_of(path, adapter.spec))
-        arrays[name], parts[path] = to_numpy(name, adapter.m), spec
-        if isinstance(spec, AdapterSpec):
-            dtypes.append(arrays[name].dtype.name)
-            fields = spec.operator.arrays if spec.operator.given else ()
-            arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
-    content = record_of(parts, _records.PARTS)
-    for layer, dtype in zip(content["layers"], dtypes, strict=True):
-        layer["dtype"] = dtype
+    for path, adapter in found.items():
+        name = "/".join(place_of(path, adapter.spec))
+        arrays[name] = to_numpy(name, adapter.m)
+        if isinstance(adapter.spec, AdapterSpec) and adapter.operator.given:
+            given = {
+                key: getattr(adapter.operator, key) for key in adapter.operator.arrays
+            }
+            arrays |= {f"{name}/{key}": array for key, array in given.items()}
+    content = record_of(dict(sorted(found.items())), _records.PARTS)
     content |= {"format": FORMAT, "metadata": metadata}
-    content["tensors_sha256"] = _digest(arrays)
-    content["sha256"] = _records.signature(content)
-    config = dump(content)
+    config = dump(_records.signed(content | {"tensors_sha256": _digest(arrays)}))
     return encode(arrays, {KEY: config.decode()}), config
 
 

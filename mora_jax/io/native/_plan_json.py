@@ -1,0 +1,94 @@
+"""A plan as JSON, for checkpoints that other libraries write."""
+
+from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._tree.plan import Plan, check_plan, refuse_other_kernels
+from mora_jax.io._files import AdapterFileError
+from mora_jax.io._json import Field, Fields, dump, record_of
+from mora_jax.io.native import _records
+
+FORMAT, WHERE = "mora_jax plan", "the plan"
+"""The format, and the name of the text in messages."""
+
+PLAN: Fields = {
+    "base_parameters": Field(int, lambda plan: plan.base_parameters),
+    "traced": Field(bool, lambda plan: plan.traced),
+}
+"""The fields of a plan beside the record of its adapters."""
+
+
+def plan_to_json(plan: Plan) -> str:
+    """A plan as JSON, for `plan_from_json`.
+
+    Files of `save` hold what their adapters mean. Where another library stores the
+    arrays alone (Orbax, Tunix), keep this text in the checkpoint's metadata: with the
+    plan of it `plan.adapters(tree)` makes adapters of them again.
+
+    Raises:
+      TypeError: `plan` is not a plan.
+      ValueError: An operator has arrays that no settings determine, as a subspace.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> text = mora_jax.io.plan_to_json(plan)
+      >>> mora_jax.io.plan_from_json(text) == plan
+      True
+    """
+    for name, spec in check_plan(plan).items():
+        if spec.operator.given:
+            raise ValueError(
+                f"{name}: JSON cannot hold the directions of a {spec.operator.name}; "
+                "keep its adapters with mora_jax.save"
+            )
+    parts = {path: Adapter(None, spec) for path, spec in plan.parts.items()}
+    content = record_of(parts, _records.PARTS) | record_of(plan, PLAN)
+    return dump(_records.signed(content | {"format": FORMAT})).decode()
+
+
+def plan_from_json(text: str, like: Plan | None = None) -> Plan:
+    """The plan that `plan_to_json` wrote.
+
+    It lacks a layout on a mesh: see `sharding.on_mesh`.
+
+    Args:
+      text: The text that `plan_to_json` returned.
+      like: The plan of the model that the arrays are for; None for any model.
+
+    Raises:
+      TypeError: `text` is not a string, or `like` is not a plan.
+      io.AdapterFileError: The text is not a plan, or as in `load`; or M's mean another
+        delta with this plan than with `like`. The message names the settings.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
+      >>> text = mora_jax.io.plan_to_json(doubled)
+      >>> mora_jax.io.plan_from_json(text, like=mora_jax.plan(params))
+      Traceback (most recent call last):
+      mora_jax.io.AdapterFileError: fc/kernel_mora was made for alpha 2.0, not 1.0
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    hint = "io.plan_to_json writes it"
+    _, content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
+    if (count := content["base_parameters"]) < 0:
+        raise AdapterFileError(
+            f"base_parameters of {WHERE} must be an integer from 0 on, got {count}"
+        )
+    # With a model, operators are made only for its shapes.
+    base = None if like is None else _records.arrays_of(check_plan(like, "like").parts)
+    found = _records.restore(content, WHERE, base)
+    parts = {path: adapter.spec for path, adapter in found.items()}
+    if like is not None:
+        try:
+            refuse_other_kernels(parts, like)
+            for path, spec in parts.items():
+                if isinstance(spec, AdapterSpec):
+                    check_same("/".join(path), spec, like.specs[path])
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from error
+    return Plan(parts, count, content["traced"])
