@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mora_jax._common.axes import features
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import alike, matching, patterns
-from mora_jax._common.types import Path
+from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._plan.settings import (
@@ -95,6 +95,21 @@ ATTENTION_AXES = (
     (r"(.*/)?out/kernel", "iio"),
 )
 """Kernels of three axes in Flax's own attention modules, known by name."""
+
+
+def axes_by_name(name: str, shape: Shape) -> str:
+    """The axes of a kernel of a model of which no more is known."""
+    if len(shape) == 2:
+        return "io"
+    for pattern, axes in ATTENTION_AXES:
+        if len(shape) == 3 and re.fullmatch(pattern, name):
+            return axes
+    raise ValueError(
+        f"it is not known which of its axes {shape} are features; plan with "
+        "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+        f"overrides={{{name!r}: {{'axes': ...}}}}"
+    )
+
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
@@ -196,16 +211,7 @@ class Candidates:
                 raise ValueError(self.survey.why_unknown(name))
             axes = self.survey.products[name].axes
             return "s" * (len(shape) - len(axes)) + axes
-        if len(shape) == 2:
-            return "io"
-        for pattern, axes in ATTENTION_AXES:
-            if len(shape) == 3 and re.fullmatch(pattern, name):
-                return axes
-        raise ValueError(
-            f"it is not known which of its axes {shape} are features; plan with "
-            "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
-            f"overrides={{{name!r}: {{'axes': ...}}}}"
-        )
+        return axes_by_name(name, shape)
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names, in the order of their paths."""

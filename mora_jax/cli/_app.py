@@ -74,13 +74,11 @@ def merge(
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
-    settings = {"force": force, "any_base": any_base, "rounding": rounding}
-    with progress("merging", base) as tell:
-        lost = io.merge_checkpoint(
-            base, adapters, out, names, progress=tell, **settings
-        )
-    trained = len(trained_in(adapters))
-    also = f", {trained} trained arrays put in" if trained else ""
+    settings: dict[str, Any] = {"force": force, "any_base": any_base}
+    settings["rounding"], arrays = rounding, trained_in(adapters)
+    with progress("merging", base) as settings["progress"]:
+        lost = io.merge_checkpoint(base, adapters, out, names, **settings)
+    also = f", {len(arrays)} trained arrays put in" if arrays else ""
     said = f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean"
     typer.echo(f"{said} {_most(lost)}.")
 

@@ -47,6 +47,7 @@ def describe(adapter: str, base: str | None, names: io.Names) -> Row:
     adapters = read_adapter(adapter, base, names)
     kind, spectra = format_of(adapter), diagnostics.spectrum(adapters)
     specs = {"/".join(path): a.spec for path, a in adapters_in(adapters).items()}
+    whole = {name: spec for name, spec in specs.items() if name not in spectra}
     layers = [_layer(name, specs[name], values) for name, values in spectra.items()]
     return {
         "format": kind,
@@ -56,8 +57,7 @@ def describe(adapter: str, base: str | None, names: io.Names) -> Row:
         "layers": layers,
         "trained": [
             {"path": name, "shape": list(spec.shape), "parameters": spec.parameters}
-            for name, spec in specs.items()
-            if name not in spectra
+            for name, spec in whole.items()
         ],
     }
 

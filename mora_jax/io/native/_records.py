@@ -192,7 +192,7 @@ class Source(NamedTuple):
       where: The name of the record in messages.
       base: {path: array or shape} of the model; None for any model.
       arrays: {name: array} of the file, until they are taken; None for a plan, which
-        has no arrays.
+        lacks arrays.
       writer: The version of the library that wrote the record.
     """
 

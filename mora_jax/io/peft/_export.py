@@ -115,7 +115,7 @@ def export(
 
 
 def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
-    """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
+    """True if an adapted embedding is the head, too, which a LoRA would miss."""
     known, tables = bijection(names), []
     for path, adapter in kernels_in(adapters).items():
         kernel = "/".join(path), adapter.spec.kernel_shape, adapter.spec.axes

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mora_jax._common.warnings import warn
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError
 from mora_jax.io._json import short
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
@@ -35,9 +34,9 @@ class MatrixPair(NamedTuple):
 
 
 def rows_looked_up(
-    name: str, spec: AdapterSpec, module: str, a: np.ndarray, b: np.ndarray, here: str
+    name: str, axes: str, module: str, a: np.ndarray, b: np.ndarray, here: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and B of an embedding for its kernel, or the other way round.
+    """A and B of an embedding for its kernel, or the other way round.
 
     A warning of heads that are tied to it ends with what happens to them `here`.
     """
@@ -45,8 +44,7 @@ def rows_looked_up(
         f"{name}: PEFT and servers adapt the lookup of {module}, and not a head "
         f"that is tied to it; {here}"
     )
-    outputs_first = spec.axes.strip("s").startswith("o")
-    return (b.T, a.T) if outputs_first else (a, b)
+    return (b.T, a.T) if axes.strip("s").startswith("o") else (a, b)
 
 
 # --- Reading ---

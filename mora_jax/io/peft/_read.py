@@ -1,21 +1,21 @@
 """Reading PEFT directories: a LoRA's, and those that the reference wrote."""
 
-import dataclasses
 import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mora_jax._common.checks import check_finite
+from mora_jax._common.axes import features, sizes
+from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax._flax.planning import plan
+from mora_jax._flax.planning import axes_by_name
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.settings import AdapterSettings, MoRAConfig
+from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.spec import AdapterSpec, TrainedArray
 from mora_jax._tree.paths import Tree, named_leaves, nest, place_of
 from mora_jax._tree.plan import Plan
@@ -73,13 +73,13 @@ def load_peft(
     modules, others = modules_in(arrays, config)
     kernels = _kernels(modules, model, names)
     adapters: dict[Path, Adapter] = {}
-    for path, spec in _template(model, kernels).specs.items():
-        if (name := "/".join(path)) in kernels:
-            try:
-                spec, m = _adapter_of(name, spec, kernels[name], config)
-            except ValueError as error:
-                raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
-            adapters[place_of(path, spec)] = Adapter(to_jax(name, m), spec)
+    for name, by_index in kernels.items():
+        kernel = _kernel(name, model, by_index)
+        try:
+            adapter = _adapter_of(name, kernel, by_index, config)
+        except ValueError as error:
+            raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
+        adapters[place_of(kernel.path, adapter.spec)] = adapter
     if others:
         source = Source(Checkpoint(file), names, tied=False)
         adapters |= dict(_trained(source, model, others, kernels))
@@ -87,7 +87,7 @@ def load_peft(
 
 
 def _kernels(modules: list[MatrixPair], model: Any, names: Names) -> dict[str, ByIndex]:
-    """Return the matrices of each kernel, by the names of their modules."""
+    """The matrices of each kernel, by the names of their modules."""
     known, unknown = bijection(names), []
     paths = [*model] if isinstance(model, Plan) else []
     if not isinstance(model, Plan) and jax.tree.leaves(model):
@@ -115,46 +115,56 @@ def _kernels(modules: list[MatrixPair], model: Any, names: Names) -> dict[str, B
     return kernels
 
 
-def _template(model: Any, kernels: Mapping[str, ByIndex]) -> Plan:
-    """Return a plan with the kernels, of any operators."""
-    if isinstance(model, Plan):
-        for name in kernels:
-            if name not in model:
-                raise AdapterFileError(
-                    f"the plan lacks {name!r} of {TENSORS}{nearest_paths(name, model)}"
-                )
-        return model
+class Kernel(NamedTuple):
+    """A kernel of the model."""
+
+    path: Path
+    shape: Shape
+    axes: str
+    layout: KernelLayout | None = None
+
+
+def _kernel(name: str, model: Any, modules: ByIndex) -> Kernel:
+    """The kernel of a name in a plan or in params, or one of its modules' shapes."""
     if model is None:
-        shapes = {}
-        for name, by_index in kernels.items():
-            last, pair = max(by_index.items(), key=lambda item: item[0])
-            shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
-            shapes[tuple(name.split("/"))] = jax.ShapeDtypeStruct(shape, np.float32)
-        model = nest(shapes)
-    # The smallest operator fits every kernel.
-    targets = [re.escape(name) for name in kernels]
-    config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
+        last, pair = max(modules.items(), key=itemgetter(0))
+        shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
+        return Kernel(tuple(name.split("/")), shape, "s" * len(last) + "io")
+    if isinstance(model, Plan):
+        own = {"/".join(path): (path, spec) for path, spec in model.specs.items()}
+        if name not in own:
+            near = nearest_paths(name, model)
+            raise AdapterFileError(f"the plan lacks {name!r} of {TENSORS}{near}")
+        path, spec = own[name]
+        return Kernel(path, spec.kernel_shape, spec.axes, spec.layout)
     try:
-        return plan(model, config)
+        if name not in (leaves := named_leaves(model)):
+            raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
+        path, leaf = leaves[name]
+        check_kernel(leaf, name)
+        shape = tuple(leaf.shape)
+        return Kernel(path, shape, axes_by_name(name, shape))
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
 
 def _adapter_of(
-    name: str, spec: AdapterSpec, by_index: ByIndex, config: Mapping[str, Any]
-) -> tuple[AdapterSpec, np.ndarray]:
-    """Return the spec of a kernel's adapter, and the array that it trains."""
+    name: str, kernel: Kernel, by_index: ByIndex, config: Mapping[str, Any]
+) -> Adapter:
+    """The adapter of a kernel that is one module or several."""
     # A layer of a LoRA's kernel may be several modules, each with some of the outputs.
-    stack, mora_type = spec.stack_shape, config["use_mora"] and config["mora_type"]
+    _, shape, axes, layout = kernel
+    stack, features_of = sizes(shape, axes, "s"), features(shape, axes)
+    mora_type = config["use_mora"] and config["mora_type"]
     parts = 1 if mora_type else len(by_index) // math.prod(stack)
     places = (*stack, parts) if parts > 1 else stack
     if odd := by_index.keys() ^ set(np.ndindex(places)):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {odd}")
-    widths, modules = (spec.in_features, spec.out_features // parts), []
+    widths, modules = (features_of[0], features_of[1] // parts), []
     for pair in (by_index[place] for place in np.ndindex(places)):
         module, table, a, b, rank, *_ = pair
         if table:
-            a, b = rows_looked_up(name, spec, module, a, b, "here both change")
+            a, b = rows_looked_up(name, axes, module, a, b, "here both change")
         left, right = (widths[0], rank), (rank, widths[1])
         if mora_type:
             left = right = (reference_square_rank(mora_type, *widths, rank),) * 2
@@ -169,25 +179,22 @@ def _adapter_of(
         if mora_type and not np.array_equal(a, b):
             raise ValueError(f"lora_A and lora_B of {module} must be the same M")
         modules.append(pair._replace(a=a, b=b))
-    features = spec.in_features, spec.out_features
     if not mora_type:
         alpha, ms = modules[0].factor, _low_rank(modules, parts)
-        operator: Operator = LowRank(*features, ms[0].shape[1])
+        operator: Operator = LowRank(*features_of, ms[0].shape[1])
     elif len({pair.a.shape for pair in modules}) == 1:
         alpha, ms = 1.0, [pair.a for pair in modules]
-        operator = reference_operator(mora_type, *features, modules[0].rank)
+        operator = reference_operator(mora_type, *features_of, modules[0].rank)
     else:  # the M's are to be one array
         raise ValueError("a stacked kernel must have one rank in all its layers")
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
-    dropout = config["lora_dropout"]
-    settings = AdapterSettings(alpha=alpha, dropout=dropout, param_dtype=m.dtype)
-    # The budget of the given plan was for other adapters.
-    own = {"operator": operator, "rank": None, **vars(settings)}
-    return dataclasses.replace(spec, **own), m
+    settings: Any = {"alpha": alpha, "dropout": config["lora_dropout"]}
+    settings |= {"param_dtype": m.dtype, "layout": layout}
+    return Adapter(to_jax(name, m), AdapterSpec(operator, shape, axes, **settings))
 
 
 def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
-    """Return the trained array of each layer of a LoRA: A above the transpose of B."""
+    """The trained array of each layer of a LoRA: A above the transpose of B."""
     alpha, blocks = modules[0].factor, []
     for k, (_, _, a, b, _, factor, _) in enumerate(modules):
         # All layers and parts have one alpha here, and columns of their own.
@@ -203,7 +210,7 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
 def _trained(
     source: Source, model: Any, tensors: list[str], kernels: Collection[str]
 ) -> Iterator[tuple[Path, Adapter]]:
-    """Yield the arrays that the file has whole, which are the model's of such names."""
+    """The arrays that the file has whole, which are the model's of such names."""
     leaves: dict[str, Any] = {}
     if isinstance(model, Plan):
         parts = model.parts.items()

@@ -80,7 +80,7 @@ def save_peft_lora(
 def make_lora(
     adapters: Any, names: Names, rank: Rank, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
-    """Return what `save_peft_lora` writes, and what it returns."""
+    """The modules that `save_peft_lora` writes, and its result."""
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
@@ -95,7 +95,7 @@ def make_lora(
         full = (kernel, spec) if rank is None and spec.operator.block else full
         if module.table:
             also = "io.merge_checkpoint changes both"
-            a, b = rows_looked_up(kernel, spec, module.name, a, b, also)
+            a, b = rows_looked_up(kernel, spec.axes, module.name, a, b, also)
         name, table, axes = module.name, module.table, module.axes
         matrices.append(MatrixPair(name, table, a, b, len(b), factor, axes))
     advice = f"rank={enough} keeps every module within {max_error:.1%}, and "
@@ -117,7 +117,7 @@ def make_lora(
 def _factors(
     spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: Rank, max_error: float
 ) -> tuple[np.ndarray, np.ndarray, float, float, int]:
-    """Return A (in, r), B (r, out), a factor, what is lost, and the least rank to do.
+    """A (in, r), B (r, out), a factor, the share that is lost, and the least rank.
 
     Factor times A B is what the LoRA keeps of the delta's columns `outputs`.
     """
@@ -205,7 +205,7 @@ def save_peft_mora(
 
 
 def _reference(kernel: str, spec: AdapterSpec) -> tuple[int, int, float]:
-    """Return the reference's type and rank, and a factor of alpha M."""
+    """The reference's type and rank, and a factor of alpha M."""
     op, scale = spec.operator, 1.0
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
