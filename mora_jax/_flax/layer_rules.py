@@ -140,6 +140,7 @@ def register_layer(
     key, rule = check_rule(cls, rule)
     folded = isinstance(equation, Folded)
     own = _RULES.setdefault(cls, {})  # from here rules by the name of `cls` do not hold
+    _registered.cache_clear()
     if rules_of(cls) if folded else folded_kernels(cls):
         raise ValueError(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
@@ -148,6 +149,7 @@ def register_layer(
     # All kernels of a class are folded or none, so the base class's rules stay.
     known = _registered(cls) if folded else own
     _RULES[cls] = {**known, key: rule}
+    _registered.cache_clear()
 
 
 def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
@@ -203,6 +205,7 @@ def _named_rules(cls: type, name: str) -> Mapping[str, LayerRule]:
         return {}
 
 
+@functools.cache  # a trace asks for every module, again and again
 def _registered(cls: type) -> Mapping[str, LayerRule]:
     """The rules of `cls`, or of a base class for the methods that it inherits."""
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted

@@ -141,10 +141,13 @@ def opened(program: Any) -> Any:
 
 def inside(eqn: Any) -> list[Jaxpr]:
     """The programs inside a step of a program."""
-    values: list[Any] = []
+    found = []
     for value in eqn.params.values():
-        values += value if isinstance(value, tuple | list) else [value]
-    return [p for p in map(opened, values) if isinstance(p, Jaxpr)]
+        for part in value if isinstance(value, tuple | list) else (value,):
+            program = getattr(part, "jaxpr", part)  # as in `opened`
+            if isinstance(program, Jaxpr):
+                found.append(program)
+    return found
 
 
 def _called(eqn: Any) -> Jaxpr | None:
