@@ -370,7 +370,7 @@ def test_a_call_with_an_adapter_for_each_row_is_refused_or_right(api, function, 
     call, plan = caller(api, function)
     adapters = [random_like(mora_jax.init(plan), 0.3) for _ in range(3)]
     index, x = np.array([2, 0, -1, 1]), random(1, ROWS, ROWS, WIDTH)
-    rows = serving.select(serving.stack(adapters, plan), index)
+    rows = serving.select(serving.stack(adapters), index)
     alone = [call(a, x) for a in (*adapters, jax.tree.map(jnp.zeros_like, adapters[0]))]
     if told:
         with pytest.raises(ValueError, match=rf"last/kernel: .*{told}.* another's"):
