@@ -26,11 +26,11 @@ from flax import nnx
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._mesh.layout import KernelLayout, mesh_axes
+from mora_jax._mesh.layout import KernelLayout
+from mora_jax._plan.places import adapter_sharding, mesh_axes_of, named_sharding
 from mora_jax._plan.spec import AdapterSpec, Spec
 from mora_jax._tree.adapters import shapes_of
 from mora_jax._tree.paths import (
@@ -86,17 +86,6 @@ def adapter_shardings(
             sharding = adapter_sharding(spec, sharding, square)
         shardings[place_of(path, spec)] = adapter.replace(m=sharding)
     return nest(shardings)
-
-
-def adapter_sharding(
-    spec: AdapterSpec, kernel: NamedSharding, square: Any = (None, None)
-) -> NamedSharding:
-    """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
-    stack = [entry or None for entry in sizes(_entries(kernel, spec), spec.axes, "s")]
-    # More axes than two: some operators train several squares.
-    whole = [None] * (len(spec.shape) - len(stack) - len(square))
-    name = f"square, with q of {spec.operator.square_rank},"
-    return _named_sharding(kernel.mesh, [*stack, *whole, *square], spec.shape, name)
 
 
 def on_mesh(
@@ -161,7 +150,7 @@ def _laid_out(
                     f"got {axis!r}"
                 )
         # The last axis comes first, since Flax's transformations take off leading ones.
-        axes = tuple(reversed(_entries(kernel, spec)))
+        axes = tuple(reversed(mesh_axes_of(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"
@@ -174,12 +163,6 @@ def _laid_out(
             f"({safe}), and give batch_axes={safe}: see docs/meshes.md"
         )
     return placed
-
-
-def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
-    """The mesh axes that split each axis of the kernel."""
-    entries = [mesh_axes(entry) for entry in kernel.spec]
-    return [*entries, *[()] * (len(spec.axes) - len(entries))]
 
 
 def _shardings(
@@ -199,7 +182,7 @@ def _shardings(
         placed, axes = _read_sharding(leaves[name], name)
         if (devices := placed or mesh) is None:
             raise ValueError(f"mesh must be given: {name} has names of axes alone")
-        return _named_sharding(devices, axes, shape, name)
+        return named_sharding(devices, axes, shape, name)
 
     return sharding_of
 
@@ -224,15 +207,3 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
         kind = type(leaf).__name__
         raise TypeError(f"{name} must have a NamedSharding or mesh axes, got {kind}")
     return mesh, axes
-
-
-def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedSharding:
-    """The sharding of an array of `shape`; `name` is for error messages."""
-    try:
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        sharding.shard_shape(shape)
-    except Exception as error:  # some of JAX's errors are not ValueErrors
-        raise ValueError(
-            f"{name} must be split evenly by axes of the mesh, each used once: {error}"
-        ) from error
-    return sharding

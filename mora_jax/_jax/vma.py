@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-
-from mora_jax._common.types import ArrayLike, Shape
+from jax.typing import ArrayLike, DTypeLike
 
 Axes = frozenset[Any]
 
@@ -44,12 +42,12 @@ def alike(*arrays: ArrayLike) -> list[Any]:
     return [_vary(x, axes) for x in arrays] if axes else [*arrays]
 
 
-def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
+def zeros_for(shape: tuple[int, ...], dtype: DTypeLike, *arrays: Any) -> jax.Array:
     """Zeros that a loop may add numbers to that are computed from `arrays`."""
     return _vary(jnp.zeros(shape, dtype), _axes_of(*arrays))
 
 
-def shape_alike(shape: Shape, dtype: DTypeLike, like: jax.Array) -> Any:
+def shape_alike(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> Any:
     """A shape to transpose a function by, whose cotangents are as `like` is."""
     # Zeros that nothing reads where devices differ: versions of JAX differ in what says
     # that a shape differs.

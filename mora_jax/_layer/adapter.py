@@ -13,8 +13,8 @@ from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer.equation import Delta, delta_kernel
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
-from mora_jax.operators import Operator
-from mora_jax.products import Contraction
+from mora_jax.operators._base import Operator
+from mora_jax.products.contraction import Contraction
 
 
 class Adapter:

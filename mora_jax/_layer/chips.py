@@ -27,9 +27,11 @@ from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
-from mora_jax.operators import Decoupling, LowRank, Permutation
 from mora_jax.operators._blocks import divide
 from mora_jax.operators._map import DeltaMap, Precision
+from mora_jax.operators.decoupling import Decoupling
+from mora_jax.operators.low_rank import LowRank
+from mora_jax.operators.permutation import Permutation
 
 # Products of the gradient of M in one step of a loop. XLA fetches what a product reads
 # while it computes the ones before it, in one step of a loop. With 1, all and 8 a Llama

@@ -21,8 +21,8 @@ from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
-from mora_jax.operators import Operator
-from mora_jax.products import Contraction
+from mora_jax.operators._base import Operator
+from mora_jax.products.contraction import Contraction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from mora_jax._mesh.on_mesh import InParts, OnMesh
 from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import in_range
-from mora_jax.products import Contraction
+from mora_jax.products.contraction import Contraction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mora_jax._layer.tuning import current_tuning
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._map import Precision
-from mora_jax.products import Contraction, Product
+from mora_jax.products._product import Product
+from mora_jax.products.contraction import Contraction
 
 Added = Callable[[jax.Array, jax.Array], jax.Array]
 """(M, x) to the delta of the layer's output."""

@@ -50,7 +50,8 @@ from mora_jax._mesh.placement import (
 )
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
-from mora_jax.products import Contraction, Product
+from mora_jax.products._product import Product
+from mora_jax.products.contraction import Contraction
 
 Way = Literal["activation", "fold", "fused"]
 

@@ -22,7 +22,7 @@ from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
-from mora_jax.operators import Operator
+from mora_jax.operators._base import Operator
 from mora_jax.operators._map import DeltaMap
 
 REPLICATED = PartitionSpec()

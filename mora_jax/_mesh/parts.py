@@ -19,10 +19,14 @@ import jax.numpy as jnp
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax.operators import Decoupling, Operator, Permutation, Sharing, SignedSharing
+from mora_jax.operators._base import Operator
 from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators._projection import Projection
+from mora_jax.operators.decoupling import Decoupling
+from mora_jax.operators.permutation import Permutation
+from mora_jax.operators.sharing import Sharing
+from mora_jax.operators.signed_sharing import SignedSharing
 
 _part = functools.partial(
     jax.tree_util.register_dataclass,

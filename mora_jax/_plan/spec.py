@@ -24,9 +24,15 @@ from mora_jax._plan.settings import (
     check_settings,
     setting,
 )
-from mora_jax.operators import Operator, make_operator, square_rank
+from mora_jax.operators._base import Operator
 from mora_jax.operators._pytree import register_pytree
-from mora_jax.operators._registry import OPERATORS, parse_spec, resolve_auto
+from mora_jax.operators._registry import (
+    OPERATORS,
+    make_operator,
+    parse_spec,
+    resolve_auto,
+    square_rank,
+)
 
 SUFFIX = "_mora"
 """The end of the name of an M, after the name of its kernel."""

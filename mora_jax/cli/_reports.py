@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax import diagnostics, io
+from mora_jax import io
 from mora_jax._common.suggestions import alike, shown
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import Tree, adapters_in
+from mora_jax.diagnostics._measures import effective_rank, spectrum
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, PathLike, as_path
 from mora_jax.io._json import read_json
 from mora_jax.io.native._adapter import is_ours
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 def describe(adapter: str, base: str | None, names: io.Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
     adapters = read_adapter(adapter, base, names)
-    kind, spectra = format_of(adapter), diagnostics.spectrum(adapters)
+    kind, spectra = format_of(adapter), spectrum(adapters)
     specs = {"/".join(path): a.spec for path, a in adapters_in(adapters).items()}
     whole = {name: spec for name, spec in specs.items() if name not in spectra}
     layers = [_layer(name, specs[name], values) for name, values in spectra.items()]
@@ -72,7 +73,7 @@ def _layer(name: str, spec: AdapterSpec, values: np.ndarray) -> Row:
         "q": spec.operator.square_rank,
         "parameters": spec.parameters,
         "norm": float(np.linalg.norm(values)),
-        "effective_rank": float(np.mean(diagnostics.effective_rank(values))),
+        "effective_rank": float(np.mean(effective_rank(values))),
     }
 
 

@@ -36,10 +36,10 @@ Example::
   True
 """
 
-from mora_jax.diagnostics._measures import check as check
 from mora_jax.diagnostics._measures import effective_rank as effective_rank
 from mora_jax.diagnostics._measures import merge_loss as merge_loss
 from mora_jax.diagnostics._measures import relative_norm as relative_norm
 from mora_jax.diagnostics._measures import spectrum as spectrum
+from mora_jax.diagnostics._models import check as check
 from mora_jax.diagnostics._plots import plot_delta as plot_delta
 from mora_jax.diagnostics._plots import plot_training as plot_training

@@ -15,9 +15,9 @@ from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
+from mora_jax._plan.places import adapter_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, TrainedArray, check_same
 from mora_jax._tree.paths import unboxed
-from mora_jax.sharding import adapter_sharding
 
 DROPOUT = "dropout_mora"
 

@@ -51,19 +51,17 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
                 yield module, (*path, name), value
 
 
-Held = dict[Path, tuple[nnx.Module, MoRAParam, Adapter]]
-"""{path of an array of the base: the module, its variable, and the adapter there}."""
+HeldAdapter = tuple[nnx.Module, MoRAParam, Adapter]
+"""A module, its variable, and the adapter there."""
 
 
-def held_adapters(model: nnx.Module) -> Held:
-    """The adapters in a model, in the order of their paths."""
-    found: Held = {}
+def held_adapters(model: nnx.Module) -> dict[Path, HeldAdapter]:
+    """The adapters in a model by paths of the base's arrays, in the order of these."""
+    found: dict[Path, HeldAdapter] = {}
     for module, path, m in attributes(model, MoRAParam):
-        adapter = check_adapter(
-            "/".join(path), Adapter(unboxed(m), m.spec), by_row=True
-        )
+        own = Adapter(unboxed(m), m.spec)
         kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-        found[kernel] = module, m, adapter
+        found[kernel] = module, m, check_adapter("/".join(path), own, by_row=True)
     if not any(isinstance(a.spec, AdapterSpec) for *_, a in found.values()):
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     return dict(sorted(found.items(), key=lambda item: item[0]))
@@ -148,38 +146,42 @@ def set_adapters(
         specs = {"/".join(path): a.spec for path, a in found.items()}
         check_base(specs, {name: leaf for name, (_, leaf) in leaves})
     # All of them are checked before the first is set.
-    for path, adapter in found.items():
-        spec, m = adapter.spec, adapter.m
-        module, _, old = there[path]
-        if not isinstance(m, Selected):
-            m = as_jax_array("/".join(place_of(path, spec)), m)
-            if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
-                m, spec = m.astype(old.spec.dtype), old.spec
-        if hasattr(module, "plain_class"):  # qwix drops in another way
-            refuse_dropout(module, "/".join(path), spec)
-        found[path] = Adapter(m, spec)
-    begin_to_drop = False
-    for path, (module, variable, old) in there.items():
-        m, spec = found[path].m, found[path].spec
-        sharding = named_sharding(variable)
-        if isinstance(m, jax.Array) and not isinstance(m, Tracer):
-            if sharding is not None and not m.committed:
-                m = jax.device_put(m, sharding)
-        if isinstance(m, jax.Array) and spec == old.spec and not _by_row(variable):
-            variable[...] = m  # which keeps the variable of a trace
-            continue
-        # Of one layer where the model has the variable for one.
-        spec = spec.with_stack(variable.spec.stack_shape)
-        if spec.dropout > 0 and not hasattr(module, DROPOUT):
-            hold_dropout(module, spec, seed)
-            begin_to_drop = True
-        variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
-    if begin_to_drop:
+    new = {path: _fitting(path, there[path], a) for path, a in found.items()}
+    if any([_set(*there[path], new[path], seed) for path in there]):
         warn(
             "the new adapters have dropout, which the old ones lacked: the model drops "
             "until model.eval()"
         )
 
 
-def _by_row(variable: MoRAParam) -> bool:
-    return isinstance(unboxed(variable), Selected)
+def _fitting(path: Path, there: HeldAdapter, adapter: Adapter) -> Adapter:
+    """The adapter as its place in a model takes it."""
+    (module, variable, old), (m, spec) = there, (adapter.m, adapter.spec)
+    if not isinstance(m, Selected):
+        m = as_jax_array("/".join(place_of(path, spec)), m)
+        if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
+            m, spec = m.astype(old.spec.dtype), old.spec
+        sharding = named_sharding(variable)
+        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
+    if hasattr(module, "plain_class"):  # qwix drops in another way
+        refuse_dropout(module, "/".join(path), spec)
+    return Adapter(m, spec)
+
+
+def _set(
+    module: nnx.Module, variable: MoRAParam, old: Adapter, new: Adapter, seed: int
+) -> bool:
+    """Put an adapter into its variable; True if the module begins to drop."""
+    m, spec = new.m, new.spec
+    by_row = any(isinstance(one, Selected) for one in (m, old.m))
+    if spec == old.spec and not by_row:
+        variable[...] = m  # which keeps the variable of a trace
+        return False
+    # Of one layer where the model has the variable for one.
+    spec = spec.with_stack(variable.spec.stack_shape)
+    drops = spec.dropout > 0 and not hasattr(module, DROPOUT)
+    if drops:
+        hold_dropout(module, spec, seed)
+    variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
+    return drops

@@ -15,3 +15,20 @@ from mora_jax.operators.signed_decoupling import SignedDecoupling as SignedDecou
 from mora_jax.operators.signed_sharing import SignedSharing as SignedSharing
 from mora_jax.operators.subspace import Subspace as Subspace
 from mora_jax.operators.truncation import Truncation as Truncation
+
+# In the order in which error messages list them; `Subspace` is made, not named.
+OPERATORS.update(
+    (cls.name, cls)
+    for cls in (
+        Truncation,
+        Sharing,
+        SignedSharing,
+        Decoupling,
+        SignedDecoupling,
+        Rotation,
+        Orthogonal,
+        Hadamard,
+        Permutation,
+        LowRank,
+    )
+)

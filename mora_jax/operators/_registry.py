@@ -8,33 +8,9 @@ from typing import Any
 from mora_jax._common.checks import positive_integer
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax.operators._base import Operator
-from mora_jax.operators.decoupling import Decoupling
-from mora_jax.operators.hadamard import Hadamard
-from mora_jax.operators.low_rank import LowRank
-from mora_jax.operators.orthogonal import Orthogonal
-from mora_jax.operators.permutation import Permutation
-from mora_jax.operators.rotation import Rotation
-from mora_jax.operators.sharing import Sharing
-from mora_jax.operators.signed_decoupling import SignedDecoupling
-from mora_jax.operators.signed_sharing import SignedSharing
-from mora_jax.operators.truncation import Truncation
 
-OPERATORS: dict[str, type[Operator]] = {
-    cls.name: cls
-    for cls in (
-        Truncation,
-        Sharing,
-        SignedSharing,
-        Decoupling,
-        SignedDecoupling,
-        Rotation,
-        Orthogonal,
-        Hadamard,
-        Permutation,
-        LowRank,
-    )
-}
-"""Every operator class by its name."""
+OPERATORS: dict[str, type[Operator]] = {}
+"""Every operator class by its name; `mora_jax.operators` puts them here."""
 
 SHARING_FROM_RANK = 128
 """The budget from which "auto" is sharing: the paper's best at r=8 and r=256."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._trace_check import Claim
-from mora_jax.operators import Operator
+from mora_jax.operators._base import Operator
 
 
 @runtime_checkable

@@ -78,8 +78,8 @@ def test_rows_alone_are_split(operator, planned):
     config = MoRAConfig(operator=operator)
     plan = mora_jax.plan({"kernel": kernel}, config)
     if planned:
-        plan = sharding.plan_on_mesh(plan, {"kernel": kernel}, batch_axes="data")
-    (spec,) = plan.specs
+        plan = sharding.on_mesh(plan, {"kernel": kernel}, batch_axes="data")
+    (spec,) = plan.values()
     layer = FrozenDense(None, None, spec.operator, layout=spec.layout)
 
     def loss(m, kernel, x):
