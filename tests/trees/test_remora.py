@@ -341,7 +341,9 @@ def test_bad_input():
         remora.restart(params, adapters, optax.sgd(1.0).init(adapters), tx)
     with pytest.raises(TypeError, match="tx must be an optax transformation"):
         remora.restart(params, adapters, state, "adam")
-    with pytest.raises(TypeError, match="adapters must hold adapters, .* params come"):
+    with pytest.raises(
+        TypeError, match="adapters must hold adapters, .* are params swapped"
+    ):
         remora.restart(params, params, state, tx)
     combined = mora_jax.combine(params, adapters)
     with pytest.raises(ValueError, match="params hold the adapter .* give the base"):

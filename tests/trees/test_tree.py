@@ -182,7 +182,7 @@ def test_what_does_not_merge(model):
     twice = adapters | {"attn/query": adapters["attn"]["query"]}
     cases = [
         ((params, {}), ValueError, "adapters hold no adapter"),
-        ((adapters, params), TypeError, "must hold adapters, .*, and params come fir"),
+        ((adapters, params), TypeError, "must hold adapters, .* are params swapped"),
         ((adapters, {"params": params}), TypeError, "'params/.*are params swapped"),
         ((adapters, adapters), ValueError, "params hold the adapter .*give the base"),
         ((params, plain), TypeError, r"at 'attn/.*': plan.adapters\(tree\) makes them"),
