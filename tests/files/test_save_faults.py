@@ -31,6 +31,7 @@ from adapter_files import (
 from base_files import files_of_at_most, kernels, sharded
 
 from mora_jax import Plan, io, load, make_operator, save
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 
@@ -276,8 +277,8 @@ def assert_says(directory, adapters):
         assert list(spec.kernel_shape) == entry["kernel_shape"]
         assert spec.operator.square_rank == entry["square_rank"]
         assert spec.operator.name == entry["operator"]["name"]
-        settings = entry["settings"]
-        assert (spec.alpha, spec.dropout) == (settings["alpha"], settings["dropout"])
+        said = AdapterSettings().to_json() | entry["settings"]  # or the default
+        assert spec.to_json() == said
 
 
 def mutate(directory, chance, original):
