@@ -9,7 +9,7 @@ from mora_jax import AdapterSpec
 from mora_jax._jax.linear_map import Static
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._layer.ways import Layer, Way, joins
-from mora_jax.products import Product
+from mora_jax.products import Contraction, Product
 
 
 def choose(
@@ -34,6 +34,7 @@ def choose(
     shape, axes = spec.seen_by(len(product.axes))
     if dtype is None or not joins(product, axes, x, dropout):
         return "activation"
+    assert isinstance(product, Contraction)  # or it would not join
     settings = axes, None, spec.layout, spec.execution
     layer = Layer(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
     kernel = jax.ShapeDtypeStruct(shape, dtype)
