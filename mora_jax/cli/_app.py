@@ -2,20 +2,27 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from mora_jax import io
+from mora_jax._common.suggestions import alike, shown
 from mora_jax._layer.rounding import Rounding
-from mora_jax._tree.paths import kernels_in, trained_in
+from mora_jax._tree.paths import Tree, adapters_in, kernels_in, trained_in
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
-from mora_jax.cli._reports import describe, format_of, grouped, read_adapter
-from mora_jax.io._files import as_path
-from mora_jax.io.native._adapter import replace_adapter
+from mora_jax.diagnostics._measures import effective_rank, spectrum
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, PathLike, as_path
+from mora_jax.io._json import read_json
+from mora_jax.io.native._adapter import is_ours, replace_adapter
 from mora_jax.io.peft._export import Server
+
+Row = dict[str, Any]
+"""{name of a column: what is printed there}."""
 
 app = typer.Typer(
     name="mora-jax",
@@ -31,6 +38,29 @@ def options(version: opt.Version = False) -> None:
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
+
+
+def format_of(directory: PathLike) -> str:
+    """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
+    path = as_path("directory", directory)
+    # Ours are known by their tensors, since their config may be missing.
+    if (path / TENSORS).is_file() and is_ours(path, TENSORS):
+        return "mora"
+    config = read_json(path / CONFIG)
+    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+        return "peft-mora" if config.get("use_mora") else "peft-lora"
+    raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
+
+
+def read_adapter(
+    directory: PathLike, base: str | None = None, names: io.Names = None
+) -> Tree:
+    """Adapters of any format; only the reference's needs the `base`."""
+    checkpoint = None if base is None else io.Checkpoint(as_path("base", base))
+    path = as_path("adapter", directory)
+    if format_of(path) == "mora":
+        return io.load(path)
+    return io.load_peft(path, checkpoint and checkpoint.shapes(names), names)
 
 
 @app.command()
@@ -59,6 +89,49 @@ def inspect(
         typer.echo(f"Rows of several layers have {told}; --all shows each layer.")
 
 
+def describe(adapter: str, base: str | None, names: io.Names) -> Row:
+    """An adapter's format, metadata and size, and a row for each of its layers."""
+    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
+    spectra, layers, trained = spectrum(adapters), [], []
+    for path, found in adapters_in(adapters).items():
+        name, spec = "/".join(path), found.spec
+        row: Row = {"path": name}
+        if name in spectra:
+            row |= {"in": spec.in_features, "out": spec.out_features}
+            row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
+            row["parameters"] = spec.parameters
+            row["norm"] = float(np.linalg.norm(spectra[name]))
+            row["effective_rank"] = float(np.mean(effective_rank(spectra[name])))
+            layers.append(row)
+        else:
+            row |= {"shape": list(spec.shape), "parameters": spec.parameters}
+            trained.append(row)
+    return {
+        "format": kind,
+        "metadata": io.read_metadata(adapter) if kind == "mora" else {},
+        "adapters": len(layers),
+        "parameters": sum(row["parameters"] for row in (*layers, *trained)),
+        "layers": layers,
+        "trained": trained,
+    }
+
+
+def grouped(layers: Sequence[Row]) -> list[Row]:
+    """One row for all layers that differ only in the numbers of their paths."""
+    # It has the sum of their parameters, which are what one pays for, and the smallest
+    # and largest of the numbers that training has made.
+    kind = itemgetter("path", "in", "out", "operator", "q")
+    rows = []
+    for pattern, group in alike(layers, kind):
+        row = group[0] | {"path": shown(pattern, len(group))}
+        row["parameters"] = sum(layer["parameters"] for layer in group)
+        for key in ("norm", "effective_rank"):
+            values = [layer[key] for layer in group]
+            row[key] = min(values), max(values)
+        rows.append(row)
+    return rows
+
+
 @app.command()
 def merge(
     base: opt.WholeBase,
@@ -84,7 +157,6 @@ def merge(
 
 
 def _most(lost: Mapping[str, float]) -> str:
-    """The largest loss and its place, in words."""
     worst = max(lost, key=lost.__getitem__)
     return f"at most {lost[worst]:.2%} of a delta, in {worst}"
 

@@ -43,7 +43,6 @@ class Pair(NamedTuple):
         return self.axes != self.kernel_axes
 
     def filled(self, fields: dict[str, str]) -> "Pair":
-        """The module and the kernel with texts instead of `{fields}`."""
         module, kernel = (template.format(**fields) for template in self[:2])
         pair = self._replace(module=module, kernel=kernel)
         # Embeddings have the same axes everywhere, whatever a template says.

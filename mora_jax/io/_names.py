@@ -1,6 +1,7 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import json
@@ -14,6 +15,8 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
 from mora_jax.io._families import FAMILIES, LIBRARIES, Pair
+
+FIELD = r"\{(\w+)\}"
 
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
@@ -49,7 +52,6 @@ class Bijection:
         self._kernels = [(_pattern(pair.kernel), pair) for pair in pairs]
 
     def of_module(self, name: str) -> Iterator[Pair]:
-        """The pairs of a module in PyTorch."""
         return _fitting(name, self._modules)
 
     def of_kernel(self, path: str) -> Iterator[Pair]:
@@ -101,27 +103,20 @@ def _with_bias(pair: Pair) -> Iterator[Pair]:
 
 def _pattern(template: str) -> re.Pattern[str]:
     """A regular expression for texts that a template becomes, with its fields."""
-    parts = _parts(template)
-    parts[::2] = map(re.escape, parts[::2])
-    parts[1::2] = [rf"(?P<{field}>[^./\[\],]+)" for field in parts[1::2]]
-    return re.compile("".join(parts))
-
-
-def _parts(template: str) -> list[str]:
-    """The parts of a template; every second one is the name of a field."""
-    parts = re.split(r"\{(\w+)\}", template)
+    parts = re.split(FIELD, template)
     if not all(map(str.isidentifier, parts[1::2])) or set("{}") & set("".join(parts)):
         raise ValueError(
             "names must have braces around the names of fields alone, as in {n}, "
             f"got {template!r}"
         )
-    return parts
+    parts[::2] = map(re.escape, parts[::2])
+    parts[1::2] = [rf"(?P<{field}>[^./\[\],]+)" for field in parts[1::2]]
+    return re.compile("".join(parts))
 
 
 def _fitting(
-    text: str, templates: Iterable[tuple[re.Pattern[str], Pair]]
+    text: str, templates: list[tuple[re.Pattern[str], Pair]]
 ) -> Iterator[Pair]:
-    """The pairs whose template fits a text, with the fields that it has there."""
     for pattern, pair in templates:
         if match := pattern.fullmatch(text):
             yield pair.filled(match.groupdict())
@@ -135,7 +130,7 @@ def bijection(names: Names) -> Bijection:
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
     for module, kernel in names.items():
-        fields, others = (sorted(_parts(t)[1::2]) for t in (module, kernel))
+        fields, others = (sorted(re.findall(FIELD, t)) for t in (module, kernel))
         if fields != others or len(set(fields)) < len(fields):
             raise ValueError(
                 f"names must have the same {{fields}} on both sides, once each, "
@@ -182,13 +177,27 @@ def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
     `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
     may be the kernels. If none of them is like a kernel, names are guessed.
     """
-    guesses = {kernel: _guess(kernel) for kernel in kernels}
-    found = {kernel: _likeliest(guess, modules) for kernel, guess in guesses.items()}
-    found = {kernel: module for kernel, module in found.items() if module}
+
+    def numbers(name: str) -> list[str]:
+        return re.findall(r"\d+", name)
+
+    found, guesses = {}, {kernel: _guess(kernel) for kernel in kernels}
+    for kernel, guess in guesses.items():
+        alike = [m for m in modules if sorted(numbers(m)) == sorted(numbers(guess))]
+        ends = {m: sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike}
+        alike = [m for m, (short, long) in ends.items() if long.startswith(short)]
+        if close := difflib.get_close_matches(guess, alike, n=1, cutoff=0.0):
+            found[kernel] = close[0]
     # All layers of a model have one template.
     templates: dict[str, str] = {}
     for kernel, module in (found or guesses).items():
-        templates.setdefault(*_template(module, kernel))
+        fields = iter("nmk")
+        for number in dict.fromkeys(numbers(module)):
+            texts, whole = (module, kernel), rf"(?<!\d){number}(?!\d)"
+            once = all(len(re.findall(whole, text)) == 1 for text in texts)
+            if once and (field := next(fields, "")):
+                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+        templates.setdefault(module, kernel)
     shown = json.dumps(dict(list(templates.items())[:8]))
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
 
@@ -201,27 +210,3 @@ def _guess(kernel: str) -> str:
     name, known = ".".join(parts), bijection(None)
     rooted = (f"{root}.{name}" for root in ("model", "transformer", "bert"))
     return next((name for name in rooted if any(known.of_module(name))), name)
-
-
-def _likeliest(guess: str, modules: Collection[str]) -> str:
-    """The module with most words of a guess, its numbers and its last name; or ""."""
-    words = guess.split(".")
-
-    def is_alike(module: str) -> bool:
-        numbers, other = (sorted(re.findall(r"\d+", name)) for name in (guess, module))
-        ends = sorted([words[-1], module.rpartition(".")[2]])
-        return numbers == other and ends[1].startswith(ends[0])
-
-    alike = filter(is_alike, modules)
-    return min(alike, key=lambda m: len({*words} ^ {*m.split(".")}), default="")
-
-
-def _template(module: str, kernel: str) -> tuple[str, str]:
-    """A module and a kernel with `{fields}` instead of shared numbers."""
-    fields = iter("nmk")
-    for number in dict.fromkeys(re.findall(r"\d+", module)):
-        texts, whole = (module, kernel), rf"(?<!\d){number}(?!\d)"
-        once = all(len(re.findall(whole, text)) == 1 for text in texts)
-        if once and (field := next(fields, "")):
-            module, kernel = (re.sub(whole, f"{{{field}}}", text) for text in texts)
-    return module, kernel

@@ -18,7 +18,7 @@ from safetensors.numpy import save as as_bytes
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
-from mora_jax.cli._reports import format_of, read_adapter
+from mora_jax.cli._app import format_of, read_adapter
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 

@@ -33,6 +33,9 @@ from mora_jax.operators import LowRank, Operator
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
 
+Leaves = Mapping[str, tuple[Path, Any]]
+"""{name: path and array of a model's params, or path and spec of a plan}."""
+
 
 def load_peft(
     directory: _files.PathLike, model: Plan | Any = None, names: Names = None
@@ -71,10 +74,15 @@ def load_peft(
         raise AdapterFileError(f"the base is needed: {why}")
     arrays = TensorFile(file, read_bytes(file)).arrays()
     modules, others = modules_in(arrays, config)
-    kernels = _kernels(modules, model, names)
+    leaves: Leaves = {}
+    if isinstance(model, Plan):
+        leaves = {"/".join(path): (path, spec) for path, spec in model.parts.items()}
+    elif jax.tree.leaves(model):
+        leaves = named_leaves(model)
+    kernels = _kernels(modules, leaves, names)
     adapters: dict[Path, Adapter] = {}
     for name, by_index in kernels.items():
-        kernel = _kernel(name, model, by_index)
+        kernel = _kernel(name, None if model is None else leaves, by_index)
         try:
             adapter = _adapter_of(name, kernel, by_index, config)
         except ValueError as error:
@@ -82,17 +90,16 @@ def load_peft(
         adapters[place_of(kernel.path, adapter.spec)] = adapter
     if others:
         source = Source(Checkpoint(file), names, tied=False)
-        adapters |= dict(_trained(source, model, others, kernels))
+        adapters |= dict(_trained(source, leaves, others, kernels))
     return nest(adapters)
 
 
-def _kernels(modules: list[MatrixPair], model: Any, names: Names) -> dict[str, ByIndex]:
+def _kernels(
+    modules: list[MatrixPair], leaves: Leaves, names: Names
+) -> dict[str, ByIndex]:
     """The matrices of each kernel, by the names of their modules."""
     known, unknown = bijection(names), []
-    paths = [*model] if isinstance(model, Plan) else []
-    if not isinstance(model, Plan) and jax.tree.leaves(model):
-        leaves = named_leaves(model).items()
-        paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
+    paths = [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
     kernels: dict[str, ByIndex] = defaultdict(dict)
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
@@ -124,23 +131,18 @@ class Kernel(NamedTuple):
     layout: KernelLayout | None = None
 
 
-def _kernel(name: str, model: Any, modules: ByIndex) -> Kernel:
-    """The kernel of a name in a plan or in params, or one of its modules' shapes."""
-    if model is None:
+def _kernel(name: str, leaves: Leaves | None, modules: ByIndex) -> Kernel:
+    """The kernel of a name in a model or, without one, of its modules' shapes."""
+    if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
         shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
         return Kernel(tuple(name.split("/")), shape, "s" * len(last) + "io")
-    if isinstance(model, Plan):
-        own = {"/".join(path): (path, spec) for path, spec in model.specs.items()}
-        if name not in own:
-            near = nearest_paths(name, model)
-            raise AdapterFileError(f"the plan lacks {name!r} of {TENSORS}{near}")
-        path, spec = own[name]
-        return Kernel(path, spec.kernel_shape, spec.axes, spec.layout)
     try:
-        if name not in (leaves := named_leaves(model)):
+        path, leaf = leaves.get(name, ((), None))
+        if isinstance(leaf, AdapterSpec):
+            return Kernel(path, leaf.kernel_shape, leaf.axes, leaf.layout)
+        if leaf is None or isinstance(leaf, TrainedArray):
             raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
-        path, leaf = leaves[name]
         check_kernel(leaf, name)
         shape = tuple(leaf.shape)
         return Kernel(path, shape, axes_by_name(name, shape))
@@ -208,20 +210,17 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
 
 
 def _trained(
-    source: Source, model: Any, tensors: list[str], kernels: Collection[str]
+    source: Source, leaves: Leaves, tensors: list[str], kernels: Collection[str]
 ) -> Iterator[tuple[Path, Adapter]]:
     """The arrays that the file has whole, which are the model's of such names."""
-    leaves: dict[str, Any] = {}
-    if isinstance(model, Plan):
-        parts = model.parts.items()
-        trained = {p: a for p, a in parts if isinstance(a, TrainedArray)}
-        leaves = {"/".join(path): (path, a) for path, a in trained.items()}
-    elif model is not None:
-        leaves = named_leaves(model)
     misfit = "{!r} of shape {} does not fit {} in " + TENSORS
     for name, (path, leaf) in leaves.items():
-        shape = tuple(leaf.shape)
-        if name in kernels or not (stack := source.stack(name, shape, misfit)):
+        shape, is_kernel = tuple(leaf.shape), isinstance(leaf, AdapterSpec)
+        if (
+            is_kernel
+            or name in kernels
+            or not (stack := source.stack(name, shape, misfit))
+        ):
             source.missing.clear()
             continue
         source.check_missing()  # all of a stack was trained, or none
