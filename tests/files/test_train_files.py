@@ -129,7 +129,10 @@ def test_a_plan_as_json_has_them():
         (lambda c: c["trained"][0].update(shape=[3]), r"must have shape \(3,\)"),
         (lambda c: c["trained"][0].update(shape=[-1]), "shape must be integers"),
         (lambda c: c["trained"][0].update(dtype="int8"), "must be a floating-point"),
-        (lambda c: c["trained"][0].update(dtype="f4"), "must be names of dtypes"),
+        (
+            lambda c: c["trained"][0].update(dtype="f4"),
+            "dtype must be .float32., got .f4.",
+        ),
         (lambda c: c.update(trained={}), "trained of .* must be of type list"),
     ],
 )

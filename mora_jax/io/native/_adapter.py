@@ -6,6 +6,7 @@ and digests. The file `CONFIG` beside it is that text again.
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,7 +193,10 @@ def is_ours(directory: Location, name: str) -> bool:
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     """The SHA-256 of all arrays in the order of their names."""
-    return _records.sha256(arrays[name].tobytes() for name in sorted(arrays))
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def save(

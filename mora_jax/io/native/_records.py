@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -141,18 +141,10 @@ def _fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def sha256(pieces: Iterable[bytes]) -> str:
-    """The SHA-256 of bytes in pieces, in hexadecimal."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 def signed(content: Record) -> dict[str, Any]:
     """A record with the SHA-256 of all else in it."""
     others = {key: value for key, value in content.items() if key != "sha256"}
-    return others | {"sha256": sha256([dump(others)])}
+    return others | {"sha256": hashlib.sha256(dump(others)).hexdigest()}
 
 
 # --- What is read in them ---
@@ -186,15 +178,7 @@ def parse_record(
 
 
 class Source(NamedTuple):
-    """A file, and the model that its record must fit.
-
-    Attributes:
-      where: The name of the record in messages.
-      base: {path: array or shape} of the model; None for any model.
-      arrays: {name: array} of the file, until they are taken; None for a plan, which
-        lacks arrays.
-      writer: The version of the library that wrote the record.
-    """
+    """A file, as in `restore`, and the version of the library that wrote it."""
 
     where: str
     base: Mapping[str, Any] | None
@@ -230,7 +214,9 @@ def restore(
 ) -> dict[Path, Adapter]:
     """{path of its array in the base: adapter} of a record, everything checked.
 
-    Arguments are as in `Source`. Without arrays each adapter has None for its own.
+    Messages call it `where`. `base` is {path: array or shape} of the model, or None for
+    any. `arrays` are those of the file, until they are taken; without them each adapter
+    has None for its own, as in a plan.
     """
     source = Source(where, base, arrays, content["library_version"])
     found: dict[Path, Adapter] = {}
@@ -247,6 +233,8 @@ def restore(
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
                 found[path] = undo(record, name, source)
+                own = record_of((path, found[path]), fields)
+                _check_same(record, own, found[path].spec)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {source.where}: {error}") from error
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
@@ -295,8 +283,7 @@ def _kernel_adapter(record: Record, name: str, source: Source) -> Adapter:
     )
     if m is not None:
         check_leaf(m, "M", spec.shape)
-    _check_same(record, adapter := Adapter(m, spec))
-    return adapter
+    return Adapter(m, spec)
 
 
 def _check_sizes(
@@ -353,38 +340,38 @@ def _operator(
         raise ValueError(f"{error} ({hint})") from None
 
 
-def _check_same(record: Record, adapter: Adapter) -> None:
-    """Raise unless a record says what the record of its own adapter would say."""
-    spec = adapter.spec
-    own = {"operator": operator_settings(spec.operator), "settings": spec.to_json()}
-    for key, mine in {**own, "dtype": _dtype(adapter)}.items():
+def _trained_array(record: Record, name: str, source: Source) -> Adapter:
+    """The copy of an array that trains itself."""
+    array, shape = source.take(name), _shape("shape", record["shape"], least=0)
+    source.check_base(name, "array", shape)
+    if array is not None:
+        check_leaf(array, f"{name} in the file", shape)
+    return Adapter(array, TrainedArray(shape, record["dtype"], record["base_dtype"]))
+
+
+def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
+    """Raise unless a record says what the record of its `own` adapter says."""
+    if isinstance(spec, AdapterSpec):  # a record may hold all settings
+        own |= {
+            "operator": operator_settings(spec.operator),
+            "settings": spec.to_json(),
+        }
+    for key, mine in own.items():
         value = record[key]
+        if key == "operator_check":
+            right = len(value) == len(mine) and all(type(x) is float for x in value)
+            # Chips round differently; other random numbers differ by more.
+            if not right or not np.allclose(mine, value, 1e-3, 1e-3):
+                raise ValueError(
+                    f"{own['operator']['name']} is another operator here than where "
+                    f"the file was made: its check gives {mine}, got {short(value)}"
+                )
+            continue
         if isinstance(mine, dict):  # of settings, which may be absent
             mine = {name: mine[name] for name in value if name in mine}
         # Texts are compared, since True == 1 == 1.0.
         if dump(mine) != dump(value):
             raise ValueError(f"{key} must be {mine!r}, got {short(value)}")
-    stored, here = record["operator_check"], fingerprint(spec.operator)
-    right = len(stored) == len(here) and all(type(x) is float for x in stored)
-    # Chips round differently; other random numbers differ by more.
-    if not right or not np.allclose(here, stored, 1e-3, 1e-3):
-        raise ValueError(
-            f"{spec.operator.name} is another operator here than where the file was "
-            f"made: its check gives {here}, got {short(stored)}"
-        )
-
-
-def _trained_array(record: Record, name: str, source: Source) -> Adapter:
-    """The copy of an array that trains itself."""
-    array, shape = source.take(name), _shape("shape", record["shape"], least=0)
-    source.check_base(name, "array", shape)
-    dtypes = record["dtype"], record["base_dtype"]
-    adapter = Adapter(array, TrainedArray(shape, *dtypes))
-    if record_of((tuple(record["path"]), adapter), TRAINED) != record:
-        raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-    if array is not None:
-        check_leaf(array, f"{name} in the file", shape)
-    return adapter
 
 
 def arrays_of(specs: Mapping[Path, Spec]) -> dict[str, jax.ShapeDtypeStruct]:
