@@ -66,7 +66,6 @@ def as_path(argument: str, value: object) -> Location:
 
 
 def is_local(path: Location) -> TypeGuard[Path]:
-    """True if `path` is local, so that it can be locked and renamed."""
     return type(path) is type(Path())
 
 
@@ -201,7 +200,6 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
 
 
 def _remove(path: Location) -> None:
-    """Remove a file if it is there and can be removed."""
     with contextlib.suppress(Exception):  # clients of stores have errors of their own
         path.unlink(missing_ok=True)
 

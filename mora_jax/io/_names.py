@@ -141,7 +141,6 @@ def bijection(names: Names) -> Bijection:
 
 @functools.cache
 def _known(names: str | None) -> Bijection:
-    """The bijection of a family or a library, or of all families."""
     if names is None:
         return Bijection(itertools.chain(*FAMILIES.values()))
     known = FAMILIES | LIBRARIES
@@ -160,7 +159,6 @@ def join_index(path: str, index: Shape) -> str:
 
 
 def split_index(kernel: str) -> tuple[str, Shape]:
-    """Undo `join_index`."""
     path, bracket, index = kernel.partition("[")
     numbers = index.removesuffix("]").split(",") if bracket else []
     if not all(number.isdecimal() and number.isascii() for number in numbers):

@@ -95,8 +95,8 @@ class TensorFile:
             raise self._damaged(f"it must have {end:,} bytes, got {self.size:,}")
 
     def _damaged(self, why: str) -> AdapterFileError:
-        start = f"{self.path.name} is damaged, or not a safetensors file"
-        return AdapterFileError(f"{start}: {why}")
+        name = f"{self.path.name} is damaged, or not a safetensors file"
+        return AdapterFileError(f"{name}: {why}")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
@@ -112,7 +112,6 @@ class TensorFile:
         return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All tensors, which must be floating-point."""
         return {name: self[name] for name in self.entries}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -125,11 +124,9 @@ class TensorFile:
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor in pieces."""
         return self._pieces(*self.entries[name][2:], CHUNK)
 
     def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
-        """The bytes from `start` to `stop`, `step` at a time."""
         with self._open() as file:
             file.seek(start)
             for place in range(start, stop, step or 1):
@@ -150,7 +147,6 @@ class TensorFile:
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
     try:
         from safetensors.numpy import save
     except ImportError as error:

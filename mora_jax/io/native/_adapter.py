@@ -43,13 +43,7 @@ MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 
 
 class Content(NamedTuple):
-    """The content of a file.
-
-    Attributes:
-      written: The config as it is there.
-      config: The same with the defaults of what it lacks.
-      arrays: {name: array} of the tensors.
-    """
+    """A file: its config as written and with defaults, and {name: array}."""
 
     written: Any
     config: dict[str, Any]
@@ -251,45 +245,33 @@ def replace_adapter(
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept, found = plain(metadata or {}, "metadata"), adapters_in(adapters)
     if params is not None:
-        found |= _with_digests(found, params)
-    tensors, config = _encode(found, kept)
+        found = _with_digests(found, params)
+    arrays: dict[str, np.ndarray] = {}
+    for path, adapter in found.items():
+        name = "/".join(place_of(path, adapter.spec))
+        arrays[name] = to_numpy(name, adapter.m)
+        if isinstance(adapter.spec, AdapterSpec) and (op := adapter.operator).given:
+            arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
+    content = record_of(dict(sorted(found.items())), _records.PARTS)
+    content |= {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
+    config = dump(_records.signed(content))
+    tensors = encode(arrays, {KEY: config.decode()})
     # Nothing is written that cannot be read.
     base = _records.arrays_of({path: a.spec for path, a in found.items()})
     _restored(_parse(tensors), base)
     _files.replace_files(directory, tensors, config)
 
 
-def _encode(
-    found: Mapping[TreePath, Adapter], metadata: dict[str, Any]
-) -> tuple[bytes, bytes]:
-    """The content of the file, and its config with the user's `metadata`."""
-    arrays: dict[str, np.ndarray] = {}
-    for path, adapter in found.items():
-        name = "/".join(place_of(path, adapter.spec))
-        arrays[name] = to_numpy(name, adapter.m)
-        if isinstance(adapter.spec, AdapterSpec) and adapter.operator.given:
-            given = {
-                key: getattr(adapter.operator, key) for key in adapter.operator.arrays
-            }
-            arrays |= {f"{name}/{key}": array for key, array in given.items()}
-    content = record_of(dict(sorted(found.items())), _records.PARTS)
-    content |= {"format": FORMAT, "metadata": metadata}
-    config = dump(_records.signed(content | {"tensors_sha256": _digest(arrays)}))
-    return encode(arrays, {KEY: config.decode()}), config
-
-
 def _with_digests(
     found: Mapping[TreePath, Adapter], params: Any
 ) -> dict[TreePath, Adapter]:
-    """The adapters of kernels with digests of these."""
-    leaves, known = named_leaves(params), {}
+    leaves, known = named_leaves(params), dict(found)
     for path, adapter in found.items():
-        spec = adapter.spec
-        if isinstance(spec, AdapterSpec):
+        if isinstance(spec := adapter.spec, AdapterSpec):
             _, kernel = find_array(leaves, path, spec)
             check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
-            digest = kernel_digests(spec, kernel)
-            spec = dataclasses.replace(spec, base_digest=digest)
+            digests = kernel_digests(spec, kernel)
+            spec = dataclasses.replace(spec, base_digest=digests)
             known[path] = adapter.replace(spec=spec)
     return known
 

@@ -127,7 +127,6 @@ def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """The line that serves `model`, with the LoRA in `adapter` if any."""
     if server == "vllm":
         words = ["vllm", "serve", model]
         limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"
