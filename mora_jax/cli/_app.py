@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Annotated, Any
 
@@ -16,13 +15,10 @@ from mora_jax._tree.paths import Tree, adapters_in, kernels_in, trained_in
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
 from mora_jax.diagnostics._measures import effective_rank, spectrum
-from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, PathLike, as_path
+from mora_jax.io._files import CONFIG, AdapterFileError, PathLike, as_path
 from mora_jax.io._json import read_json
 from mora_jax.io.native._adapter import is_ours, replace_adapter
 from mora_jax.io.peft._export import Server
-
-Row = dict[str, Any]
-"""{name of a column: what is printed there}."""
 
 app = typer.Typer(
     name="mora-jax",
@@ -43,8 +39,7 @@ def options(version: opt.Version = False) -> None:
 def format_of(directory: PathLike) -> str:
     """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
-    # Ours are known by their tensors, since their config may be missing.
-    if (path / TENSORS).is_file() and is_ours(path, TENSORS):
+    if is_ours(path):
         return "mora"
     config = read_json(path / CONFIG)
     if isinstance(config, dict) and config.get("peft_type") == "LORA":
@@ -89,13 +84,13 @@ def inspect(
         typer.echo(f"Rows of several layers have {told}; --all shows each layer.")
 
 
-def describe(adapter: str, base: str | None, names: io.Names) -> Row:
+def describe(adapter: str, base: str | None, names: io.Names) -> dict[str, Any]:
     """An adapter's format, metadata and size, and a row for each of its layers."""
     adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
     spectra, layers, trained = spectrum(adapters), [], []
     for path, found in adapters_in(adapters).items():
         name, spec = "/".join(path), found.spec
-        row: Row = {"path": name}
+        row: dict[str, Any] = {"path": name}
         if name in spectra:
             row |= {"in": spec.in_features, "out": spec.out_features}
             row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
@@ -116,7 +111,7 @@ def describe(adapter: str, base: str | None, names: io.Names) -> Row:
     }
 
 
-def grouped(layers: Sequence[Row]) -> list[Row]:
+def grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for all layers that differ only in the numbers of their paths."""
     # It has the sum of their parameters, which are what one pays for, and the smallest
     # and largest of the numbers that training has made.
@@ -156,7 +151,7 @@ def merge(
     typer.echo(f"{said} {_most(lost)}.")
 
 
-def _most(lost: Mapping[str, float]) -> str:
+def _most(lost: dict[str, float]) -> str:
     worst = max(lost, key=lost.__getitem__)
     return f"at most {lost[worst]:.2%} of a delta, in {worst}"
 

@@ -18,7 +18,6 @@ from mora_jax.io._names import bijection
 
 
 def _rank_of(text: str | None) -> int | str | None:
-    """The `rank` of an option."""
     # Typer takes an option of two types for a text.
     if text is None or text == "auto":
         return text

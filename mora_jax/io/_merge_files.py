@@ -17,7 +17,7 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.io import _files
-from mora_jax.io._files import AdapterFileError, Location, PathLike, as_path
+from mora_jax.io._files import AdapterFileError, PathLike, as_path
 from mora_jax.io._names import Names, join_index
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
@@ -220,12 +220,12 @@ def merge_checkpoint(
             yield chunk
             progress(len(chunk))
 
-    def is_last(path: Location) -> tuple[bool, bool]:
-        # Programs begin with the config and the index: without them nothing is read.
-        return path.name == "config.json", path.name.endswith(INDEX)
-
     stored = ((file.path.name, content(file)) for file in checkpoint.files)
-    beside = sorted(checkpoint.beside, key=is_last)
+    # Programs begin with the config and the index: without them nothing is read.
+    first = re.compile(rf"config\.json|.*{re.escape(INDEX)}")
+    beside = sorted(
+        checkpoint.beside, key=lambda path: bool(first.fullmatch(path.name))
+    )
     copied = ((path.name, [path.read_bytes()]) for path in beside)
     _files.write_directory(target, itertools.chain(stored, copied))
     return lost

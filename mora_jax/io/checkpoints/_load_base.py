@@ -115,7 +115,7 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
 
 
 def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharding of each leaf, or None, checked."""
+    """The sharding of each leaf, by which it can be placed, or None."""
     if sharding is None:
         # JAX has chosen the sharding of an array that is not committed.
         own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}
@@ -128,26 +128,22 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for name, array in arrays.items():
         if name not in given:
             raise ValueError(f"sharding lacks {name!r}{nearest_paths(name, given)}")
-        if given[name] is not None:
-            _check_sharding(name, tuple(array.shape), given[name])
+        if (one := given[name]) is None:
+            continue
+        if not isinstance(one, Sharding):
+            raise TypeError(
+                "sharding must hold shardings, such as NamedSharding(mesh, spec), got "
+                f"{one!r} for {name!r}"
+            )
+        if isinstance(getattr(one, "mesh", None), AbstractMesh):
+            raise ValueError(f"sharding must name devices for {name!r}, got {one}")
+        try:
+            if len(spec := getattr(one, "spec", ())) > len(array.shape):
+                raise ValueError(f"{spec} has more axes")
+            one.shard_shape(tuple(array.shape))
+        except Exception as error:  # some of JAX's errors are not ValueErrors
+            raise ValueError(
+                f"sharding must split {name!r}, of shape {tuple(array.shape)}, evenly; "
+                f"a tree may have one for each leaf: {error}"
+            ) from error
     return given
-
-
-def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
-    """Raise unless a leaf of a shape can be placed by `sharding`."""
-    if not isinstance(sharding, Sharding):
-        raise TypeError(
-            "sharding must hold shardings, such as NamedSharding(mesh, spec), got "
-            f"{sharding!r} for {name!r}"
-        )
-    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        raise ValueError(f"sharding must name devices for {name!r}, got {sharding}")
-    try:
-        if len(spec := getattr(sharding, "spec", ())) > len(shape):
-            raise ValueError(f"{spec} has more axes")
-        sharding.shard_shape(shape)
-    except Exception as error:  # some of JAX's errors are not ValueErrors
-        raise ValueError(
-            f"sharding must split {name!r}, of shape {shape}, evenly; a tree may have "
-            f"one for each leaf: {error}"
-        ) from error

@@ -177,12 +177,16 @@ def _restored(
     return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
 
 
-def is_ours(directory: Location, name: str) -> bool:
-    """True if the file `CONFIG` or `TENSORS` says that it is of this format."""
-    if name == TENSORS:
-        return KEY in TensorFile(directory / name).metadata
-    content = read_json(directory / name)
-    return isinstance(content, dict) and content.get("format") == FORMAT
+def is_ours(directory: Location) -> bool:
+    """True if a directory holds an adapter, and one of this format."""
+    for name in _files.ADAPTER:
+        # A file that is missing or says nothing leaves that to the other.
+        with contextlib.suppress(AdapterFileError):
+            if name == TENSORS:
+                return KEY in TensorFile(directory / name).metadata
+            content = read_json(directory / name)
+            return isinstance(content, dict) and content.get("format") == FORMAT
+    return False
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -233,7 +237,12 @@ def save(
       True
     """
     path = _files.as_path("directory", directory)
-    _refuse_foreign_adapter(path)
+    present = [name for name in _files.ADAPTER if (path / name).is_file()]
+    if present and not is_ours(path):
+        raise FileExistsError(
+            f"directory must not hold an adapter of another format, got {path}, whose "
+            f"{present[0]} is not mora_jax's; save to another one, or delete that"
+        )
     replace_adapter(path, adapters, metadata, params)
 
 
@@ -274,19 +283,3 @@ def _with_digests(
             spec = dataclasses.replace(spec, base_digest=digests)
             known[path] = adapter.replace(spec=spec)
     return known
-
-
-def _refuse_foreign_adapter(directory: Location) -> None:
-    """Raise if a directory holds an adapter that this library did not write."""
-    present = [name for name in _files.ADAPTER if (directory / name).is_file()]
-    for name in present:
-        # A file so damaged that it says nothing leaves that to the other.
-        with contextlib.suppress(AdapterFileError):
-            if is_ours(directory, name):
-                return
-            break
-    if present:
-        raise FileExistsError(
-            f"directory must not hold an adapter of another format, got {directory}, "
-            f"whose {present[0]} is not mora_jax's; save to another one, or delete that"
-        )
