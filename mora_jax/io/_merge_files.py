@@ -222,10 +222,8 @@ def merge_checkpoint(
 
     stored = ((file.path.name, content(file)) for file in checkpoint.files)
     # Programs begin with the config and the index: without them nothing is read.
-    first = re.compile(rf"config\.json|.*{re.escape(INDEX)}")
-    beside = sorted(
-        checkpoint.beside, key=lambda path: bool(first.fullmatch(path.name))
-    )
+    beside = sorted(checkpoint.beside, key=lambda path: path.name.endswith(INDEX))
+    beside.sort(key=lambda path: path.name == "config.json")
     copied = ((path.name, [path.read_bytes()]) for path in beside)
     _files.write_directory(target, itertools.chain(stored, copied))
     return lost
