@@ -34,7 +34,6 @@ KNOWN = re.compile(
 """All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
 ENTRY = {"dtype": Field(str), "shape": Field(list), "data_offsets": Field(list)}
-"""The record of a tensor in a header."""
 
 MAX_HEADER, CHUNK = 2**25, 2**24
 

@@ -242,9 +242,8 @@ class Source:
             one, other = map(self.checkpoint.entry, (name, twin))
             pieces = (self.checkpoint.place[n].chunks(n) for n in (name, twin))
             # Piece by piece, since a head is among the largest of tensors.
-            if one[:2] == other[:2] and all(
-                a == b for a, b in zip(*pieces, strict=True)
-            ):
+            equal = (a == b for a, b in zip(*pieces, strict=True))
+            if one[:2] == other[:2] and all(equal):
                 return True
         return BUFFERS.fullmatch(name) is not None
 

@@ -39,7 +39,6 @@ from mora_jax.operators import Operator, Subspace, make_operator
 from mora_jax.operators._registry import OPERATORS
 
 VERSION = 1
-"""The version of the format."""
 
 LARGEST_WIDTH, LARGEST_ARRAY = 2**22, 2**28
 """The most features on a side of a kernel, and numbers in an array, of a file alone."""

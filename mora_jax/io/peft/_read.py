@@ -215,12 +215,9 @@ def _trained(
     """The arrays that the file has whole, which are the model's of such names."""
     misfit = "{!r} of shape {} does not fit {} in " + TENSORS
     for name, (path, leaf) in leaves.items():
-        shape, is_kernel = tuple(leaf.shape), isinstance(leaf, AdapterSpec)
-        if (
-            is_kernel
-            or name in kernels
-            or not (stack := source.stack(name, shape, misfit))
-        ):
+        if name in kernels or isinstance(leaf, AdapterSpec):
+            continue
+        if not (stack := source.stack(name, shape := tuple(leaf.shape), misfit)):
             source.missing.clear()
             continue
         source.check_missing()  # all of a stack was trained, or none
