@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +32,9 @@ from mora_jax.operators import LowRank, Operator
 
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
+
+Kernel = tuple[Path, Shape, str, KernelLayout | None]
+"""The path of a kernel of the model, its shape, its axes and its place on a mesh."""
 
 Leaves = Mapping[str, tuple[Path, Any]]
 """{name: path and array of a model's params, or path and spec of a plan}."""
@@ -87,7 +90,7 @@ def load_peft(
             adapter = _adapter_of(name, kernel, by_index, config)
         except ValueError as error:
             raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
-        adapters[place_of(kernel.path, adapter.spec)] = adapter
+        adapters[place_of(kernel[0], adapter.spec)] = adapter
     if others:
         source = Source(Checkpoint(file), names, tied=False)
         adapters |= dict(_trained(source, leaves, others, kernels))
@@ -122,30 +125,21 @@ def _kernels(
     return kernels
 
 
-class Kernel(NamedTuple):
-    """A kernel of the model."""
-
-    path: Path
-    shape: Shape
-    axes: str
-    layout: KernelLayout | None = None
-
-
 def _kernel(name: str, leaves: Leaves | None, modules: ByIndex) -> Kernel:
     """The kernel of a name in a model or, without one, of its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
         shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
-        return Kernel(tuple(name.split("/")), shape, "s" * len(last) + "io")
+        return tuple(name.split("/")), shape, "s" * len(last) + "io", None
     try:
         path, leaf = leaves.get(name, ((), None))
         if isinstance(leaf, AdapterSpec):
-            return Kernel(path, leaf.kernel_shape, leaf.axes, leaf.layout)
+            return path, leaf.kernel_shape, leaf.axes, leaf.layout
         if leaf is None or isinstance(leaf, TrainedArray):
             raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
         check_kernel(leaf, name)
         shape = tuple(leaf.shape)
-        return Kernel(path, shape, axes_by_name(name, shape))
+        return path, shape, axes_by_name(name, shape), None
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
