@@ -121,7 +121,6 @@ def replacements(
     source: Source, trained: dict[Path, Adapter]
 ) -> dict[str, tuple[str, np.ndarray]]:
     """{tensor: name and numbers of the trained array for it}."""
-    misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     replaced = {}
     for path, adapter in trained.items():
         name, shape = "/".join(path), adapter.spec.shape
@@ -131,7 +130,7 @@ def replacements(
             source.take(own, name)
             replaced[own] = name, numbers
             continue
-        for index, part in source.stack(name, shape, misfit).items():
+        for index, part in source.stack(name, shape).items():
             layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(name, index), layer
     return replaced

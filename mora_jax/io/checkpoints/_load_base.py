@@ -84,9 +84,8 @@ def load_base(
             kind = type(array).__name__
             raise TypeError(f"like must hold arrays, got {kind} at {name!r}")
     shardings = _shardings(sharding, arrays)
-    misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
-    stacks = {n: source.stack(n, tuple(a.shape), misfit) for n, a in arrays.items()}
+    stacks = {n: source.stack(n, tuple(a.shape)) for n, a in arrays.items()}
     source.check_missing()
     source.check_left(arrays, skip)
     leaves = {}

@@ -144,11 +144,8 @@ class Source:
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
-        """{index in a leaf's stack: its tensor}; others are noted as missing.
-
-        `misfit` is a message, as a template of the leaf, its shape and the tensor.
-        """
+    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
+        """{index in a leaf's stack: its tensor}; others are noted as missing."""
         # Without a stack the index is (). No more is known of its depth than that the
         # first layer has a tensor.
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
@@ -166,9 +163,11 @@ class Source:
             part = Part.of(file, tensor, pair, shape[depth:])
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                text = f"{tensor!r} of shape {file.entries[tensor].shape}"
-                text += " transposed" * pair.transposed
-                raise AdapterFileError(misfit.format(leaf, shape, text))
+                raise AdapterFileError(
+                    f"the leaf {leaf!r} of shape {shape} does not fit {tensor!r} of "
+                    f"shape {file.entries[tensor].shape}"
+                    f"{' transposed' * pair.transposed} in {file.path.name}"
+                )
             stack[index] = part
         return stack
 

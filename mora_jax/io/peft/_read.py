@@ -207,11 +207,10 @@ def _trained(
     source: Source, leaves: Leaves, tensors: list[str], kernels: Collection[str]
 ) -> Iterator[tuple[Path, Adapter]]:
     """The arrays that the file has whole, which are the model's of such names."""
-    misfit = "{!r} of shape {} does not fit {} in " + TENSORS
     for name, (path, leaf) in leaves.items():
         if name in kernels or isinstance(leaf, AdapterSpec):
             continue
-        if not (stack := source.stack(name, shape := tuple(leaf.shape), misfit)):
+        if not (stack := source.stack(name, shape := tuple(leaf.shape))):
             source.missing.clear()
             continue
         source.check_missing()  # all of a stack was trained, or none
