@@ -43,7 +43,9 @@ def test_nothing_is_left_out_silently(file, family):
         with pytest.raises(AdapterFileError, match="like has no leaf for"):
             load_base(file, unflatten(rest), family)
         wrong = jax.ShapeDtypeStruct((*flat[path].shape, 2), np.float32)
-        with pytest.raises(AdapterFileError, match=rf"leaf '{path}' of shape .* does not fit"):
+        with pytest.raises(
+            AdapterFileError, match=rf"leaf '{path}' of shape .* does not fit"
+        ):
             load_base(file, unflatten({**flat, path: wrong}), family)
         other = jax.ShapeDtypeStruct((3,), np.float32)
         with pytest.raises(AdapterFileError, match=r"no tensor for .*'new/scale'"):

@@ -214,7 +214,7 @@ def restore(
     """{path of its array in the base: adapter} of a record, everything checked.
 
     Messages call it `where`. `base` is {path: array or shape} of the model, or None for
-    any. `arrays` are those of the file, until they are taken; without them each adapter
+    any. `arrays` are the file's, until they are taken; without them each adapter
     has None for its own, as in a plan.
     """
     source = Source(where, base, arrays, content["library_version"])
