@@ -39,7 +39,7 @@ from jax.core import Tracer
 from mora_jax._common import checks
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, is_adapter
-from mora_jax._layer.slots import Selected, Slots, beyond_if_none
+from mora_jax._layer.per_row import Selected, Slots, beyond_if_none
 from mora_jax._plan.spec import SUFFIX, check_same
 from mora_jax._tree.adapters import checked_adapters, refuse_trained
 from mora_jax._tree.paths import Tree, located_leaves, nest, place_of

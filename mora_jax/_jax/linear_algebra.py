@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.vma import shape_alike
+from mora_jax._jax.vma import axes_of, zeros_for
 
 
 def matmul(
@@ -45,6 +45,11 @@ def transposed(
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """The transpose of a linear function of an array of `shape`, at `cotangent`."""
-    like = shape_alike(shape, dtype or cotangent.dtype, cotangent)
+    dtype = dtype or cotangent.dtype
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    # Zeros that nothing reads where devices differ: versions of JAX differ in what says
+    # that a shape differs.
+    if axes_of(cotangent):
+        like = zeros_for(shape, dtype, cotangent)
     (result,) = jax.linear_transpose(function, like)(cotangent)
     return result

@@ -58,15 +58,11 @@ class LinearMap(abc.ABC):
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         """A(r)^T y, with the shape and dtype of x."""
 
-    @property
-    def derives(self) -> bool:
-        """True if the map has a `derivative`; otherwise JAX takes it."""
-        return False
-
     def derivative(self, residuals: Any, operand: jax.Array) -> "tuple[LinearMap, Any]":
         """The derivative by the second residual, where JAX would do more than it must.
 
-        It is a map of that array's tangent, with the residuals of the map.
+        It is a map of that array's tangent, with the residuals of the map. JAX takes
+        the derivative of a map that does not give it.
         """
         raise NotImplementedError
 
@@ -77,14 +73,10 @@ class LinearMap(abc.ABC):
     def __call__(
         self, residuals: Any, operand: ArrayLike, transposed: bool = False
     ) -> jax.Array:
-        """A(r) x, or A(r)^T x if `transposed`; each is the other's transpose."""
+        """A(r) x, or A(r)^T y if `transposed`; each is the other's transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
         call = _Call(self, treedef, chosen_platform.get(), transposed)
         return linear_p.bind(*alike(*leaves, operand), call=call)
-
-    def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
-        """A(r)^T y, with `forward` for its transpose."""
-        return self(residuals, cotangent, transposed=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +114,7 @@ class _Call:
     def by_hand(self) -> int | None:
         """The number of the argument by which the map has a derivative of its own."""
         # There may be more leaves before it: an operator may have arrays.
-        if self.transposed or not self.map.derives:
+        if self.transposed or type(self.map).derivative is LinearMap.derivative:
             return None
         return self.treedef.children()[0].num_leaves
 

@@ -20,7 +20,8 @@ def tile_to(x: jax.Array, features: int) -> jax.Array:
 
 def sum_tiles(x: jax.Array, width: int) -> jax.Array:
     """(..., features) -> (..., width): the transpose of `tile_to`."""
-    return x if x.shape[-1] == width else _Tile(width, x.shape[-1]).transpose((), x)
+    features = x.shape[-1]
+    return x if features == width else _Tile(width, features)((), x, transposed=True)
 
 
 def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:

@@ -8,6 +8,8 @@ import jax
 from jax.core import Tracer
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from mora_jax._jax.walk import IDENTITIES
+
 _NUMBERS = itertools.count()
 
 
@@ -15,14 +17,14 @@ def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The arrays and shapes in a tree of arguments, and a function to replace them."""
     leaves, structure = jax.tree.flatten(args)
     traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    pairs = list(zip(leaves, traced, strict=True))
 
     def join(arrays: list[Any]) -> Any:
         remaining = iter(arrays)
+        pairs = zip(leaves, traced, strict=True)
         values = [next(remaining) if is_array else leaf for leaf, is_array in pairs]
         return jax.tree.unflatten(structure, values)
 
-    return [leaf for leaf, is_array in pairs if is_array], join
+    return list(itertools.compress(leaves, traced)), join
 
 
 def fresh_shapes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -40,11 +42,7 @@ def fresh_shapes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return jax.eval_shape(call, arrays)
 
 
-UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
-    "sharding_constraint",
-    "reshard",
-    "stop_gradient",
-}
+UNCHANGED = IDENTITIES | {"convert_element_type", "stop_gradient"}
 """JAX's primitives after which an array has the numbers it had, in the same order."""
 
 # Relations of an array to another one. An array that is alike has the same shape. One

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 Axes = frozenset[Any]
 
 
-def _axes_of(*arrays: Any) -> Axes:
+def axes_of(*arrays: Any) -> Axes:
     """The axes along which any of the arrays differ."""
     axes: Axes = frozenset()
     for x in arrays:
@@ -26,7 +26,7 @@ def _axes_of(*arrays: Any) -> Axes:
 
 
 def _vary(x: Any, axes: Axes) -> Any:
-    more = tuple(sorted(axes - _axes_of(x), key=str))
+    more = tuple(sorted(axes - axes_of(x), key=str))
     if not more:
         return x
     if hasattr(jax.lax, "pcast"):
@@ -38,19 +38,10 @@ def _vary(x: Any, axes: Axes) -> Any:
 def alike(*arrays: ArrayLike) -> list[Any]:
     """The arrays, as ones that differ along the same axes."""
     # The gradient of one that did not is then summed over devices, as it must be.
-    axes = _axes_of(*arrays)
+    axes = axes_of(*arrays)
     return [_vary(x, axes) for x in arrays] if axes else [*arrays]
 
 
 def zeros_for(shape: tuple[int, ...], dtype: DTypeLike, *arrays: Any) -> jax.Array:
     """Zeros that a loop may add numbers to that are computed from `arrays`."""
-    return _vary(jnp.zeros(shape, dtype), _axes_of(*arrays))
-
-
-def shape_alike(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> Any:
-    """A shape to transpose a function by, whose cotangents are as `like` is."""
-    # Zeros that nothing reads where devices differ: versions of JAX differ in what says
-    # that a shape differs.
-    if _axes_of(like):
-        return zeros_for(shape, dtype, like)
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return _vary(jnp.zeros(shape, dtype), axes_of(*arrays))

@@ -11,7 +11,7 @@ from mora_jax._common.checks import as_jax_array, check_leaf
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer.equation import Delta, delta_kernel
-from mora_jax._layer.slots import Selected, Slots
+from mora_jax._layer.per_row import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax.operators._base import Operator
 from mora_jax.products.contraction import Contraction

@@ -13,6 +13,7 @@ slices; on a GPU these are one product with an axis of blocks.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul, transposed
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
@@ -52,11 +53,14 @@ THIN = 16
 
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
-    if isinstance(op, Decoupling) and _has_few_slices(op):
+    aligned = isinstance(op, Decoupling) and op.aligned
+    if aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES:
         if current_chip() == "tpu":
-            return (OrderedMap if isinstance(op, Permutation) else SlicedMap)(op)
+            is_ordered = isinstance(op, Permutation)
+            products = _ordered_products if is_ordered else _sliced_products
+            return BlockMap(op, _sliced_rows, products)
         if current_chip() == "gpu" and op.num_feeding == op.num_groups:
-            return BatchedMap(op)
+            return BlockMap(op, type(op).rows, _batched_products)
     return op
 
 
@@ -89,39 +93,30 @@ def folds_in_place(op: Any) -> bool:
     return current_chip() == "tpu" and blocks and op.aligned
 
 
-def stores_folds() -> bool:
-    """True if each part of a product would form a folded kernel once more."""
-    return current_chip() == "tpu"
-
-
-def _has_few_slices(op: Decoupling) -> bool:
-    return op.aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
-
-
 def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
-    """R_k M for all blocks, (n, q, q)."""
-    rotated = op.rotate_m(m)
+    rotated = op.rotate_m(m)  # R_k M for all blocks, (n, q, q)
     return jnp.broadcast_to(rotated, (op.compressed_shape[0], *rotated.shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockMap(DeltaMap):
-    """The map of an operator with few blocks, whose M is rotated for each."""
+    """The map of an operator with few blocks, whose M is rotated for each.
+
+    `products_of` gives the gradients of the copies R_k M, (n, shards, q, q).
+    """
 
     # Products of blocks are kept apart by the devices that share the rows of x, until
     # they are rotated back: one array like M is summed over devices, not n.
     op: Any
+    rows_of: Callable[[Any, jax.Array, jax.Array, Precision], jax.Array]
+    products_of: Callable[[Any, jax.Array, jax.Array, int, Precision], jax.Array]
 
     block = True
-
-    @property
-    def m_shape(self) -> Shape:
-        return self.op.m_shape
 
     def rows(
         self, x: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
-        return self.op.rows(x, m, precision)
+        return self.rows_of(self.op, x, m, precision)
 
     def tangent(
         self, kept: Any, tangent: jax.Array, precision: Precision = None
@@ -131,110 +126,92 @@ class BlockMap(DeltaMap):
     def gradient(
         self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
     ) -> jax.Array:
-        products = self.products(kept, g, shards, precision)
+        products = self.products_of(self.op, kept, g, shards, precision)
         # Blocks that are left out come last, and lack gradients.
         products = pad_to(products, self.op.compressed_shape[0], axis=0)
         rotated = functools.partial(_rotated_m, self.op)
-        unrotate = functools.partial(transposed, rotated, self.m_shape)
+        unrotate = functools.partial(transposed, rotated, self.op.m_shape)
         return jax.vmap(unrotate, in_axes=1)(products).sum(0).astype(g.dtype)
 
-    def products(
-        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-    ) -> jax.Array:
-        """Gradients of the copies R_k M, (n, shards, q, q)."""
-        raise NotImplementedError
 
-
-class SlicedMap(BlockMap):
+def _sliced_rows(
+    op: Decoupling, x: jax.Array, m: jax.Array, precision: Precision
+) -> jax.Array:
     """The form for TPUs: a product for each slice of x."""
-
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        op, rotated, q = self.op, _rotated_m(self.op, m), self.op.square_rank
-        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
-        groups: list[Any] = [None] * op.num_groups
-        for k, block in enumerate(blocks[: op.num_feeding]):
-            h, group = self.product(block, rotated[k], precision), k % op.num_groups
-            groups[group] = h if groups[group] is None else groups[group] + h
-        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
-        return op.outputs_in_place(y)
-
-    def products(
-        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-    ) -> jax.Array:
-        op, q, groups = self.op, self.op.square_rank, self.op.num_groups
-        n, y = op.compressed_shape[0], sum_tiles(g, groups * q)
-        x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
-        sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
-
-        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
-            # Unsigned, or XLA would not see that the slices are whole tiles.
-            k = k.astype(jnp.uint32)
-            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
-            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
-            gradient = jax.lax.dot_general(
-                h,
-                back,
-                (((1,), (1,)), ((0,), (0,))),
-                precision=precision,
-                preferred_element_type=sum_dtype,
-            )
-            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
-
-        # A loop, since XLA takes as long for n products as for n layers.
-        products = zeros_for((n, shards, q, q), sum_dtype, x, y)
-        return jax.lax.fori_loop(
-            0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
-        )
+    rotated, q = _rotated_m(op, m), op.square_rank
+    blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
+    groups: list[Any] = [None] * op.num_groups
+    for k, block in enumerate(blocks[: op.num_feeding]):
+        h, group = op.product(block, rotated[k], precision), k % op.num_groups
+        groups[group] = h if groups[group] is None else groups[group] + h
+    y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
+    return op.outputs_in_place(y)
 
 
-class OrderedMap(SlicedMap):
+def _sliced_products(
+    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+) -> jax.Array:
+    """The same for products of a slice of x and one of the gradient."""
+    n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
+    y = sum_tiles(g, groups * q)
+    x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
+
+    def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
+        # Unsigned, or XLA would not see that the slices are whole tiles.
+        k = k.astype(jnp.uint32)
+        h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
+        back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
+        gradient = _rows_product(h, back, ((0,), (0,)), precision)
+        return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
+
+    # A loop, since XLA takes as long for n products as for n layers.
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    products = zeros_for((n, shards, q, q), wide, x, y)
+    return jax.lax.fori_loop(
+        0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
+    )
+
+
+def _ordered_products(
+    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+) -> jax.Array:
     """The same where features are in another order, some rows at a time."""
-
     # A TPU reorders features by transposes that move whole rows of memory. Some rows of
     # x and y fit in its fast memory, so that both are read once and none is written.
+    rows = math.prod(x.shape[:-1]) // shards
+    steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
+    # With an axis of steps. XLA would transpose all of x if it were to slice rows.
+    x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, g))
 
-    def products(
-        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-    ) -> jax.Array:
-        op = self.op
-        x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
-        rows = x.shape[1]
-        steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
-        # With an axis of steps. XLA would transpose all of x if it were to slice rows.
-        x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
+    def products(step: ArrayLike) -> jax.Array:
+        at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
+        h = op.enter(at(x, step))
+        back = transposed(op.leave, h.shape, at(y, step))
+        return _rows_product(h, back, ((2, 0), (2, 0)), precision)
 
-        def products(step: ArrayLike) -> jax.Array:
-            at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
-            h = op.enter(at(x, step))
-            back = transposed(op.leave, h.shape, at(y, step))
-            return _block_products(h, back, precision)
-
-        shape = jax.eval_shape(products, 0)
-        total = zeros_for(shape.shape, shape.dtype, x, y)
-        return jax.lax.fori_loop(
-            0, steps, lambda step, total: total + products(step), total
-        )
+    shape = jax.eval_shape(products, 0)
+    total = zeros_for(shape.shape, shape.dtype, x, y)
+    return jax.lax.fori_loop(
+        0, steps, lambda step, total: total + products(step), total
+    )
 
 
-class BatchedMap(BlockMap):
+def _batched_products(
+    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+) -> jax.Array:
     """The form for GPUs: one product with an axis of blocks."""
-
-    def products(
-        self, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-    ) -> jax.Array:
-        op, n, q = self.op, self.op.num_feeding, self.op.square_rank
-        x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
-        blocks = x[..., : n * q], sum_tiles(g, n * q)
-        h, back = (a.reshape(shards, -1, n, q) for a in blocks)
-        return _block_products(h, back, precision)
+    n, q = op.num_feeding, op.square_rank
+    x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
+    blocks = x[..., : n * q], sum_tiles(g, n * q)
+    h, back = (a.reshape(shards, -1, n, q) for a in blocks)
+    return _rows_product(h, back, ((2, 0), (2, 0)), precision)
 
 
-def _block_products(h: jax.Array, g: jax.Array, precision: Precision) -> jax.Array:
-    """Sums over rows of h_k^T g_k, (shards, rows, n, q) twice to (n, shards, q, q)."""
-    axes = ((1,), (1,)), ((2, 0), (2, 0))
-    dtype = jnp.promote_types(g.dtype, jnp.float32)
+def _rows_product(
+    h: jax.Array, g: jax.Array, batch: Any, precision: Precision
+) -> jax.Array:
+    """Sums of h^T g over rows, (shards, rows, ..., q) twice, for each of `batch`."""
+    axes, dtype = (((1,), (1,)), batch), jnp.promote_types(g.dtype, jnp.float32)
     return jax.lax.dot_general(
         h, g, axes, precision=precision, preferred_element_type=dtype
     )

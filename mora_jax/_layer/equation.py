@@ -26,14 +26,20 @@ from jax.typing import DTypeLike
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import matmul, transposed
-from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import Chip, current_chip
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
+from mora_jax._layer.per_row import Selected
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import InParts, OnMesh
-from mora_jax._mesh.placement import gather_m, row_shards
+from mora_jax._mesh.placement import (
+    explicit_sharding,
+    gather_m,
+    row_shards,
+    with_auto_axes,
+)
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import in_range
 from mora_jax.products.contraction import Contraction
@@ -48,9 +54,8 @@ class ByM(LinearMap):
 
     Attributes:
       m_dtype, dtype: The dtypes of dM and of the computation.
-      precision: The precision of the products with M.
       shards: The number of devices that share the rows of x and split its first axis.
-      on_mesh: The map of an operator where devices share features; None on one device.
+      features: The mesh axes that split features; None on one device.
       product, out_shape: The einsum whose output y is, and the shape of its features;
         None for y as rows.
     """
@@ -59,7 +64,7 @@ class ByM(LinearMap):
     dtype: Any
     precision: jax.lax.PrecisionLike
     shards: int = 1
-    on_mesh: Static | None = None
+    features: FeatureSharding | None = None
     product: Contraction | None = None
     out_shape: Shape = ()
 
@@ -77,19 +82,16 @@ class ByM(LinearMap):
         return gradient.astype(self.m_dtype)
 
     def _map(self, op: Any) -> Any:
-        return chips.map_of(op) if self.on_mesh is None else self.on_mesh(op)
+        features = self.features
+        return chips.map_of(op) if features is None else InParts(op, features)
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
     r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
 
-    Attributes:
-      operator: C and D.
-      m: alpha M, (*stack, *m_shape).
-      kernel_shape, axes: The kernel's shape, and its axes, a letter each.
-      precision: The precision of the products with M.
-      layout: The places of the kernel's features on a mesh; None for one device.
+    `m` is alpha M, (*stack, *m_shape), and `layout` has the places of the kernel's
+    features on a mesh; None for one device.
     """
 
     operator: Any
@@ -119,20 +121,19 @@ class Delta:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self._stack:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        op, shards, on_mesh = self.operator, row_shards(self.layout, x), None
-        if features := split_features(self.layout, self.axes, self.kernel_shape):
+        op, delta = self.operator, self.operator
+        if features := self._features:
             # Devices send each other parts of C(x), if it is small.
             kind = OnMesh if op.linear and not op.block else InParts
-            on_mesh = Static(kind, features=features)
-        delta = on_mesh(op) if on_mesh else op
-        if isinstance(delta, InParts) or not op.linear:
+            delta = kind(op, features)
+        if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
-        kept = delta.kept(x, self.m, self.precision)
-        return self._by_m(kept, shards=shards, on_mesh=on_mesh)
+        kept = op.kept(x, self.m, self.precision)
+        return self._by_m(kept, row_shards(self.layout, x))
 
-    def _by_m(self, kept: Any, **settings: Any) -> jax.Array:
+    def _by_m(self, kept: Any, shards: int = 1) -> jax.Array:
         """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
-        by_m = ByM(self.m.dtype, self.m.dtype, self.precision, **settings)
+        by_m = ByM(self.m.dtype, self.m.dtype, self.precision, shards)
         return by_m((self.operator, kept), self.m)
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
@@ -142,8 +143,7 @@ class Delta:
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Integers (...) -> rows of the delta (..., out_features)."""
         op, indices = self.operator, in_range(indices, self.operator.in_features)
-        features = split_features(self.layout, self.axes, self.kernel_shape)
-        if features and features.out_axes:
+        if (features := self._features) and features.out_axes:
             op = OnMesh(op, features)
         return op.unit_rows(indices, self.m, self.precision)
 
@@ -184,18 +184,21 @@ class Delta:
     @property
     def _of_kernel(self) -> OnMesh | None:
         """The operator where devices share the kernel; None if they do not."""
-        if self.layout is None:
-            return None
-        features = self.layout.for_kernel(self.axes, self.kernel_shape)
-        return OnMesh(self.operator, features) if features.splits else None
+        layout = self.layout
+        features = layout and layout.for_kernel(self.axes, self.kernel_shape)
+        return features and OnMesh(self.operator, features)
+
+    @property
+    def _features(self) -> FeatureSharding | None:
+        """The mesh axes that split features of inputs and outputs, if any does."""
+        layout = self.layout
+        return layout and layout.for_activations(self.axes, self.kernel_shape)
 
     @property
     def _stack(self) -> Shape:
-        """The stack axes of M."""
         return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
 
     def _with(self, m: jax.Array) -> "Delta":
-        """The delta at one index of a stack axis."""
         return dataclasses.replace(self, m=m)
 
 
@@ -223,16 +226,43 @@ def scaled_m(
     return gather_m(scaled, spec.layout, x, len(spec.operator.m_shape))
 
 
-def split_features(
-    layout: KernelLayout | None, axes: str, kernel_shape: Shape
-) -> FeatureSharding | None:
-    """The mesh axes that split features of inputs and outputs; None if none does."""
-    if layout is None:
-        return None
-    features = layout.for_activations(axes, kernel_shape)
-    return features if features.splits else None
-
-
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The delta of an adapter, :math:`\alpha\, C M D`, with the kernel's shape."""
     return undisturbed(Delta.of(spec, m).kernel)()
+
+
+def folded_kernel(
+    spec: AdapterSpec, m: ArrayLike | Selected, kernel: jax.Array
+) -> jax.Array:
+    """The kernel of a layer that reads it itself, with the delta as `merge` adds it."""
+    if isinstance(m, Selected):
+        raise ValueError(
+            "the layer reads its kernel with one delta for all rows "
+            "(products.Folded); leave it out of the plan to serve one for each row"
+        )
+    if (sharding := explicit_sharding(kernel)) is not None:
+        fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
+        return with_auto_axes(fold, sharding, m, kernel)
+    dtype = sum_dtype(m, kernel)
+    delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
+    return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
+    # Rounding has a derivative of zero nearly everywhere, so that of the sum is taken.
+    # Unlike in a dense layer the sum is kept for the backward pass, and M's gradient is
+    # taken from its gradient: nothing is known of what the layer computes with it.
+    return add_rounded(kernel, delta, axes, kernel.dtype, "dither")
+
+
+@_rounded_sum.defjvp
+def _(axes: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    y = _rounded_sum(axes, *primals)
+    kernel, delta = tangents
+    return y, kernel + delta.astype(y.dtype)
+
+
+def sum_dtype(m: ArrayLike, kernel: ArrayLike) -> Any:
+    """The dtype of the sum of a kernel and its delta: float32, or a wider one."""
+    return jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)

@@ -21,7 +21,6 @@ from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.vma import zeros_for
-from mora_jax._layer.slots import Selected, beyond_if_none
 from mora_jax._layer.tuning import current_tuning
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
@@ -29,19 +28,84 @@ from mora_jax.operators._map import Precision
 from mora_jax.products._product import Product
 from mora_jax.products.contraction import Contraction
 
-Added = Callable[[jax.Array, jax.Array], jax.Array]
-"""(M, x) to the delta of the layer's output."""
+OfTwo = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The M's of several adapters for one kernel, (*stack, N, q, q)."""
+
+    # `ndim_m` counts the axes of one M without a stack's: with stacks of layers before
+    # the axis of the slots, shapes alone do not say where it is.
+
+    m: Any
+    ndim_m: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.m.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.m.dtype
+
+    @property
+    def axis(self) -> int:
+        return len(self.shape) - self.ndim_m - 1
+
+    @property
+    def number(self) -> int:
+        """N, how many slots there are."""
+        return self.shape[self.axis]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The M's in slots, and the slot of each row, `index`, (*stack, B); -1 for none."""
+
+    # No M is copied before a layer does so: which way is fast depends on its input. The
+    # index is the same for all of the stack.
+
+    slots: Slots
+    index: Any
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the M that a row has, (*stack, q, q)."""
+        shape, axis = self.slots.shape, self.slots.axis
+        return shape[:axis] + shape[axis + 1 :]
+
+    @property
+    def dtype(self) -> Any:
+        return self.slots.dtype
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rows."""
+        return self.index.shape[-1]
+
+    def gathered(self) -> jax.Array:
+        """The M of each row, (B, *stack, q, q); zeros for none."""
+        axis = self.slots.axis
+        index = beyond_if_none(self.index[(0,) * axis], self.slots.number)
+        slots = jnp.moveaxis(self.slots.m, axis, 0)
+        return slots.at[index].get(mode="fill", fill_value=0)
 
 
 def by_row(
     spec: AdapterSpec,
     product: Product,
-    added: Added,
+    added: OfTwo,
     precision: jax.lax.PrecisionLike,
     m: Selected,
     x: jax.Array,
 ) -> jax.Array:
-    """The delta of a layer's output, where each row of a batch has an M of its own."""
+    """The delta of a layer's output, where each row of a batch has an M of its own.
+
+    `added` gives it for one M, as a function of M and x.
+    """
     batch_axes = product.batch_axes(x)
     ins, outs = batch_axes or (0, 0)
     if batch_axes is None or x.shape[ins] != m.rows:
@@ -52,8 +116,8 @@ def by_row(
         )
     shape, axes = spec.seen_by(len(product.axes))
     layout = spec.layout
-    splits = layout is not None and layout.for_activations(axes, shape).splits
-    if splits or not isinstance(product, Contraction):
+    features = layout and layout.for_activations(axes, shape)
+    if features or not isinstance(product, Contraction):
         # A batch of one row stays in its place, so that the product is the same.
         rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
@@ -83,86 +147,57 @@ def by_row(
 
 
 @dataclasses.dataclass(frozen=True)
-class _BySlot(LinearMap):
-    """A map of an array by rows, which may go through them one after another.
+class BySlot(LinearMap):
+    """The product of each row with the M in its slot.
 
-    With `one_device` one has all rows.
+    The operand is C(x), (B, ..., q) or blocks, without B of the shape `row`; one device
+    has all rows, if `one_device`. The residuals are the operator and the slots of the
+    rows, (B,), where those out of range stand for an M of zeros; and the M's, (N,
+    *m_shape).
     """
 
     precision: Precision
     one_device: bool
-
-    def each(self, function: Callable[..., jax.Array], rows: Any) -> jax.Array:
-        """The function of each row, zero for slots that are none."""
-        # One row after another takes no copies of M's; all at once, each row has one.
-        if self.loops:
-            return jax.lax.map(function, rows)
-        return jax.vmap(function)(rows)
-
-    @property
-    def loops(self) -> bool:
-        """True if rows come one after another."""
-        # XLA splits a batch between devices, and no loop.
-        return self.one_device and current_tuning().loops_over_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class BySlot(_BySlot):
-    """The product of each row with the M in its slot.
-
-    The operand is C(x), (B, ..., q) or blocks, without B of the shape `row`. The
-    residuals are the operator and the slots of the rows, (B,), where those out of range
-    stand for an M of zeros; and the M's, (N, *m_shape).
-    """
-
     row: Shape
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         (op, index), ms = residuals
 
-        def product(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            h, slot = row
-            y = op.product(h, _in_slot(ms, slot).astype(h.dtype), self.precision)
-            return _if_any(ms, slot, y)
+        def product(h: jax.Array, slot: jax.Array) -> jax.Array:
+            return op.product(h, _in_slot(ms, slot).astype(h.dtype), self.precision)
 
-        return self.each(product, (operand, index))
+        return _each(product, self.one_device, len(ms), operand, index)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         of_h = functools.partial(self.forward, residuals)
         return transposed(of_h, (cotangent.shape[0], *self.row), cotangent)
 
-    @property
-    def derives(self) -> bool:
-        return True
-
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
-        """The derivative by the M's."""
         (op, index), ms = residuals
-        by_ms = ByMs(self.precision, self.one_device, ms.shape, ms.dtype)
+        by_ms = ByMs(self.precision, self.one_device)
         return by_ms, (op, index, ms, operand)
 
 
 @dataclasses.dataclass(frozen=True)
-class ByMs(_BySlot):
-    """The same as a map of the M's, or its derivative if it is not linear in them."""
+class ByMs(LinearMap):
+    """The derivative by the M's, as a map of their tangent."""
 
-    shape: Shape
-    dtype: Any
+    precision: Precision
+    one_device: bool
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         op, index, ms, h = residuals
 
-        def product(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            h, slot = row
+        def product(h: jax.Array, slot: jax.Array) -> jax.Array:
             m, tangent = (_in_slot(a, slot).astype(h.dtype) for a in (ms, operand))
             times = functools.partial(op.product, h, precision=self.precision)
-            return _if_any(ms, slot, jax.jvp(times, (m,), (tangent,))[1])
+            return jax.jvp(times, (m,), (tangent,))[1]
 
-        return self.each(product, (h, index))
+        return _each(product, self.one_device, len(ms), h, index)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         op, index, ms, h = residuals
-        at = beyond_if_none(index, self.shape[0])
+        at = beyond_if_none(index, len(ms))
         wide = jnp.promote_types(h.dtype, jnp.float32)  # several rows are added up
 
         def gradient(h: jax.Array, g: jax.Array, slot: jax.Array) -> jax.Array:
@@ -174,19 +209,39 @@ class ByMs(_BySlot):
             by_row = gradient(h[row], cotangent[row], index[row])
             return total.at[at[row]].add(by_row, mode="drop")
 
-        zeros = zeros_for(self.shape, wide, h, cotangent)
-        if self.loops:
+        zeros = zeros_for(ms.shape, wide, h, cotangent)
+        if _loops(self.one_device):
             total = jax.lax.fori_loop(0, index.size, add_row, zeros)
         else:
             by_rows = jax.vmap(gradient)(h, cotangent, index)
             total = zeros.at[at].add(by_rows, mode="drop")
-        return total.astype(self.dtype)
+        return total.astype(ms.dtype)
+
+
+def beyond_if_none(index: jax.Array, number: int) -> jax.Array:
+    """Slot of each row; rows without an adapter have a number past the last slot."""
+    # JAX would count negative numbers from the end.
+    return jnp.where(index < 0, number, index)
+
+
+def _loops(one_device: bool) -> bool:
+    # XLA splits a batch between devices, and no loop.
+    return one_device and current_tuning().loops_over_rows
+
+
+def _each(
+    function: OfTwo, one_device: bool, number: int, h: jax.Array, index: jax.Array
+) -> jax.Array:
+    """The function of each row and its slot; zero where none has such a number."""
+
+    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h, slot = row
+        return jnp.where((slot >= 0) & (slot < number), function(h, slot), 0)
+
+    # One row after another takes no copies of M's; all at once, each row has one.
+    rows = h, index
+    return jax.lax.map(of_row, rows) if _loops(one_device) else jax.vmap(of_row)(rows)
 
 
 def _in_slot(ms: jax.Array, slot: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(ms, slot, keepdims=False)
-
-
-def _if_any(ms: jax.Array, slot: jax.Array, y: jax.Array) -> jax.Array:
-    """`y`, or zeros if no M is in such a slot."""
-    return jnp.where((slot >= 0) & (slot < ms.shape[0]), y, 0)

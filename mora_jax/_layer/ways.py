@@ -35,12 +35,10 @@ from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
-from mora_jax._layer.dropout import dropped
-from mora_jax._layer.equation import ByM, Delta, scaled_m, split_features
-from mora_jax._layer.per_row import by_row
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.equation import ByM, Delta, scaled_m, sum_dtype
+from mora_jax._layer.per_row import Selected, by_row
 from mora_jax._layer.tuning import Tuning, current_tuning
-from mora_jax._mesh.layout import KernelLayout, MeshAxes
+from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._mesh.on_mesh import REPLICATED, InParts, ShardMappedMap
 from mora_jax._mesh.placement import (
     explicit_layout,
@@ -79,15 +77,22 @@ class Layer:
         pays = self.execution == "auto" and self._fold_pays(kernel, work, tuning)
         if self.execution == "fold" or pays:
             return "fold"
-        splits = split_features(self.layout, self.axes, kernel.shape)
-        return "fused" if splits else "activation"
+        return "fused" if self.features(kernel.shape) else "activation"
+
+    def features(self, kernel_shape: Shape) -> FeatureSharding | None:
+        """The mesh axes that split features of inputs and outputs, if any does."""
+        layout = self.layout
+        return layout and layout.for_activations(self.axes, kernel_shape)
+
+    @property
+    def gathers(self) -> bool:
+        return self.layout is not None and self.layout.gathers
 
     def _fold_pays(self, kernel: Any, work: Work, tuning: Tuning) -> bool:
         bits = jnp.finfo(kernel.dtype).bits
         if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
             return False
-        gathers = self.layout is not None and self.layout.gathers
-        if gathers and not tuning.folds_gathered:
+        if self.gathers and not tuning.folds_gathered:
             return False
         # A fold moves in * out numbers of the kernel, and activations move in + out for
         # each row; `fold_from` is the measured factor between the two, see `Tuning`.
@@ -123,10 +128,6 @@ class Adapted(_OfLayer):
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         return self.chosen(residuals).forward(residuals, operand)
 
-    @property
-    def derives(self) -> bool:
-        return True
-
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
         """The derivative by M: dy = alpha D(C(x) dM), see `equation.ByM`."""
         # Without this JAX would take the derivative of a fold by M, through a gradient
@@ -134,14 +135,13 @@ class Adapted(_OfLayer):
         (op, m, kernel), layer = residuals, self.layer
         product, precision = layer.product, layer.precision
         arrays = (operand.shape, operand.dtype), (kernel.shape, kernel.dtype)
-        dtype, on_mesh = _result_dtype(layer.multiply, *arrays), None
-        if features := split_features(layer.layout, layer.axes, kernel.shape):
-            on_mesh = Static(InParts, features=features)
-        delta = on_mesh(op) if on_mesh else op
+        dtype = _result_dtype(layer.multiply, *arrays)
+        features = layer.features(kernel.shape)
+        delta = InParts(op, features) if features else op
         x = product.to_rows(operand.astype(dtype))
         shards = row_shards(layer.layout, x)
         outs = sizes(kernel.shape, layer.axes, "o")
-        by_m = ByM(m.dtype, dtype, precision, shards, on_mesh, product, outs)
+        by_m = ByM(m.dtype, dtype, precision, shards, features, product, outs)
         return by_m, (op, delta.kept(x, m.astype(dtype), precision))
 
 
@@ -173,27 +173,22 @@ class Folded(_OfLayer):
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         (op, m, kernel), layer = residuals, self.layer
         m = m.astype(sum_dtype(m, kernel))
-        gathers = layer.layout is not None and layer.layout.gathers
         # If it is gathered, the fold does not wait for `after`: it is the same in the
         # rematerialised forward pass and in the backward pass, which can share it and
         # its gather.
-        m = m if gathers else schedule_after(after, m)
+        m = m if layer.gathers else _scheduled_after(after, m)
         delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layer.layout)
         folded = delta.added_to(kernel)
-        if layer.layout is not None and gathers:
+        if layer.layout is not None and layer.gathers:
             sharding = layer.layout.gathered_sharding(kernel.ndim)
             folded = jax.lax.with_sharding_constraint(folded, sharding)
         elif chips.folds_in_place(op):
             return folded
-        return barrier(after, folded) if chips.stores_folds() else folded
+        # Each part of a product would form a folded kernel once more on a TPU.
+        return _barrier(after, folded) if current_chip() == "tpu" else folded
 
 
-def sum_dtype(m: ArrayLike, kernel: ArrayLike) -> Any:
-    """The dtype of the sum of a kernel and its delta: float32, or a wider one."""
-    return jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
-
-
-def schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
+def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
     """`m` with a dependency on `x`."""
     # Without it nothing that a fold needs depends on the layers before it, so XLA would
     # fold every kernel of a model at its start and keep them all in memory. A barrier
@@ -201,15 +196,13 @@ def schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
     # of the program.
     if x.size == 0:
         return m
-    return barrier(x, m) if current_chip() else _add_zero(x, m)
-
-
-def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
-    """`m` plus a zero that is computed from `x`."""
-    # The zero is the sign bit of a number of x, shifted down to the last place, and
-    # then out: 0 or 1, and so 0. A product with 0 would be NaN where x is infinite. One
-    # shift by all bits, or a subtraction of a number from itself, XLA simplifies to the
-    # constant 0, and the dependency is gone; two shifts it leaves alone.
+    if current_chip():
+        return _barrier(x, m)
+    # So m is added to a zero that is computed from x: the sign bit of a number of x,
+    # shifted down to the last place, and then out: 0 or 1, and so 0. A product with 0
+    # would be NaN where x is infinite. One shift by all bits, or a subtraction of a
+    # number from itself, XLA simplifies to the constant 0, and the dependency is gone;
+    # two shifts it leaves alone.
     bits = jnp.finfo(x.dtype).bits
     first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim], f"uint{bits}")
     one = jnp.ones((), first.dtype)
@@ -217,16 +210,15 @@ def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
     return m + zero.astype(m.dtype)
 
 
-def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
+def _barrier(x: jax.Array, m: jax.Array) -> jax.Array:
     """`m`, which is computed unchanged and after `x`."""
     return jax.lax.optimization_barrier((x, m))[1]
 
 
 def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    labels = layer.product.einsum_labels
-    assert layer.layout is not None and labels is not None
-    on_mesh = layer.layout.for_activations(layer.axes, kernel_shape)
+    labels, on_mesh = layer.product.einsum_labels, layer.features(kernel_shape)
+    assert on_mesh is not None
     split: dict[str, MeshAxes] = {}
     for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
         # Of several axes of a kind (heads and their features) the first one is split.
@@ -346,6 +338,17 @@ def add_delta(
     else:
         rows = added(dropped(x.astype(y.dtype), dropout_key, rate))
     return y + (rows if factor is None else rows * factor.astype(y.dtype))
+
+
+def dropped(
+    x: jax.Array, key: PRNGKeyArray | None, rate: float, shape: Shape | None = None
+) -> jax.Array:
+    """`x` with a part of it zero, by a mask of `shape`; without a key all of it."""
+    if key is None or rate == 0:
+        return x
+    # What stays is scaled up, which keeps the mean.
+    mask = jax.random.bernoulli(key, 1 - rate, x.shape if shape is None else shape)
+    return jnp.where(mask, x / (1 - rate), 0)
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:

@@ -21,11 +21,6 @@ class FeatureSharding:
     in_axes: MeshAxes = ()
     out_axes: MeshAxes = ()
 
-    @property
-    def splits(self) -> bool:
-        """True if any features are split."""
-        return bool(self.in_axes or self.out_axes)
-
 
 def mesh_axes(entry: Any) -> MeshAxes:
     """The mesh axes in an entry of a `PartitionSpec`."""
@@ -81,19 +76,20 @@ class KernelLayout:
         )
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
-    def for_activations(self, axes: str, shape: Shape) -> FeatureSharding:
-        """Split of inputs and outputs, by the kernel's axes, a letter each."""
+    def for_activations(self, axes: str, shape: Shape) -> FeatureSharding | None:
+        """Split of inputs and outputs, by the kernel's axes; None for no split."""
         return self._features(axes, shape, without=self.batch_axes)
 
-    def for_kernel(self, axes: str, shape: Shape) -> FeatureSharding:
+    def for_kernel(self, axes: str, shape: Shape) -> FeatureSharding | None:
         """Split of the kernel itself, as (in_features, out_features)."""
         # On explicit axes the types of arrays decide, and a delta gets its type from
         # the sum with its kernel.
-        if AxisType.Explicit in self.mesh.axis_types:
-            return FeatureSharding(self.mesh)
-        return self._features(axes, shape, without=())
+        explicit = AxisType.Explicit in self.mesh.axis_types
+        return None if explicit else self._features(axes, shape, without=())
 
-    def _features(self, axes: str, shape: Shape, without: MeshAxes) -> FeatureSharding:
+    def _features(
+        self, axes: str, shape: Shape, without: MeshAxes
+    ) -> FeatureSharding | None:
         def split(letter: str) -> MeshAxes:
             # An axis of one device splits nothing, and XLA fails to sum over it.
             *inner, first = [
@@ -108,4 +104,5 @@ class KernelLayout:
             # finds a way for others.
             return () if any(inner) else first
 
-        return FeatureSharding(self.mesh, split("i"), split("o"))
+        both = split("i"), split("o")
+        return FeatureSharding(self.mesh, *both) if any(both) else None

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
@@ -43,9 +42,6 @@ class ShardMappedMap(LinearMap):
       whole: The type of the whole operand: its shape and dtype.
       specs: The splits of the operand, of the result, and of the residuals behind the
         operator.
-      by_residual: The derivative by the residual behind the operator, as a map of that
-        residual's tangent. Its own residuals are the operand and, unless the map is
-        linear in the residual, the residual.
       gathers_last: True if other axes may split the last residual as well, so that it
         has to be gathered from them.
     """
@@ -54,7 +50,6 @@ class ShardMappedMap(LinearMap):
     forward_here: Static
     whole: Any
     specs: tuple[PartitionSpec, ...]
-    by_residual: "ShardMappedMap | None" = None
     gathers_last: bool = False
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
@@ -72,17 +67,6 @@ class ShardMappedMap(LinearMap):
 
         mapped = self._mapped(transposed, out_spec, in_spec)
         return mapped(cotangent, *self._gathered(residuals))
-
-    @property
-    def derives(self) -> bool:
-        # JAX would transpose the sum over devices as well, to another sum.
-        return self.by_residual is not None
-
-    def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
-        assert self.by_residual is not None
-        op, residual = residuals
-        own = (op, operand, residual)[: len(self.by_residual.specs) - 1]
-        return self.by_residual, own
 
     def _mapped(
         self, apply: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
@@ -143,6 +127,18 @@ class ShardMappedMap(LinearMap):
         return *others, jax.lax.with_sharding_constraint(last, sharding)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _RowsInParts(ShardMappedMap):
+    """The same with the derivative by M, whose residuals are the operand and M."""
+
+    # JAX would transpose the sum over devices as well, to another sum.
+    by_m: ShardMappedMap
+
+    def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
+        op, m = residuals
+        return self.by_m, (op, operand, m)
+
+
 PartForm = Callable[[Any], Callable[..., jax.Array]]
 """A function that chooses how a part is computed, such as `chips.matrix_of`."""
 
@@ -153,10 +149,6 @@ class OnMesh(DeltaMap):
 
     operator: Operator
     features: FeatureSharding
-
-    @property
-    def m_shape(self) -> Shape:
-        return self.operator.m_shape
 
     def enter(self, x: jax.Array) -> jax.Array:
         """C(x), the same on all devices."""
@@ -228,13 +220,13 @@ class InParts(OnMesh):
     """
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        here, specs = Static(_rows_of_x, precision), (*self._specs(x), REPLICATED)
-        by_m = self._by_m(x, m, precision)
-        of_x = ShardMappedMap(self.features, here, jax.typeof(x), specs, by_m)
+        here, specs = Static(_rows, precision), (*self._specs(x), REPLICATED)
+        by_m, like = self._by_m(x, m, precision), jax.typeof(x)
+        of_x = _RowsInParts(self.features, here, like, specs, by_m=by_m)
         return of_x((self.operator, m), x)
 
     def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
-        return (x,) if self.operator.linear else (x, m)
+        return x, m
 
     def tangent(
         self, kept: Any, tangent: jax.Array, precision: Any = None
@@ -246,15 +238,14 @@ class InParts(OnMesh):
         self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
     ) -> jax.Array:
         by_m = self._by_m(kept[0], g, precision)
-        return by_m.transpose((self.operator, *kept), g)
+        return by_m((self.operator, *kept), g, transposed=True)
 
     def _by_m(self, x: jax.Array, m: Any, precision: Any) -> ShardMappedMap:
         """The derivative by M as a map of its tangent, in the dtype of `m`."""
         x_spec, y_spec = self._specs(x)
-        specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
-        if not self.operator.linear:
-            specs, here = (*specs, REPLICATED), Static(_tangent, precision)
-        whole = jax.ShapeDtypeStruct(self.m_shape, m.dtype)
+        specs = REPLICATED, y_spec, x_spec, REPLICATED
+        here = Static(_tangent, precision)
+        whole = jax.ShapeDtypeStruct(self.operator.m_shape, m.dtype)
         return ShardMappedMap(self.features, here, whole, specs)
 
     def _specs(self, x: jax.Array) -> tuple[PartitionSpec, ...]:
@@ -278,13 +269,13 @@ def _here(method: str | PartForm, *args: Any) -> jax.Array:
     return function(*arrays, operand, *settings)
 
 
-def _rows_of_x(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
+def _rows(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
     part, m = residuals
     return part.rows(x, m, precision)
 
 
 def _tangent(precision: Any, residuals: Any, tangent: jax.Array) -> jax.Array:
-    """The derivative of a part's rows by M, of an operator that is not linear in it."""
+    """The derivative of a part's rows by M."""
     part, x, m = residuals
     rows = functools.partial(part.rows, x, precision=precision)
     return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]

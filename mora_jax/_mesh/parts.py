@@ -8,7 +8,6 @@ general one for every operator, and others that do less work.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import Operator
@@ -50,10 +48,6 @@ class OperatorPart(DeltaMap):
     out_start: jax.Array
     in_features: int
     out_features: int
-
-    @property
-    def m_shape(self) -> Shape:
-        return self.operator.m_shape
 
     @property
     def is_whole(self) -> bool:
@@ -178,8 +172,7 @@ class BlockPart(OperatorPart):
     def leave(self, h: jax.Array) -> jax.Array:
         if not self._sums_first:
             sizes = [size for _, size in self._runs]
-            ends = list(itertools.accumulate(sizes))[:-1]
-            h = self._sum_wanted(jnp.split(h, ends, axis=-2))
+            h = self._sum_wanted(jax.lax.split(h, sizes, axis=h.ndim - 2))
         return self._outputs_of_groups(h)
 
     @property
@@ -189,10 +182,7 @@ class BlockPart(OperatorPart):
     @property
     def _wanted(self) -> int:
         """The number of groups that outputs here want."""
-        groups = self.operator.num_groups
-        if self.out_features == self.operator.out_features:
-            return groups
-        return min(groups, self._max_blocks(self.out_features))
+        return min(self.operator.num_groups, self._max_blocks(self.out_features))
 
     def _sum_wanted(self, blocks: Sequence[jax.Array]) -> jax.Array:
         """The sums of the groups that outputs here want: (..., wanted, q)."""

@@ -18,7 +18,7 @@ from mora_jax._common.trees import replace_leaves as replace_leaves
 from mora_jax._common.trees import unboxed as unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
 
 Tree = dict[str, Any]

@@ -12,7 +12,7 @@ from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.calls import Call, kind_of_call, proving
 from mora_jax._flax.survey import check_call
 from mora_jax._layer.adapter import Adapter
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import kernels_of, with_trained
 from mora_jax._tree.combined import split, with_ms

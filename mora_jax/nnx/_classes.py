@@ -12,7 +12,7 @@ from flax import nnx
 from mora_jax._common.checks import check_kernel
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
-from mora_jax._layer.folded_kernel import folded_kernel
+from mora_jax._layer.equation import folded_kernel
 from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, dropout_key, held
 from mora_jax.nnx._state import attributes, named_modules

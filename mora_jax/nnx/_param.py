@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._common.checks import check_seed
 from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, TrainedArray, check_same

@@ -14,7 +14,7 @@ from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._jax.traces import split_static
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import named_leaves, unboxed

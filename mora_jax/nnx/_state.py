@@ -11,7 +11,7 @@ from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import (

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.per_row import Selected
 from mora_jax._tree.optim import check_transformation, with_ratio
 from mora_jax._tree.paths import located_leaves, unboxed
 from mora_jax.nnx._param import MoRAParam, named_sharding

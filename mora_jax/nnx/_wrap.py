@@ -11,8 +11,8 @@ from mora_jax._flax.calls import kind_of_call, proving
 from mora_jax._flax.layer_rules import planning_rules, unknown_use
 from mora_jax._flax.survey import check_call
 from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.per_row import Selected
 from mora_jax._layer.rounding import Rounding
-from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

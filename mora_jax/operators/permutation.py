@@ -48,7 +48,7 @@ class Permutation(Decoupling):
         return _Reorder()((self.in_order, self.in_inverse), x)
 
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
-        return _Reorder().transpose((self.out_order, self.out_inverse), y)
+        return _Reorder()((self.out_order, self.out_inverse), y, transposed=True)
 
     def matrix(self, m: jax.Array) -> jax.Array:
         return self.matrix_part(m, self.in_inverse, self.out_inverse)

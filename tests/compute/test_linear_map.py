@@ -95,10 +95,6 @@ class Affine(LinearMap):
     def backward(self, residuals, cotangent):
         return cotangent @ residuals[1].T
 
-    @property
-    def derives(self):
-        return True
-
     def derivative(self, residuals, operand):
         return Times(self.mark), operand
 
@@ -161,6 +157,6 @@ def test_transposes():
     (by_x,) = jax.linear_transpose(lambda x: apply(W, x, mark=2.0), X)(y)
     close(by_x, 2 * y @ W.T)
     # Forward is the transpose's transpose.
-    close(Product(2.0).transpose({"w": W}, y), 2 * y @ W.T)
-    back = jax.linear_transpose(lambda y: Product(2.0).transpose({"w": W}, y), y)
+    close(Product(2.0)({"w": W}, y, transposed=True), 2 * y @ W.T)
+    back = jax.linear_transpose(lambda y: Product(2.0)({"w": W}, y, transposed=True), y)
     close(back(X)[0], y)
