@@ -250,7 +250,7 @@ def folded_kernel(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
-    # Rounding has a derivative of zero nearly everywhere, so that of the sum is taken.
+    # Rounding has a derivative of zero nearly everywhere, so the sum gives its own one.
     # Unlike in a dense layer the sum is kept for the backward pass, and M's gradient is
     # taken from its gradient: nothing is known of what the layer computes with it.
     return add_rounded(kernel, delta, axes, kernel.dtype, "dither")
