@@ -1,6 +1,6 @@
 """Forms for TPUs and GPUs: the one door to what is computed otherwise there.
 
-Each function returns the faster form of an operator on the platform that is traced for,
+Each function takes the faster form of an operator on the platform that is traced for,
 or the operator's own method, which gives the same. Rooflines of compiled programs found
 the forms (`make bench-chips`).
 
@@ -64,31 +64,40 @@ def map_of(op: Any) -> Any:
     return op
 
 
-def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
-    """`op.matrix` in the form for the platform, a function of M."""
+def matrix_of(op: Any, m: jax.Array) -> jax.Array:
+    """`op.matrix(m)`."""
     if current_chip() == "tpu" and isinstance(op, Permutation):
-        return functools.partial(_ordered_matrix, op, op.in_inverse, op.out_inverse)
+        return _ordered_matrix(op, m, op.in_inverse, op.out_inverse)
     if current_chip() == "tpu" and isinstance(op, PermutationPart):
-        return functools.partial(_ordered_matrix, op.operator, *op.places)
+        return _ordered_matrix(op.operator, m, *op.places)
     if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
-        return functools.partial(_outer_products, op)
-    return op.matrix
+        # A sum of outer products, which XLA fuses with all that follows.
+        a, b = op.factors(m)
+        outer = (jnp.outer(a[:, k], b[k]) for k in range(op.rank))
+        return functools.reduce(jnp.add, outer)
+    return op.matrix(m)
 
 
-def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The sum of a kernel and the delta, a function of (M, kernel).
+def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The sum of a kernel and the delta.
 
     The kernel is (in_features, out_features), or a part of one for a part of an
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
     if current_chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
-        return functools.partial(_add_copies, part)
-    return functools.partial(_add_matrix, part)
+        return _add_copies(part, m, kernel)
+    start, is_whole = (part.in_start, part.out_start), part.is_whole
+    delta = matrix_of(part.operator if is_whole else part, m)
+    total = add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
+    # A gathered matrix is formed once more wherever its sum is fused into a product.
+    if is_whole and isinstance(part.operator, Permutation):
+        return jax.lax.optimization_barrier(total)
+    return total
 
 
 def folds_in_place(op: Any) -> bool:
-    """True if `add_of` changes blocks of the kernel, and copies the rest of it."""
+    """True if `add` changes blocks of the kernel, and copies the rest of it."""
     blocks = isinstance(op, Decoupling) and not isinstance(op, Permutation)
     return current_chip() == "tpu" and blocks and op.aligned
 
@@ -217,9 +226,7 @@ def _rows_product(
     )
 
 
-def _ordered_matrix(
-    op: Permutation, in_places: ArrayLike, out_places: ArrayLike, m: jax.Array
-) -> jax.Array:
+def _ordered_matrix(op: Permutation, m: jax.Array, *places: Any) -> jax.Array:
     """`Permutation.matrix_part` by products with unit vectors, instead of gathers."""
 
     def rows_of(m: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -229,23 +236,7 @@ def _ordered_matrix(
         unit = jax.nn.one_hot(numbers, op.square_rank, dtype=m.dtype)
         return jax.lax.optimization_barrier(matmul(m, unit.T))
 
-    return op.matrix_part(m, in_places, out_places, columns_of, rows_of)
-
-
-def _outer_products(op: LowRank, m: jax.Array) -> jax.Array:
-    """A B as a sum of outer products, which XLA fuses with all that follows."""
-    a, b = op.factors(m)
-    return functools.reduce(jnp.add, (jnp.outer(a[:, k], b[k]) for k in range(op.rank)))
-
-
-def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
-    start, is_whole = (part.in_start, part.out_start), part.is_whole
-    delta = matrix_of(part.operator if is_whole else part)(m)
-    total = add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
-    # A gathered matrix is formed once more wherever its sum is fused into a product.
-    if is_whole and isinstance(part.operator, Permutation):
-        return jax.lax.optimization_barrier(total)
-    return total
+    return op.matrix_part(m, *places, columns_of=columns_of, rows_of=rows_of)
 
 
 def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:

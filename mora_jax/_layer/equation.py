@@ -170,8 +170,8 @@ class Delta:
         if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         if on_mesh := self._of_kernel:
-            return on_mesh.added(self.m, kernel, chips.add_of)
-        return chips.add_of(self.operator)(self.m, kernel)
+            return on_mesh.added(self.m, kernel, chips.add)
+        return chips.add(self.operator, self.m, kernel)
 
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""
@@ -205,7 +205,7 @@ class Delta:
 # One program for all layers of a shape: `merge` calls it for each kernel.
 @functools.partial(jax.jit, static_argnums=2)
 def _matrix(op: Any, m: jax.Array, chip: Chip | None) -> jax.Array:
-    return chips.matrix_of(op)(m)
+    return chips.matrix_of(op, m)
 
 
 def scaled_m(

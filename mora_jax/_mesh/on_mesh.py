@@ -139,8 +139,8 @@ class _RowsInParts(ShardMappedMap):
         return self.by_m, (op, operand, m)
 
 
-PartForm = Callable[[Any], Callable[..., jax.Array]]
-"""A function that chooses how a part is computed, such as `chips.matrix_of`."""
+PartForm = Callable[..., jax.Array]
+"""A function of a part and of arrays, such as `chips.matrix_of`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +185,13 @@ class OnMesh(DeltaMap):
         of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
         return self._of_m(of_m, m)
 
-    def added(self, m: jax.Array, kernel: jax.Array, add_of: PartForm) -> jax.Array:
+    def added(self, m: jax.Array, kernel: jax.Array, add: PartForm) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
 
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-        spec, here = self._kernel_spec, Static(_here, add_of)
+        spec, here = self._kernel_spec, Static(_here, add)
         specs = spec, spec, REPLICATED
         sums = ShardMappedMap(self.features, here, jax.typeof(kernel), specs)
         # Without a transpose, since it is not linear.
@@ -260,13 +260,13 @@ def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
 
 
 def _here(method: str | PartForm, *args: Any) -> jax.Array:
-    """A method of the operator's part on one device, in some form.
+    """A method of the operator's part on one device, or a function of the part.
 
     The arguments are the method's last ones, the residuals and the operand.
     """
     *settings, (part, *arrays), operand = args
-    function = getattr(part, method) if isinstance(method, str) else method(part)
-    return function(*arrays, operand, *settings)
+    function = getattr(type(part), method) if isinstance(method, str) else method
+    return function(part, *arrays, operand, *settings)
 
 
 def _rows(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from cases import by_case, by_kind
 from helpers import close, random
 from platforms import as_if_on
 
-from mora_jax._layer.chips import add_of
+from mora_jax._layer.chips import add
 from mora_jax._mesh.parts import part_of
 
 SIZES = [
@@ -89,8 +89,8 @@ def test_parts_of_a_fold_make_the_whole(case, platform, size):
             rows.append([])
             for n, block in enumerate(jnp.split(part, out_parts, axis=1)):
                 starts = jnp.int32(k * here), jnp.int32(n * there)
-                rows[-1].append(add_of(part_of(op, *starts, here, there))(m, block))
-        return jnp.block(rows), add_of(op)(m, kernel)
+                rows[-1].append(add(part_of(op, *starts, here, there), m, block))
+        return jnp.block(rows), add(op, m, kernel)
 
     with as_if_on(platform):
         close(*jax.jit(folds)(op, m, kernel))
