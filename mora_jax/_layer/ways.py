@@ -184,8 +184,10 @@ class Folded(_OfLayer):
             folded = jax.lax.with_sharding_constraint(folded, sharding)
         elif chips.folds_in_place(op):
             return folded
-        # Each part of a product would form a folded kernel once more on a TPU.
-        return _barrier(after, folded) if current_chip() == "tpu" else folded
+        if current_chip() != "tpu":
+            return folded
+        # Each part of a product would form a folded kernel once more.
+        return jax.lax.optimization_barrier((after, folded))[1]
 
 
 def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
@@ -197,7 +199,7 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
     if x.size == 0:
         return m
     if current_chip():
-        return _barrier(x, m)
+        return jax.lax.optimization_barrier((x, m))[1]
     # So m is added to a zero that is computed from x: the sign bit of a number of x,
     # shifted down to the last place, and then out: 0 or 1, and so 0. A product with 0
     # would be NaN where x is infinite. One shift by all bits, or a subtraction of a
@@ -208,11 +210,6 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
     one = jnp.ones((), first.dtype)
     zero = (first >> (bits - 1) * one) >> one
     return m + zero.astype(m.dtype)
-
-
-def _barrier(x: jax.Array, m: jax.Array) -> jax.Array:
-    """`m`, which is computed unchanged and after `x`."""
-    return jax.lax.optimization_barrier((x, m))[1]
 
 
 def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
@@ -266,7 +263,11 @@ def adapted_product(
     check_product(spec, product)
     x = jnp.asarray(x)
     shape, axes = spec.seen_by(len(product.axes))
-    joined = joins(product, axes, x, dropout_key is not None) and _takes_delta(kernel)
+    # A delta can be added to numbers, and a kernel may stand for quantized ones.
+    is_array = isinstance(kernel, jax.Array | np.ndarray)
+    floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
+    takes_delta = floating and explicit_sharding(kernel) is None
+    joined = takes_delta and joins(product, axes, x, dropout_key is not None)
     if isinstance(m, Selected) or not joined:
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
@@ -361,10 +362,3 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
             f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "
             f"say 'axes': {product.axes!r} in overrides for it"
         )
-
-
-def _takes_delta(kernel: Any) -> bool:
-    """True if a delta can be added to a kernel: it may stand for quantized numbers."""
-    is_array = isinstance(kernel, jax.Array | np.ndarray)
-    floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
-    return floating and explicit_sharding(kernel) is None
