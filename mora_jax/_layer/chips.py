@@ -170,7 +170,7 @@ def _sliced_products(
         k = k.astype(jnp.uint32)
         h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
         back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
-        gradient = _rows_product(h, back, ((0,), (0,)), precision)
+        gradient = _products_of_rows(h, back, ((0,), (0,)), precision)
         return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
     # A loop, since XLA takes as long for n products as for n layers.
@@ -196,7 +196,7 @@ def _ordered_products(
         at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
         h = op.enter(at(x, step))
         back = transposed(op.leave, h.shape, at(y, step))
-        return _rows_product(h, back, ((2, 0), (2, 0)), precision)
+        return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
     shape = jax.eval_shape(products, 0)
     total = zeros_for(shape.shape, shape.dtype, x, y)
@@ -213,10 +213,10 @@ def _batched_products(
     x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
     blocks = x[..., : n * q], sum_tiles(g, n * q)
     h, back = (a.reshape(shards, -1, n, q) for a in blocks)
-    return _rows_product(h, back, ((2, 0), (2, 0)), precision)
+    return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
 
-def _rows_product(
+def _products_of_rows(
     h: jax.Array, g: jax.Array, batch: Any, precision: Precision
 ) -> jax.Array:
     """Sums of h^T g over rows, (shards, rows, ..., q) twice, for each of `batch`."""
