@@ -224,8 +224,8 @@ def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
 
 def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    labels = layer.product.einsum_labels
-    assert layer.layout is not None and labels is not None
+    assert layer.layout is not None
+    labels = layer.product.claim.einsum
     on_mesh = layer.layout.for_activations(layer.axes, kernel_shape)
     split: dict[str, MeshAxes] = {}
     for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
@@ -322,8 +322,8 @@ def add_delta(
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
     """
     if (sharding := explicit_sharding(y)) is not None:
-        labels = product.einsum_labels
-        layout = None if labels is None else explicit_layout(labels, x, sharding)
+        labels = product.claim.einsum
+        layout = explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
         def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:

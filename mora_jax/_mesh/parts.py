@@ -25,8 +25,7 @@ from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.permutation import Permutation
-from mora_jax.operators.sharing import Sharing
-from mora_jax.operators.signed_sharing import SignedSharing
+from mora_jax.operators.sharing import Sharing, SignedSharing
 
 _part = functools.partial(
     jax.tree_util.register_dataclass,

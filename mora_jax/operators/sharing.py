@@ -1,5 +1,6 @@
-"""Sharing: groups of features that M treats alike."""
+"""Sharing: groups of features that M treats alike, with or without random signs."""
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -9,10 +10,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_choice
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import block_positions
-from mora_jax.operators._pytree import operator
+from mora_jax.operators._pytree import operator, seeded
+from mora_jax.operators._random import signs
 
 Grouping = Literal["strided", "contiguous"]
 
@@ -101,6 +105,42 @@ class Sharing(Operator):
         return np.asarray(scale, dtype)
 
 
+@operator
+class SignedSharing(Sharing):
+    """Sharing with a fixed random sign on each input and on each output.
+
+    Plain sums cancel features that differ in sign and add up what all have in common;
+    random signs treat all directions alike. This is an isometry where sharing is.
+
+    Attributes:
+      seed: The seed of the signs; equal widths share them.
+
+    Example::
+
+      >>> from mora_jax.operators import SignedSharing
+      >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
+      >>> op.compress(op.decompress(jnp.array([1.0, 2.0]))).round(3)
+      Array([1., 2.], dtype=float32)
+    """
+
+    seed: int = 0
+    in_signs: ArrayLike = seeded(lambda op: signs(op.in_features, op.seed))
+    out_signs: ArrayLike = seeded(lambda op: signs(op.out_features, op.seed))
+
+    name = "signed_sharing"
+
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        y = super()._decompress(h)
+        return y * jnp.asarray(self.out_signs, y.dtype)
+
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, dtype)[indices]
+        return super()._compress_units(indices, dtype) * signs[..., None]
+
+
 def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
     """(..., features) -> (..., groups): the last ones have the first features, too."""
     features = x.shape[-1]
@@ -117,13 +157,9 @@ def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
 
 
 def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
-    """(..., features) -> (..., groups): the sum of each contiguous group."""
-    *batch, features = x.shape
-    length, longer = divmod(features, groups)
-    head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
-    head = head.reshape(*batch, longer, length + 1).sum(-1)
-    tail = tail.reshape(*batch, groups - longer, length).sum(-1)
-    return jnp.concatenate([head, tail], axis=-1)
+    """(..., features) -> (..., groups): the transpose of `_repeat_contiguous`."""
+    repeat = functools.partial(_repeat_contiguous, features=x.shape[-1])
+    return transposed(repeat, (*x.shape[:-1], groups), x)
 
 
 def _contiguous_group(indices: jax.Array, features: int, groups: int) -> jax.Array:

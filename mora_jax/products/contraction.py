@@ -114,11 +114,11 @@ class Contraction(Product):
 
     @property
     def claim(self) -> Claim:
-        return Claim(self.einsum_labels, "dot_general")
+        return Claim((self.inputs, self.kernel, self.outputs), "dot_general")
 
     @property
-    def einsum_labels(self) -> tuple[str, str, str]:
-        return self.inputs, self.kernel, self.outputs
+    def joins(self) -> bool:
+        return "s" not in self.axes  # or it would be a batched product
 
     @property
     def transposed(self) -> "Contraction":
@@ -139,9 +139,10 @@ class Contraction(Product):
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
     def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
-        if not self._batch:
-            return None
-        return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])
+        for letter in self.inputs:
+            if letter not in self.kernel:
+                return self.inputs.index(letter), self.outputs.index(letter)
+        return None
 
     def factors(self, scale: ArrayLike | float) -> Factors:
         scale = jnp.asarray(scale)
@@ -180,43 +181,28 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        return _joined(x, *self._orders["x"])
+        return self._joined(x, self.inputs, self._row_letters[0])
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        order, _ = self._orders["rows"]
-        return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
+        _, letters = self._row_letters
+        y = rows.reshape(*rows.shape[:-1], *out_shape)
+        return jnp.transpose(y, [letters.index(c) for c in self.outputs])
 
     def output_rows(self, y: jax.Array) -> jax.Array:
         """The output as (*stack, *batch, out_features)."""
-        return _joined(y, *self._orders["y"])
+        return self._joined(y, self.outputs, self._row_letters[1])
 
     @functools.cached_property
-    def _orders(self) -> dict[str, tuple[list[int], int]]:
-        """The orders of axes of x and y as rows, and of rows as y, found once.
+    def _row_letters(self) -> tuple[str, str]:
+        """The letters of input and output in the order of rows."""
+        batch = [c for c in self.inputs if c not in self.kernel]
+        stack, *features = (sizes(self.kernel, self.axes, kind) for kind in "sio")
+        ins, outs = ("".join([*stack, *batch, *letters]) for letters in features)
+        return ins, outs
 
-        Beside each is the number of axes that lead, before the features'.
-        """
-        xs, ys = self._row_labels("i"), self._row_labels("o")
-        leading = len(self._labels("s") + self._batch)
-        return {
-            "x": ([self.inputs.index(c) for c in xs], leading),
-            "y": ([self.outputs.index(c) for c in ys], leading),
-            "rows": ([ys.index(c) for c in self.outputs], leading),
-        }
-
-    def _row_labels(self, letter: str) -> str:
-        return self._labels("s") + self._batch + self._labels(letter)
-
-    def _labels(self, letter: str) -> str:
-        return "".join(sizes(self.kernel, self.axes, letter))
-
-    @functools.cached_property
-    def _batch(self) -> str:
-        return "".join(c for c in self.inputs if c not in self.kernel)
-
-
-def _joined(x: jax.Array, order: list[int], leading: int) -> jax.Array:
-    """The axes of x in another order, and those behind the leading ones as one."""
-    x = jnp.transpose(x, order)
-    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:]))
+    def _joined(self, array: jax.Array, axes: str, letters: str) -> jax.Array:
+        """An array with `axes` in the order of `letters`, and its features as one."""
+        array = jnp.transpose(array, [axes.index(c) for c in letters])
+        leading = sum(c in self.inputs and c in self.outputs for c in letters)
+        return array.reshape(*array.shape[:leading], math.prod(array.shape[leading:]))
