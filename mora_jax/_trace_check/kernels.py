@@ -133,8 +133,9 @@ class Kernels(Domain[Value]):
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
-                    others = kernel, trail, operand, is_first
-                    result[kernel] = trails.multiplied(eqn, *others)
+                    result[kernel] = trails.multiplied(
+                        eqn, kernel, trail, operand, is_first
+                    )
         return result
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
@@ -142,7 +143,10 @@ class Kernels(Domain[Value]):
         call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         self.uses.called.add(call.name)
         for array, lead_of_own in zip(arrived, leads, strict=True):
-            if wrong := _fault_of_companion(call, array, lead_of_own):
+            wrong = f"gets another array for {call.companion}"
+            if trail := array.get(call.companion):
+                wrong = _fault_of_read(trail, lead_of_own, call.companion)
+            if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         if trail := output.get(call.name):
             if wrong := "" if trail.unseen else _fault(call, trail, lead):
@@ -169,10 +173,9 @@ def _fault(call: Call, trail: Trail, lead: int) -> str:
     if claim.reads:
         return _fault_of_read(trail, lead)
     steps = trail.through - claim.passes - OWN_DERIVATIVE
-    if not trail.by and steps and steps <= claim.stand_ins:
-        return ""
     if not trail.by:
-        return "returns it without a product"
+        stands_in = steps and steps <= claim.stand_ins
+        return "" if stands_in else "returns it without a product"
     if trail.call is not call:
         return trails.OTHER_INPUT
     if trail.wrong:
@@ -215,13 +218,6 @@ def _doubt(call: Call, trail: Trail) -> str:
         return "a trace compares scale= of its rule if it is a number or a parameter"
     own = listed(sorted(trail.through & OWN_DERIVATIVE))
     return own and f"{own} has a derivative of its own, which the delta bypasses"
-
-
-def _fault_of_companion(call: Call, array: Value, lead: int) -> str:
-    """Reason why an array that arrives beside a kernel is not its companion, or ""."""
-    if trail := array.get(call.companion):
-        return _fault_of_read(trail, lead, call.companion)
-    return f"gets another array for {call.companion}"
 
 
 def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:
