@@ -298,7 +298,9 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
 
     `axes` are the kernel's, as the plan has them.
     """
-    if not product.joins or product.axes != axes or explicit_sharding(x) is not None:
+    # With a stack axis it would be a batched product.
+    is_matrix = isinstance(product, Contraction) and "s" not in axes
+    if not is_matrix or product.axes != axes or explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be

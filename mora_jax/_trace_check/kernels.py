@@ -56,8 +56,8 @@ def follow(
     companions = {call.companion for call in calls_in(program)}
     uses.reached.update(paths)
     values: list[Value] = [{} for _ in program.invars]
-    for k, (name, var) in enumerate(zip(paths, program.invars, strict=False)):
-        shape: Any = var.aval.shape  # type: ignore[attr-defined]
+    arrays = zip(paths, shapes(program.invars), strict=False)
+    for k, (name, shape) in enumerate(arrays):
         if len(shape) > 1 or name in axes:
             # Stack axes have negative numbers, so that the others are the positions
             # of the letters in the einsum of the layer, which sees one of the stack.

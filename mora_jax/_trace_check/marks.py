@@ -39,11 +39,6 @@ class Claim:
     rows: tuple[tuple[str, Callable[[Any, int], Any]], ...] = ()
     reads: bool = False
 
-    @property
-    def transposed(self) -> "Claim":
-        """The product of a cotangent of the output with the same kernel."""
-        return dataclasses.replace(self, einsum=self.einsum[::-1])
-
     def input_axes(self, ndim: int) -> list[str | int]:
         """The names of the axes of an input in views."""
         return self._named(0) if self.einsum else [*map(str, range(ndim))]
@@ -91,8 +86,9 @@ class Call:
         """The transposed call, through which a gradient goes."""
         # Kept, and each is the other's: two calls are never equal, and a model that
         # takes a gradient of a gradient is back in the call where it began.
+        claim = dataclasses.replace(self.claim, einsum=self.claim.einsum[::-1])
         batch = self.batch and self.batch[::-1]
-        call = dataclasses.replace(self, claim=self.claim.transposed, batch=batch)
+        call = dataclasses.replace(self, claim=claim, batch=batch)
         call.__dict__["transposed"] = self
         return call
 

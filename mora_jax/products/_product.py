@@ -82,11 +82,6 @@ class Product(abc.ABC):
         """The product as a trace recognises it."""
         return Claim()
 
-    @property
-    def joins(self) -> bool:
-        """True if one product with kernel plus delta may take the place of two."""
-        return False
-
     def fits(self, axes: str) -> bool:
         """True if the layer can use a kernel that is planned with `axes`."""
         return axes == self.axes

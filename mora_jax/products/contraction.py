@@ -116,22 +116,14 @@ class Contraction(Product):
     def claim(self) -> Claim:
         return Claim((self.inputs, self.kernel, self.outputs), "dot_general")
 
-    @property
-    def joins(self) -> bool:
-        return "s" not in self.axes  # or it would be a batched product
-
-    @property
-    def transposed(self) -> "Contraction":
-        """The equation from outputs to inputs, with the same kernel."""
-        return Contraction(self.outputs, self.kernel, self.inputs)
-
     @functools.cached_property
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def fits(self, axes: str) -> bool:
-        return axes in (self.axes, self.transposed.axes)
+        exchanged = self.axes.translate(str.maketrans("io", "oi"))  # as in a tied head
+        return axes in (self.axes, exchanged)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
