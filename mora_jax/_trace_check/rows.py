@@ -126,10 +126,8 @@ class RowsOfCall(Domain[Rows]):
         lost = _lost(eqn, values)
         results = [self._value(eqn, values, moves, n) if moves else lost for n in outs]
         # What has fewer numbers than there are rows does not hold them.
-        few = [math.prod(shape or ()) < self.rows for shape in outs]
-        return [
-            NOTHING if is_few else v for v, is_few in zip(results, few, strict=True)
-        ]
+        pairs = zip(results, outs, strict=True)
+        return [v if math.prod(n or ()) >= self.rows else NOTHING for v, n in pairs]
 
     def _moves(self, eqn: Any, values: list[Rows]) -> Sequence[Move] | None:
         """For each operand what becomes of its strides; None if that is not known."""
