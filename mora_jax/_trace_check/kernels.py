@@ -162,7 +162,7 @@ def _begin(eqn: Any, x: Value) -> Value:
     (shape,), (lead,) = shapes(eqn.outvars), eqn.params["leads"]
     call = eqn.params["call"]
     lifted = [("vmap", k) for k in range(lead)]
-    axes = *lifted, *call.claim.input_axes(len(shape) - lead)
+    axes = *lifted, *call.claim.axis_names(0, len(shape) - lead)
     numbers = (lambda indices: indices) if call.claim.rows else None
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}
 
@@ -191,7 +191,7 @@ def _fault(call: Call, trail: Trail, lead: int) -> str:
     if claim.primitive and trail.by != claim.primitive:
         return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
     axes = (trail.view or ())[lead:]
-    if (names := claim.output_axes(len(axes))) is None:
+    if not (names := claim.axis_names(2, len(axes))):
         return ""
     if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
         product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
