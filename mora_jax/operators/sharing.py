@@ -1,6 +1,5 @@
 """Sharing: groups of features that M treats alike, with or without random signs."""
 
-import functools
 import math
 from typing import Literal, get_args
 
@@ -11,7 +10,6 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import block_positions
@@ -154,9 +152,14 @@ def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
 
 
 def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
-    """(..., features) -> (..., groups): the transpose of `_repeat_contiguous`."""
-    repeat = functools.partial(_repeat_contiguous, features=x.shape[-1])
-    return transposed(repeat, (*x.shape[:-1], groups), x)
+    """(..., features) -> (..., groups): the sum of each contiguous group."""
+    # Not as the transpose of `_repeat_contiguous`, which would add 16 bits one by one.
+    *batch, features = x.shape
+    length, longer = divmod(features, groups)
+    head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
+    head = head.reshape(*batch, longer, length + 1).sum(-1)
+    tail = tail.reshape(*batch, groups - longer, length).sum(-1)
+    return jnp.concatenate([head, tail], axis=-1)
 
 
 def _contiguous_group(indices: jax.Array, features: int, groups: int) -> jax.Array:
