@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-import jax
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
@@ -139,7 +138,11 @@ def opened(program: Any) -> Any:
 
 def inside(eqn: Any) -> list[Jaxpr]:
     """The programs inside a step of a program."""
-    programs = map(opened, jax.tree.leaves([*eqn.params.values()]))
+    programs = [
+        getattr(part, "jaxpr", part)  # as in `opened`
+        for value in eqn.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+    ]
     return [program for program in programs if isinstance(program, Jaxpr)]
 
 

@@ -173,28 +173,34 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        return self._joined(x, self.inputs, self._row_letters[0])
+        order, _, _, leading = self._orders
+        return _joined(x, order, leading)
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        _, letters = self._row_letters
-        y = rows.reshape(*rows.shape[:-1], *out_shape)
-        return jnp.transpose(y, [letters.index(c) for c in self.outputs])
+        *_, order, _ = self._orders
+        return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
 
     def output_rows(self, y: jax.Array) -> jax.Array:
         """The output as (*stack, *batch, out_features)."""
-        return self._joined(y, self.outputs, self._row_letters[1])
+        _, order, _, leading = self._orders
+        return _joined(y, order, leading)
 
     @functools.cached_property
-    def _row_letters(self) -> tuple[str, str]:
-        """The letters of input and output in the order of rows."""
-        batch = [c for c in self.inputs if c not in self.kernel]
-        stack, *features = (sizes(self.kernel, self.axes, kind) for kind in "sio")
-        ins, outs = ("".join([*stack, *batch, *letters]) for letters in features)
-        return ins, outs
+    def _orders(self) -> tuple[list[int], list[int], list[int], int]:
+        """The orders of axes of x and y as rows, and of rows as y, found once.
 
-    def _joined(self, array: jax.Array, axes: str, letters: str) -> jax.Array:
-        """An array with `axes` in the order of `letters`, and its features as one."""
-        array = jnp.transpose(array, [axes.index(c) for c in letters])
-        leading = sum(c in self.inputs and c in self.outputs for c in letters)
-        return array.reshape(*array.shape[:leading], math.prod(array.shape[leading:]))
+        Then comes the number of axes that lead, before the features'.
+        """
+        batch = [c for c in self.inputs if c not in self.kernel]
+        stack, ins, outs = [sizes(self.kernel, self.axes, kind) for kind in "sio"]
+        xs, ys = [*stack, *batch, *ins], [*stack, *batch, *outs]
+        to_x = [self.inputs.index(c) for c in xs]
+        to_y = [self.outputs.index(c) for c in ys]
+        return to_x, to_y, [ys.index(c) for c in self.outputs], len(stack) + len(batch)
+
+
+def _joined(x: jax.Array, order: list[int], leading: int) -> jax.Array:
+    """The axes of x in another order, and those behind the leading ones as one."""
+    x = jnp.transpose(x, order)
+    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:]))
