@@ -141,11 +141,14 @@ class SignedSharing(Sharing):
 
 def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
     """(..., features) -> (..., groups): the last ones have the first features, too."""
-    sums, missing = sum_tiles(x, groups), -x.shape[-1] % groups
+    features = x.shape[-1]
+    if groups >= features:
+        return tile_to(x, groups)
+    missing = -features % groups
     if not missing:
-        return sums
+        return sum_tiles(x, groups)
     before = [(0, 0)] * (x.ndim - 1) + [(groups - missing, 0)]
-    return sums + jnp.pad(tile_to(x, missing), before)
+    return sum_tiles(x, groups) + jnp.pad(x[..., :missing], before)
 
 
 # Contiguous groups have `length` features, and the first `longer` of them one more.
