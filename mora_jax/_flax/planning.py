@@ -197,7 +197,7 @@ class Candidates:
                 if fault := self.survey.fault(name):
                     raise ValueError(fault)
                 is_table = self.survey.products[name].takes_indices
-                if is_table and spec.operator.drawn and spec.init == "zeros":
+                if is_table and not spec.operator.linear and spec.init == "zeros":
                     spec = dataclasses.replace(spec, init="embedding")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

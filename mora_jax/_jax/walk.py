@@ -8,7 +8,7 @@ inside of primitives, and how often they run.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
@@ -21,14 +21,11 @@ IDENTITIES = frozenset(
 )
 """Primitives that leave numbers as they are."""
 
-OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
-"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
-
 OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Primitives whose derivatives are not what their programs have."""
 
 
-class Domain(Protocol[T]):
+class Domain(Generic[T]):
     """The values of a walk, which are compared by ==, and the functions between them.
 
     A join may change a value a few times at most, or no walk through a loop would end.
@@ -39,27 +36,27 @@ class Domain(Protocol[T]):
 
     def constant(self, literal: Literal) -> T:
         """The value of a number in the program."""
-        ...
+        return self.nothing
 
     def step(self, eqn: Any, values: list[T]) -> list[T]:
         """The outputs of an equation whose operands have `values`."""
-        ...
+        raise NotImplementedError
 
     def join(self, left: T, right: T) -> T:
         """A value that holds after either of two branches, and in every round."""
-        ...
+        raise NotImplementedError
 
     def sliced(self, value: T) -> T:
         """A round's part of an array along which a scan runs."""
-        ...
+        raise NotImplementedError
 
     def stacked(self, value: T) -> T:
         """The array that a scan makes of one in each round."""
-        ...
+        raise NotImplementedError
 
     def bypassed(self, eqn: Any, outputs: list[T]) -> list[T]:
         """The outputs of an equation whose program has a derivative of its own."""
-        ...
+        return outputs
 
 
 def walk(domain: Domain[T], program: Jaxpr, inputs: Sequence[T]) -> list[T]:
@@ -141,13 +138,12 @@ def opened(program: Any) -> Any:
 
 def inside(eqn: Any) -> list[Jaxpr]:
     """The programs inside a step of a program."""
-    found = []
-    for value in eqn.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            program = getattr(part, "jaxpr", part)  # as in `opened`
-            if isinstance(program, Jaxpr):
-                found.append(program)
-    return found
+    programs = [
+        getattr(part, "jaxpr", part)  # as in `opened`
+        for value in eqn.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+    ]
+    return [program for program in programs if isinstance(program, Jaxpr)]
 
 
 def _called(eqn: Any) -> Jaxpr | None:
@@ -161,8 +157,8 @@ def _called(eqn: Any) -> Jaxpr | None:
 
 def is_opaque(eqn: Any) -> bool:
     """True if nothing is known of what a step does with whole arrays."""
-    name = eqn.primitive.name
-    return name in OPAQUE or name.endswith("_call") or bool(inside(eqn))
+    # Such as a kernel of Pallas, a callback, or a program for each device of a mesh.
+    return eqn.primitive.name.endswith(("_call", "_callback")) or bool(inside(eqn))
 
 
 def needed(program: Jaxpr, told: Sequence[Any]) -> tuple[Jaxpr, list[Any]]:

@@ -62,6 +62,14 @@ class Adapter:
         """The adapter with another `m`, `spec`, or both."""
         return Adapter(**{"m": self.m, "spec": self.spec, **changes})
 
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return (self.m, self._static) == (other.m, other._static)
+
+    def __hash__(self) -> int:
+        return hash((self.m, self._static))
+
     def __repr__(self) -> str:
         operator = getattr(self.spec, "operator", None)
         name, m = getattr(operator, "name", "trained"), self.m

@@ -214,7 +214,7 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
 
 def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    labels, on_mesh = layer.product.einsum_labels, layer.features(kernel_shape)
+    labels, on_mesh = layer.product.claim.einsum, layer.features(kernel_shape)
     assert on_mesh is not None
     split: dict[str, MeshAxes] = {}
     for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
@@ -291,7 +291,9 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
 
     `axes` are the kernel's, as the plan has them.
     """
-    if not product.joins or product.axes != axes or explicit_sharding(x) is not None:
+    # With a stack axis it would be a batched product.
+    is_matrix = isinstance(product, Contraction) and "s" not in axes
+    if not is_matrix or product.axes != axes or explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
@@ -315,8 +317,8 @@ def add_delta(
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
     """
     if (sharding := explicit_sharding(y)) is not None:
-        labels = product.einsum_labels
-        layout = None if labels is None else explicit_layout(labels, x, sharding)
+        labels = product.claim.einsum
+        layout = explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
         def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:

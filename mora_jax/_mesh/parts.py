@@ -23,8 +23,7 @@ from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.permutation import Permutation
-from mora_jax.operators.sharing import Sharing
-from mora_jax.operators.signed_sharing import SignedSharing
+from mora_jax.operators.sharing import Sharing, SignedSharing
 
 _part = functools.partial(
     jax.tree_util.register_dataclass,
@@ -248,7 +247,7 @@ class BlockPart(OperatorPart):
         op, size = self.operator, self.out_features
         *batch, wanted, q = h.shape
         if wanted == op.num_groups and size == op.out_features:
-            return op.decompress_groups(h)
+            return op.leave(h)
         y = tile_to(h.reshape(*batch, wanted * q), self._max_blocks(size) * q)
         return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 

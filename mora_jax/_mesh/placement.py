@@ -85,7 +85,7 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def explicit_layout(labels: tuple[str, str, str], x: Any, y: Any) -> KernelLayout:
+def explicit_layout(labels: tuple[str, ...], x: Any, y: Any) -> KernelLayout:
     """Layout of a layer, by the type of its input x and the sharding y of its output.
 
     `labels` are the letters of the einsum of input, kernel and output.

@@ -56,8 +56,8 @@ def follow(
     companions = {call.companion for call in calls_in(program)}
     uses.reached.update(paths)
     values: list[Value] = [{} for _ in program.invars]
-    for k, (name, var) in enumerate(zip(paths, program.invars, strict=False)):
-        shape: Any = var.aval.shape  # type: ignore[attr-defined]
+    arrays = zip(paths, shapes(program.invars), strict=False)
+    for k, (name, shape) in enumerate(arrays):
         if len(shape) > 1 or name in axes:
             # Stack axes have negative numbers, so that the others are the positions
             # of the letters in the einsum of the layer, which sees one of the stack.
@@ -133,8 +133,9 @@ class Kernels(Domain[Value]):
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
-                    others = kernel, trail, operand, is_first
-                    result[kernel] = trails.multiplied(eqn, *others)
+                    result[kernel] = trails.multiplied(
+                        eqn, kernel, trail, operand, is_first
+                    )
         return result
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
@@ -142,7 +143,10 @@ class Kernels(Domain[Value]):
         call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         self.uses.called.add(call.name)
         for array, lead_of_own in zip(arrived, leads, strict=True):
-            if wrong := _fault_of_companion(call, array, lead_of_own):
+            wrong = f"gets another array for {call.companion}"
+            if trail := array.get(call.companion):
+                wrong = _fault_of_read(trail, lead_of_own, call.companion)
+            if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         if trail := output.get(call.name):
             if wrong := "" if trail.unseen else _fault(call, trail, lead):
@@ -158,7 +162,7 @@ def _begin(eqn: Any, x: Value) -> Value:
     (shape,), (lead,) = shapes(eqn.outvars), eqn.params["leads"]
     call = eqn.params["call"]
     lifted = [("vmap", k) for k in range(lead)]
-    axes = *lifted, *call.claim.input_axes(len(shape) - lead)
+    axes = *lifted, *call.claim.axis_names(0, len(shape) - lead)
     numbers = (lambda indices: indices) if call.claim.rows else None
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}
 
@@ -169,10 +173,9 @@ def _fault(call: Call, trail: Trail, lead: int) -> str:
     if claim.reads:
         return _fault_of_read(trail, lead)
     steps = trail.through - claim.passes - OWN_DERIVATIVE
-    if not trail.by and steps and steps <= claim.stand_ins:
-        return ""
     if not trail.by:
-        return "returns it without a product"
+        stands_in = steps and steps <= claim.stand_ins
+        return "" if stands_in else "returns it without a product"
     if trail.call is not call:
         return trails.OTHER_INPUT
     if trail.wrong:
@@ -188,7 +191,7 @@ def _fault(call: Call, trail: Trail, lead: int) -> str:
     if claim.primitive and trail.by != claim.primitive:
         return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
     axes = (trail.view or ())[lead:]
-    if (names := claim.output_axes(len(axes))) is None:
+    if not (names := claim.axis_names(2, len(axes))):
         return ""
     if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
         product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
@@ -215,13 +218,6 @@ def _doubt(call: Call, trail: Trail) -> str:
         return "a trace compares scale= of its rule if it is a number or a parameter"
     own = listed(sorted(trail.through & OWN_DERIVATIVE))
     return own and f"{own} has a derivative of its own, which the delta bypasses"
-
-
-def _fault_of_companion(call: Call, array: Value, lead: int) -> str:
-    """Reason why an array that arrives beside a kernel is not its companion, or ""."""
-    if trail := array.get(call.companion):
-        return _fault_of_read(trail, lead, call.companion)
-    return f"gets another array for {call.companion}"
 
 
 def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:

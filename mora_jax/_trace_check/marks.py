@@ -39,25 +39,17 @@ class Claim:
     rows: tuple[tuple[str, Callable[[Any, int], Any]], ...] = ()
     reads: bool = False
 
-    @property
-    def transposed(self) -> "Claim":
-        """The product of a cotangent of the output with the same kernel."""
-        return dataclasses.replace(self, einsum=self.einsum[::-1])
+    def axis_names(self, k: int, ndim: int) -> list[str | int]:
+        """The names in views of an input's axes (k = 0) or an output's (2); [] for any.
 
-    def input_axes(self, ndim: int) -> list[str | int]:
-        """The names of the axes of an input in views."""
-        return self._named(0) if self.einsum else [*map(str, range(ndim))]
-
-    def output_axes(self, ndim: int) -> list[str | int] | None:
-        """The names of the axes of an output in views; None if they may be any."""
-        if self.rows:
-            return [*map(str, range(ndim - 1)), 1]
-        return self._named(2) if self.einsum else None
-
-    def _named(self, k: int) -> list[str | int]:
-        # A kernel's axes are numbered, since it may be read by several einsums.
-        kernel = self.einsum[1]
-        return [kernel.index(c) if c in kernel else c for c in self.einsum[k]]
+        A kernel's axes are numbered, since it may be read by several einsums.
+        """
+        if self.einsum:
+            kernel = self.einsum[1]
+            return [kernel.index(c) if c in kernel else c for c in self.einsum[k]]
+        if k == 0:
+            return [*map(str, range(ndim))]
+        return [*map(str, range(ndim - 1)), 1] if self.rows else []
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -91,8 +83,9 @@ class Call:
         """The transposed call, through which a gradient goes."""
         # Kept, and each is the other's: two calls are never equal, and a model that
         # takes a gradient of a gradient is back in the call where it began.
+        claim = dataclasses.replace(self.claim, einsum=self.claim.einsum[::-1])
         batch = self.batch and self.batch[::-1]
-        call = dataclasses.replace(self, claim=self.claim.transposed, batch=batch)
+        call = dataclasses.replace(self, claim=claim, batch=batch)
         call.__dict__["transposed"] = self
         return call
 

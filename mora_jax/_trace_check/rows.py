@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import Jaxpr
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.walk import Domain, is_opaque, needed, shapes, walk
@@ -104,9 +104,6 @@ class RowsOfCall(Domain[Rows]):
         self.rows, self.kernels = rows, kernels
         self.faults: dict[str, str] = {}
 
-    def constant(self, literal: Literal) -> Rows:
-        return NOTHING
-
     def join(self, left: Rows, right: Rows) -> Rows:
         return left if left == right else _joined("a branch or a loop", [left, right])
 
@@ -115,9 +112,6 @@ class RowsOfCall(Domain[Rows]):
 
     def stacked(self, value: Rows) -> Rows:
         return value.moved("scan", lambda strides: (0, *strides))
-
-    def bypassed(self, eqn: Any, outputs: list[Rows]) -> list[Rows]:
-        return outputs
 
     def step(self, eqn: Any, values: list[Rows]) -> list[Rows]:
         outs, p = shapes(eqn.outvars), eqn.params
@@ -132,10 +126,8 @@ class RowsOfCall(Domain[Rows]):
         lost = _lost(eqn, values)
         results = [self._value(eqn, values, moves, n) if moves else lost for n in outs]
         # What has fewer numbers than there are rows does not hold them.
-        few = [math.prod(shape or ()) < self.rows for shape in outs]
-        return [
-            NOTHING if is_few else v for v, is_few in zip(results, few, strict=True)
-        ]
+        pairs = zip(results, outs, strict=True)
+        return [v if math.prod(n or ()) >= self.rows else NOTHING for v, n in pairs]
 
     def _moves(self, eqn: Any, values: list[Rows]) -> Sequence[Move] | None:
         """For each operand what becomes of its strides; None if that is not known."""

@@ -235,8 +235,7 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
             wrong = _fault_of_rows(eqn, call, x.numbers)
             view = x.view and (*x.view[:-1], *named([1], shape[1:]))
     through = trail.through | (x.through & OWN_DERIVATIVE)
-    settings = {"by": by, "call": call, "view": view, "wrong": wrong}
-    return trail._replace(through=through, **settings)
+    return trail._replace(by=by, call=call, view=view, wrong=wrong, through=through)
 
 
 def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
@@ -244,8 +243,8 @@ def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
     if function is None:
         return "looks up rows by other numbers than its input"
     size, fill = eqn.invars[0].aval.shape[0], eqn.params["fill_value"]
-    inside = np.array([0, 1, size // 2, size - 1])
-    indices = np.concatenate([inside + n * size for n in range(-2, 3)])
+    inside = 0, 1, size // 2, size - 1
+    indices = np.add.outer(size * np.arange(-2, 3), inside).ravel()
     indices = indices[indices.astype(call.dtype) == indices]  # the others wrap around
     places = function(indices.astype(call.dtype))
     if eqn.params["mode"].name in ("CLIP", "PROMISE_IN_BOUNDS"):

@@ -88,7 +88,7 @@ def init(
 
 def init_m(spec: AdapterSpec, path: Path, key: PRNGKeyArray | None = None) -> jax.Array:
     """The M of the kernel at `path` at its start, of the shape `spec.shape`."""
-    if key is None and spec.operator.drawn:
+    if key is None and not spec.operator.linear:
         key = start_key(path, spec.operator)
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 

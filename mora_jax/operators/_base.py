@@ -75,11 +75,11 @@ class Operator(DeltaMap):
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
-    """True if the delta is linear in what is trained, and weighted sums are exact."""
+    """True if the delta is linear in what is trained, and weighted sums are exact. A
+    product of trained arrays is not: zeros would lack a gradient, and `start` needs a
+    key whatever `init` is."""
     square: ClassVar[bool] = True
     """True if M is (q, q), so that q is as wide as a budget and both widths allow."""
-    drawn: ClassVar[bool] = False
-    """True if `start` draws numbers whatever `init` is, so that it needs a key."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):

@@ -1,11 +1,9 @@
-"""Features as blocks of q, and back."""
+"""Features as blocks of q; past the end, features start over at index 0."""
 
 from typing import Any
 
 import jax
 import numpy as np
-
-from mora_jax._jax.tiles import tile_to
 
 
 def num_blocks(features: int, square_rank: int) -> int:
@@ -13,16 +11,10 @@ def num_blocks(features: int, square_rank: int) -> int:
     return -(-features // square_rank)
 
 
-def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
-    """(..., features) -> (..., n, q); past the end, features start over at index 0."""
-    n = num_blocks(x.shape[-1], square_rank)
-    return tile_to(x, n * square_rank).reshape(*x.shape[:-1], n, square_rank)
-
-
 def block_positions(
     indices: np.ndarray | jax.Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:
-    """Places where `to_blocks` puts single features: blocks and offsets, (..., t).
+    """Places where single features come to lie: blocks and offsets, (..., t).
 
     A feature that starts over has up to t positions; an offset from q on is for none.
     """

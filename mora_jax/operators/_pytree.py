@@ -7,24 +7,18 @@ from typing import Any, Literal, TypeVar, dataclass_transform
 import jax
 
 ClassT = TypeVar("ClassT", bound=type)
-
-
 Compute = Callable[[Any], Any]
 
 
 def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
     """Array that settings determine, as `compute(operator)`: no part of eq and repr."""
-    return _array_field(compute, init)
+    settings = {"compare": False, "repr": False, "metadata": {"compute": compute}}
+    return dataclasses.field(init=init, **settings)
 
 
 def given(check: Compute, *, init: Literal[True] = True) -> Any:
     """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
-    return _array_field(check, init)
-
-
-def _array_field(compute: Compute, init: bool) -> Any:
-    metadata = {"compute": compute}
-    return dataclasses.field(init=init, compare=False, repr=False, metadata=metadata)
+    return seeded(check, init=init)  # type: ignore[arg-type]
 
 
 @dataclass_transform(

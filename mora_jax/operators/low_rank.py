@@ -47,7 +47,6 @@ class LowRank(Operator):
     name = "low_rank"
     linear = False
     square = False
-    drawn = True
     work = "factors"
 
     @classmethod

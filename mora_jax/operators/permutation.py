@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
 from mora_jax.operators._blocks import block_positions, divide
+from mora_jax.operators._map import Precision
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
 from mora_jax.operators.decoupling import Decoupling
@@ -38,9 +38,11 @@ class Permutation(Decoupling):
 
     seed: int = 0
     in_order: ArrayLike = seeded(lambda op: permutation(op.in_features, op.seed))
-    in_inverse: ArrayLike = seeded(lambda op: _inverse(op.in_order))
+    in_inverse: ArrayLike = seeded(lambda op: np.argsort(op.in_order).astype(np.int32))
     out_order: ArrayLike = seeded(lambda op: permutation(op.out_features, op.seed))
-    out_inverse: ArrayLike = seeded(lambda op: _inverse(op.out_order))
+    out_inverse: ArrayLike = seeded(
+        lambda op: np.argsort(op.out_order).astype(np.int32)
+    )
 
     name = "permutation"
 
@@ -76,14 +78,10 @@ class Permutation(Decoupling):
         )
         return functools.reduce(jnp.add, parts)
 
-    def block_rows(
-        self, indices: jax.Array, dtype: DTypeLike
-    ) -> tuple[jax.Array, jax.Array]:
-        return super().block_rows(jnp.asarray(self.in_inverse)[indices], dtype)
-
-
-def _inverse(order: np.ndarray) -> np.ndarray:
-    return np.argsort(order).astype(np.int32)
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return super().unit_rows(jnp.asarray(self.in_inverse)[indices], m, precision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sharing: groups of features that M treats alike."""
+"""Sharing: groups of features that M treats alike, with or without random signs."""
 
 import math
 from typing import Literal, get_args
@@ -9,10 +9,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_choice
+from mora_jax._common.types import ArrayLike
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import block_positions
-from mora_jax.operators._pytree import operator
+from mora_jax.operators._pytree import operator, seeded
+from mora_jax.operators._random import signs
 
 Grouping = Literal["strided", "contiguous"]
 
@@ -101,6 +103,42 @@ class Sharing(Operator):
         return np.asarray(scale, dtype)
 
 
+@operator
+class SignedSharing(Sharing):
+    """Sharing with a fixed random sign on each input and on each output.
+
+    Plain sums cancel features that differ in sign and add up what all have in common;
+    random signs treat all directions alike. This is an isometry where sharing is.
+
+    Attributes:
+      seed: The seed of the signs; equal widths share them.
+
+    Example::
+
+      >>> from mora_jax.operators import SignedSharing
+      >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
+      >>> op.compress(op.decompress(jnp.array([1.0, 2.0]))).round(3)
+      Array([1., 2.], dtype=float32)
+    """
+
+    seed: int = 0
+    in_signs: ArrayLike = seeded(lambda op: signs(op.in_features, op.seed))
+    out_signs: ArrayLike = seeded(lambda op: signs(op.out_features, op.seed))
+
+    name = "signed_sharing"
+
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        y = super()._decompress(h)
+        return y * jnp.asarray(self.out_signs, y.dtype)
+
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, dtype)[indices]
+        return super()._compress_units(indices, dtype) * signs[..., None]
+
+
 def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
     """(..., features) -> (..., groups): the last ones have the first features, too."""
     features = x.shape[-1]
@@ -118,6 +156,7 @@ def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
 
 def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
     """(..., features) -> (..., groups): the sum of each contiguous group."""
+    # Not as the transpose of `_repeat_contiguous`, which would add 16 bits one by one.
     *batch, features = x.shape
     length, longer = divmod(features, groups)
     head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)

@@ -82,17 +82,6 @@ class Product(abc.ABC):
         """The product as a trace recognises it."""
         return Claim()
 
-    @property
-    def einsum_labels(self) -> tuple[str, str, str] | None:
-        """The letters of input, kernel and output; None if this is not an einsum."""
-        return None
-
-    @property
-    def joins(self) -> bool:
-        """True if one product with kernel plus delta may take the place of two."""
-        # With a stack axis it would be a batched product.
-        return self.einsum_labels is not None and "s" not in self.axes
-
     def fits(self, axes: str) -> bool:
         """True if the layer can use a kernel that is planned with `axes`."""
         return axes == self.axes

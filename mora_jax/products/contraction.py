@@ -114,16 +114,7 @@ class Contraction(Product):
 
     @property
     def claim(self) -> Claim:
-        return Claim(self.einsum_labels, "dot_general")
-
-    @property
-    def einsum_labels(self) -> tuple[str, str, str]:
-        return self.inputs, self.kernel, self.outputs
-
-    @property
-    def transposed(self) -> "Contraction":
-        """The equation from outputs to inputs, with the same kernel."""
-        return Contraction(self.outputs, self.kernel, self.inputs)
+        return Claim((self.inputs, self.kernel, self.outputs), "dot_general")
 
     @functools.cached_property
     def equation(self) -> str:
@@ -131,7 +122,8 @@ class Contraction(Product):
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def fits(self, axes: str) -> bool:
-        return axes in (self.axes, self.transposed.axes)
+        exchanged = self.axes.translate(str.maketrans("io", "oi"))  # as in a tied head
+        return axes in (self.axes, exchanged)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
@@ -139,9 +131,10 @@ class Contraction(Product):
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
     def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
-        if not self._batch:
-            return None
-        return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])
+        for letter in self.inputs:
+            if letter not in self.kernel:
+                return self.inputs.index(letter), self.outputs.index(letter)
+        return None
 
     def factors(self, scale: ArrayLike | float) -> Factors:
         scale = jnp.asarray(scale)
@@ -180,40 +173,31 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        return _joined(x, *self._orders["x"])
+        order, _, _, leading = self._orders
+        return _joined(x, order, leading)
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        order, _ = self._orders["rows"]
+        *_, order, _ = self._orders
         return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
 
     def output_rows(self, y: jax.Array) -> jax.Array:
         """The output as (*stack, *batch, out_features)."""
-        return _joined(y, *self._orders["y"])
+        _, order, _, leading = self._orders
+        return _joined(y, order, leading)
 
     @functools.cached_property
-    def _orders(self) -> dict[str, tuple[list[int], int]]:
+    def _orders(self) -> tuple[list[int], list[int], list[int], int]:
         """The orders of axes of x and y as rows, and of rows as y, found once.
 
-        Beside each is the number of axes that lead, before the features'.
+        Then comes the number of axes that lead, before the features'.
         """
-        xs, ys = self._row_labels("i"), self._row_labels("o")
-        leading = len(self._labels("s") + self._batch)
-        return {
-            "x": ([self.inputs.index(c) for c in xs], leading),
-            "y": ([self.outputs.index(c) for c in ys], leading),
-            "rows": ([ys.index(c) for c in self.outputs], leading),
-        }
-
-    def _row_labels(self, letter: str) -> str:
-        return self._labels("s") + self._batch + self._labels(letter)
-
-    def _labels(self, letter: str) -> str:
-        return "".join(sizes(self.kernel, self.axes, letter))
-
-    @functools.cached_property
-    def _batch(self) -> str:
-        return "".join(c for c in self.inputs if c not in self.kernel)
+        batch = [c for c in self.inputs if c not in self.kernel]
+        stack, ins, outs = [sizes(self.kernel, self.axes, kind) for kind in "sio"]
+        xs, ys = [*stack, *batch, *ins], [*stack, *batch, *outs]
+        to_x = [self.inputs.index(c) for c in xs]
+        to_y = [self.outputs.index(c) for c in ys]
+        return to_x, to_y, [ys.index(c) for c in self.outputs], len(stack) + len(batch)
 
 
 def _joined(x: jax.Array, order: list[int], leading: int) -> jax.Array:

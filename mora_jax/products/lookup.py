@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
 from mora_jax._trace_check import Claim
 from mora_jax.products._product import Factors, KernelDelta, Product
 
-MODES = None, "clip", "wrap", "fill"
+MODES: tuple[Any, ...] = None, "clip", "wrap", "fill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Lookup(Product):
     takes_indices = True
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        check_choice("mode", self.mode, MODES)
 
     @property
     def claim(self) -> Claim:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES
 from mora_jax._jax.tiles import sum_tiles, tile_to
-from mora_jax.operators._blocks import block_positions, to_blocks
+from mora_jax.operators import Decoupling
+from mora_jax.operators._blocks import block_positions
 
 SIZES = st.integers(1, 9), st.integers(1, 40)
 
@@ -51,7 +52,8 @@ def test_more_tiles_than_are_written_out(rest):
 @settings(max_examples=25, deadline=None)
 @given(*SIZES)
 def test_positions_are_where_blocks_have_features(square_rank, features):
-    held = to_blocks(jnp.arange(1.0, features + 1), square_rank)
+    op = Decoupling(features, features, square_rank)
+    held = op.compress(jnp.arange(1.0, features + 1))
     block, offset = block_positions(np.arange(features), features, square_rank)
     found = np.zeros(held.shape)
     feature, place = np.nonzero(offset < square_rank)
