@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core.scope import subtract_filters
 
-from mora_jax._flax.other_layers import lacking
+from mora_jax._flax.layers import lacking
 from mora_jax._tree.adapters import init
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen import wrap

@@ -6,7 +6,7 @@ register              check that this version has the layers that `mora_jax` kno
 from importlib.util import find_spec
 
 from mora_jax._common.warnings import warn
-from mora_jax._flax.other_layers import lacking
+from mora_jax._flax.layers import lacking
 
 
 def register() -> None:

@@ -1,8 +1,9 @@
 """A call of a Flax layer, without and with its adapter."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +55,15 @@ class LayerCall:
         return call, self.rule.argument or list(call.arguments)[1]
 
 
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Errors that are raised inside begin with the path of a kernel, `name`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def adapt_call(
     call: LayerCall,
     name: str,
@@ -83,12 +93,10 @@ def adapt_call(
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
             multiply = Static(jax.lax.dot_general, dimension_numbers=axes, **settings)
             own = adapter()
-            try:
+            with errors_of(name):
                 return adapted_product(
                     own.spec, own.m, x, kernel, product, multiply, precision=precision
                 )
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
 
         # By `object`, since both Flax APIs forbid such an assignment to a module.
         before = module.dot_general
@@ -99,7 +107,7 @@ def adapt_call(
             object.__setattr__(module, "dot_general", before)
     y, out_factor = method(*call.args, **call.kwargs), None
     own = adapter()
-    try:
+    with errors_of(name):
         check_product(own.spec, product)
         # The adapter adds to the kernel itself, which the layer scales afterwards.
         if (scale := rule.scale_of(module)) is not None:
@@ -107,5 +115,3 @@ def adapt_call(
             if in_factor is not None:
                 x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
         return add_delta(y, own.spec, own.m, x, product, key, precision, out_factor)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

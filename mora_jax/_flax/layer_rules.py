@@ -191,16 +191,11 @@ def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
 
 def _own_rules(cls: type) -> Mapping[str, LayerRule]:
     """The rules that are registered for exactly this class, or else for its name."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls not in _RULES and name in NAMED:
-        return _named_rules(cls, name)
-    return _RULES.get(cls, {})
-
-
-@functools.cache
-def _named_rules(cls: type, name: str) -> Mapping[str, LayerRule]:
+    if cls in _RULES:
+        return _RULES[cls]
+    named = NAMED.get(f"{cls.__module__}.{cls.__qualname__}", ())
     try:
-        return dict(check_rule(cls, rule) for rule in NAMED[name])
+        return dict(check_rule(cls, rule) for rule in named)
     except TypeError:  # another version, whose class is as one without a rule
         return {}
 

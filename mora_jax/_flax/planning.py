@@ -16,6 +16,7 @@ from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import alike, matching, patterns
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
+from mora_jax._flax.adapted_call import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._plan.settings import (
     DEFAULT_TARGETS,
@@ -56,11 +57,11 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """
     config = check_config(config, "plan(params, config)")
     refuse_variables(params_or_shapes)
-    return plan_surveyed(params_or_shapes, config, None)
+    return plan_surveyed(params_or_shapes, config, Survey(by_names=True))
 
 
-def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
-    """`plan` for a model that is known by a survey, if there is one."""
+def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
+    """`plan` for a model that is known by a survey."""
     model = Candidates(named_leaves(params), config, survey)
     targets = model.targets()
     trained = model.trained(targets)
@@ -77,14 +78,14 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
             "Name them in exclude if that is meant",
             LeftOutWarning,
         )
-    unproven = survey.unproven(targets) if survey is not None else ()
+    unproven = () if survey.by_names else survey.unproven(targets)
     idle = [name for name, why in unproven if why == NOT_USED]
     if idle:
         warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
     return Plan(
         {model.leaves[name][0]: spec for name, spec in parts.items()},
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
-        traced=survey is not None and survey.traced,
+        traced=survey.traced,
         left_out=left_out,
         unproven=unproven,
     )
@@ -121,7 +122,7 @@ class Candidates:
 
     leaves: dict[str, tuple[Path, Any]]
     config: MoRAConfig
-    survey: Survey | None
+    survey: Survey
 
     @property
     def by_default(self) -> bool:
@@ -140,8 +141,7 @@ class Candidates:
 
     def targets(self) -> list[str]:
         """The names of the kernels to adapt, in the order of their paths."""
-        survey = self.survey
-        kernels = [n for n in self.arrays if survey is None or not survey.no_kernel(n)]
+        kernels = [name for name in self.arrays if not self.survey.no_kernel(name)]
         if self.by_default:
             names = self._default_targets(kernels)
         else:
@@ -155,7 +155,7 @@ class Candidates:
 
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
         pattern, dense = DEFAULT_TARGETS[0], kernels
-        if self.survey is not None:
+        if not self.survey.by_names:
             # The layers tell which arrays are kernels, whatever they are called.
             pattern, products = default_targets("[^/]+"), self.survey.products
             dense = [
@@ -167,7 +167,7 @@ class Candidates:
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
-        if self.survey is not None and (left_out := self.left_out(())):
+        if not self.survey.by_names and (left_out := self.left_out(())):
             why = "; ".join(map(str, left_out))
         elif self.arrays:
             why = (
@@ -187,31 +187,29 @@ class Candidates:
         _, leaf = self.leaves[name]
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
-        try:
+        with errors_of(name):
             axes = axes or self._axes(name)
             spec = AdapterSpec.from_config(
                 config, tuple(leaf.shape), axes, kernel_dtype=leaf.dtype, name=name
             )
             # An unknown layer's kernel has axes by an override, taken at its word.
-            if self.survey is not None and name in self.survey.products:
+            if name in self.survey.products:
                 if fault := self.survey.fault(name):
                     raise ValueError(fault)
                 is_table = self.survey.products[name].takes_indices
                 if is_table and not spec.operator.linear and spec.init == "zeros":
                     spec = dataclasses.replace(spec, init="embedding")
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
         return spec
 
     def _axes(self, name: str) -> str:
         """The axes of a kernel, by its layer's product or by its name and shape."""
         shape = tuple(self.arrays[name].shape)
-        if self.survey is not None:
-            if name not in self.survey.products:
-                raise ValueError(self.survey.why_unknown(name))
-            axes = self.survey.products[name].axes
-            return "s" * (len(shape) - len(axes)) + axes
-        return axes_by_name(name, shape)
+        if self.survey.by_names:
+            return axes_by_name(name, shape)
+        if name not in self.survey.products:
+            raise ValueError(self.survey.why_unknown(name))
+        axes = self.survey.products[name].axes
+        return "s" * (len(shape) - len(axes)) + axes
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names, in the order of their paths."""
@@ -248,7 +246,7 @@ class Candidates:
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""
         names = [name for name in self.arrays if name not in taken]
-        survey = self.survey or Survey()
+        survey = self.survey
         # Of a layer that did not run the kernel alone is of interest.
         ran = survey.uses.reached if survey.traced else self.arrays
         names = [name for name in names if name in ran or not name.endswith("bias")]
@@ -268,7 +266,7 @@ class Candidates:
             return "quantized; see mora_jax.qwix", True
         survey, targets = self.survey, self.config.targets
         named = any(re.fullmatch(pattern, name) for pattern in targets)
-        if survey is None or not (self.by_default or named):
+        if survey.by_names or not (self.by_default or named):
             return "no target", False
         if product := survey.products.get(name):
             why = product.label or "a head, router or embedding by its name"

@@ -19,6 +19,8 @@ from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
+from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax._tree.plan import Plan
@@ -37,6 +39,7 @@ class Survey:
     """Knowledge of the arrays of a model, by their paths.
 
     Attributes:
+      by_names: True if nothing is known of the layers.
       products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: its class}.
@@ -46,8 +49,10 @@ class Survey:
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       leaves: {path: array} of the first inputs of that call, which the model holds.
       batched: For each input of that call, whether it has rows, as in `row_faults`.
+      intercepted: True if a library, such as qwix, computed the products of that call.
     """
 
+    by_names: bool = False
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
@@ -57,14 +62,18 @@ class Survey:
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
     batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
+    intercepted: bool = dataclasses.field(default=False, init=False)
 
-    def record_call(self, name: str, call: LayerCall, m: Any = None) -> jax.Array:
+    def record_call(
+        self, name: str, call: LayerCall, adapter: Adapter | None
+    ) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path.
 
-        `m` is the M that arrives there, if the model has its adapters.
+        The `adapter` is the one that arrives there, if the model has its adapters.
         """
         product, x = call.read()
         rule, module = call.rule, call.module
+        self.intercepted |= intercepted()
         if (kernel := rule.kernel_of(module)) is not None:
             shape, whole = tuple(kernel.shape), tuple(self.leaves[name].shape)
             if whole[len(whole) - len(shape) :] != shape:
@@ -90,7 +99,7 @@ class Survey:
                 f"kernel, as its rule says, got {type(y).__name__}: exclude a class "
                 "that hands its kernel to another module, which cannot be taught"
             )
-        return mark(y, marked, end=True, companion=m)
+        return mark(y, marked, end=True, companion=adapter and adapter.m)
 
     def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
         """The scale of the kernel at `name`, for its `Call`."""
@@ -106,12 +115,17 @@ class Survey:
         return float(numbers[0]) if len(numbers) == 1 else ""
 
     def record_read(
-        self, name: str, product: Product, cls: str, kernel: jax.Array, m: Any = None
+        self,
+        name: str,
+        product: Product,
+        cls: type,
+        kernel: jax.Array,
+        adapter: Adapter | None,
     ) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
-        call = Call(name, product.claim, cls, companion=name + SUFFIX)
-        return mark(kernel, call, end=True, companion=m)
+        call = Call(name, product.claim, cls.__name__, companion=name + SUFFIX)
+        return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
     def trace(
         self,
@@ -177,8 +191,7 @@ class Survey:
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""
-        reasons = {name: self._why_unproven(name) for name in names}
-        return tuple((name, why) for name, why in reasons.items() if why)
+        return tuple((name, why) for name in names if (why := self._why_unproven(name)))
 
     def _why_unproven(self, name: str) -> str:
         if not self.traced:
@@ -236,6 +249,8 @@ def check_call(
     plan, survey = plan_of(), Survey()
     ms = {name + SUFFIX: len(spec.operator.m_shape) for name, spec in plan.items()}
     adapted = survey.trace(programs, patterns(plan), ms)
+    if survey.intercepted:  # by a Linen model itself, which then quantizes its products
+        return ""
     for name in plan:
         if fault := survey.fault(name):
             raise ValueError(f"{name}: {fault}")

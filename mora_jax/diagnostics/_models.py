@@ -20,9 +20,9 @@ from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.paths import kernels_in, replace_adapters, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen._bound import params_of
-from mora_jax.linen._wrap import wrap as wrap_linen
-from mora_jax.nnx._state import set_adapters
-from mora_jax.nnx._wrap import wrap as wrap_nnx
+from mora_jax.linen._model import wrap as wrap_linen
+from mora_jax.nnx._held import set_adapters
+from mora_jax.nnx._model import wrap as wrap_nnx
 
 
 @unchecked()  # by a trace: numbers are to show what layers do

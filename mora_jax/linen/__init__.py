@@ -8,9 +8,8 @@ Public names::
   register_layer        teach `plan` and `wrap` a layer class
 """
 
-import mora_jax._flax.flax_layers as _flax_layers  # registers them
-import mora_jax._flax.other_layers as _other_layers
+import mora_jax._flax.layers as _layers  # registers them
 from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax.linen._model import plan as plan
+from mora_jax.linen._model import wrap as wrap
 from mora_jax.linen._mora_dense import MoRADense as MoRADense
-from mora_jax.linen._plan import plan as plan
-from mora_jax.linen._wrap import wrap as wrap

@@ -56,10 +56,8 @@ class MoRADense(nn.Dense):
           inputs: (..., in_features).
           deterministic: As the attribute.
         """
-        shape, name = (
-            (inputs.shape[-1], self.features),
-            "/".join((*self.path, "kernel")),
-        )
+        shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
+        name = "/".join(path)
         spec = AdapterSpec.from_config(
             self.config, shape, name=name, kernel_dtype=self.param_dtype
         )

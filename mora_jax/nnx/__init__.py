@@ -16,17 +16,16 @@ Public names::
   adapter_optimizer     an `nnx.Optimizer` of the adapters alone
 """
 
-import mora_jax._flax.flax_layers as _flax_layers  # registers them
-import mora_jax._flax.other_layers as _other_layers
+import mora_jax._flax.layers as _layers  # registers them
 from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax.nnx._held import MoRAParam as MoRAParam
+from mora_jax.nnx._held import adapters as adapters
+from mora_jax.nnx._held import plan_of as plan_of
+from mora_jax.nnx._held import set_adapters as set_adapters
+from mora_jax.nnx._model import merge_adapters as merge_adapters
+from mora_jax.nnx._model import plan as plan
+from mora_jax.nnx._model import unwrap as unwrap
+from mora_jax.nnx._model import wrap as wrap
 from mora_jax.nnx._mora_linear import MoRALinear as MoRALinear
-from mora_jax.nnx._param import MoRAParam as MoRAParam
-from mora_jax.nnx._plan import plan as plan
-from mora_jax.nnx._state import adapters as adapters
-from mora_jax.nnx._state import plan_of as plan_of
-from mora_jax.nnx._state import set_adapters as set_adapters
 from mora_jax.nnx._training import adapter_optimizer as adapter_optimizer
 from mora_jax.nnx._training import value_and_grad as value_and_grad
-from mora_jax.nnx._wrap import merge_adapters as merge_adapters
-from mora_jax.nnx._wrap import unwrap as unwrap
-from mora_jax.nnx._wrap import wrap as wrap

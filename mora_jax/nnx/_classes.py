@@ -4,30 +4,30 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from flax import nnx
 
 from mora_jax._common.checks import check_kernel
-from mora_jax._flax.adapted_call import LayerCall, adapt_call
+from mora_jax._flax.adapted_call import LayerCall, adapt_call, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import folded_kernel
 from mora_jax._plan.spec import SUFFIX
-from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, dropout_key, held
-from mora_jax.nnx._state import attributes, named_modules
+from mora_jax.nnx._held import TrainedParam, dropout_key, held, plain_class, set_class
 
-Model = TypeVar("Model", bound=nnx.Module)
+Run = Callable[[nnx.Module, str, Adapter | None, LayerCall], Any]
+"""(layer, name of its kernel, adapter, call of a copy) to what the method returns."""
 
-Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
-"""(layer, name of its kernel, the kernel) to what its methods read."""
+Read = Callable[[nnx.Module, str, Adapter | None, jax.Array], jax.Array]
+"""(layer, name of its kernel, adapter, the kernel) to what its methods read."""
 
 
-def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) -> type:
+def derived(cls: type, run: Run, read: Read) -> type:
     """A subclass of `cls` with the same name, whose methods run on plain copies.
 
-    `run(layer, call of its copy)` returns what a method that has a rule returns, and
-    `read` the `products.Folded` kernels of a copy.
+    `run` is for methods that have a rule, and `read` for `products.Folded` kernels.
     """
     # On a copy without M's, whatever the method does (`nnx.remat` of a part, calls of
     # other methods) adds no delta a second time, other threads may be in the same
@@ -43,14 +43,16 @@ def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) 
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            is_adapted = any(key.endswith(SUFFIX) for key in vars(self))
-            if is_adapted and is_public and inside is None:
-                raise unknown_use("kernel", cls, name)
+            if is_public and inside is None:
+                if any(key.endswith(SUFFIX) for key in vars(self)):
+                    raise unknown_use("kernel", cls, name)
             with _copied(self, inside) as copy:
                 own = functools.partial(method, copy)
                 if rule is None:
                     return own(*args, **kwargs)
-                return run(self, LayerCall(rule, copy, own, args, kwargs))
+                kernel = rule.name(self)
+                called = LayerCall(rule, copy, own, args, kwargs)
+                return run(self, kernel, held(self, kernel), called)
 
         return call
 
@@ -70,16 +72,6 @@ def subclass(cls: type, wrapped: Callable[[str, Callable[..., Any]], Any]) -> ty
     return type(cls)(cls.__name__, (cls,), {**kept, "plain_class": cls, **methods})
 
 
-def plain_class(module: nnx.Module) -> type:
-    """The class that `module` had before it was adapted."""
-    return getattr(module, "plain_class", type(module))
-
-
-def set_class(module: nnx.Module, cls: type) -> None:
-    """Change the class of a module, which Flax does not let an assignment do."""
-    object.__setattr__(module, "__class__", cls)
-
-
 @contextlib.contextmanager
 def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     """A copy of a layer for one call: plain with `read`, still adapted without it."""
@@ -94,7 +86,8 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     for name in folded_kernels(cls):
         variable = attributes.get(name)
         if read is not None and isinstance(variable, nnx.Variable):
-            attributes[name] = variable.replace(read(module, name, variable[...]))
+            kernel = read(module, name, held(module, name), variable[...])
+            attributes[name] = variable.replace(kernel)
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy
@@ -103,6 +96,11 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
         own.pop(name, None)
+
+
+def adapt(module: nnx.Module) -> None:
+    """Give a layer the class that it has once it is adapted."""
+    set_class(module, adapted_class(plain_class(module)))
 
 
 def adapted_class(cls: type) -> type:
@@ -118,36 +116,22 @@ def _adapted_class(cls: type, *rules: Any) -> type:
     return derived(cls, _with_adapter, _with_delta)
 
 
-def _with_adapter(module: Any, call: LayerCall) -> Any:
+def _with_adapter(
+    module: nnx.Module, kernel: str, adapter: Adapter | None, call: LayerCall
+) -> Any:
     """The output of a method that has a rule, with the adapter's delta added."""
-    kernel = call.rule.name(module)
-    adapter = held(module, kernel)
     if adapter is None:  # another kernel of the layer is adapted
         return call.method(*call.args, **call.kwargs)
     key = dropout_key(module, kernel, adapter)
     return adapt_call(call, kernel, lambda: adapter, key)
 
 
-def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
+def _with_delta(
+    module: nnx.Module, name: str, adapter: Adapter | None, kernel: jax.Array
+) -> jax.Array:
     """The kernel of a module with the delta of its adapter, if it has one."""
-    adapter = held(module, name)
     if adapter is None:
         return kernel
     check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized
-    try:
+    with errors_of(name):
         return folded_kernel(adapter.spec, adapter.m, kernel)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def detached(model: Model) -> Model:
-    """A copy without adapters, in which the numbers of trained arrays stay."""
-    model = nnx.clone(model)
-    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
-        if isinstance(value, TrainedParam):
-            setattr(module, name, value.plain())
-        elif isinstance(value, MoRAParam) or name == DROPOUT:
-            delattr(module, name)
-    for _, module in named_modules(model):
-        set_class(module, plain_class(module))
-    return model

@@ -1,11 +1,330 @@
-"""The door to NNX for `qwix`: adapters in modules whose classes stay as they are."""
+"""Adapters that a model holds: variables, dropout, and the tree of all of them.
 
-from mora_jax.nnx._classes import detached as detached
-from mora_jax.nnx._param import MoRAParam as MoRAParam
-from mora_jax.nnx._param import dropout_key as dropout_key
-from mora_jax.nnx._param import held as held
-from mora_jax.nnx._param import hold_adapter as hold_adapter
-from mora_jax.nnx._state import adapters as adapters
-from mora_jax.nnx._state import named_modules as named_modules
-from mora_jax.nnx._state import plan_of as plan_of
-from mora_jax.nnx._state import traceable as traceable
+The tree is the same for a Linen twin. `qwix`, whose modules keep their classes, knows
+nothing else of this folder.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._common.checks import as_jax_array, check_seed
+from mora_jax._common.types import Path
+from mora_jax._common.warnings import warn
+from mora_jax._flax.layer_rules import folded_kernels
+from mora_jax._layer.adapter import Adapter, check_adapter
+from mora_jax._layer.per_row import Selected
+from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
+from mora_jax._plan.places import adapter_sharding
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
+from mora_jax._tree.adapters import base_leaves
+from mora_jax._tree.paths import Tree, adapters_in, nest, place_of, unboxed
+from mora_jax._tree.plan import Plan, refuse_other_kernels
+
+Model = TypeVar("Model", bound=nnx.Module)
+DROPOUT = "dropout_mora"
+
+
+class MoRAParam(nnx.LoRAParam[Any]):
+    """The trained array of one kernel; its metadata `spec` says what it means.
+
+    Code that filters adapters by the type `nnx.LoRAParam` finds it. Where Flax copies a
+    whole variable (`nnx.update`, `nnx.merge`, `copy_from`), it copies the spec with the
+    numbers. Assigning a variable or an adapter of another spec raises an error.
+    """
+
+    spec: AdapterSpec
+
+    def set_value(self, value: Any, **kwargs: Any) -> None:
+        super().set_value(self._numbers_of(value), **kwargs)
+
+    def set_raw_value(self, value: Any, **kwargs: Any) -> None:
+        # What `nnx.update(model, adapters)` does.
+        super().set_raw_value(self._numbers_of(value), **kwargs)
+
+    def _numbers_of(self, value: Any) -> Any:
+        if isinstance(value, MoRAParam | Adapter):
+            self._check(value.spec)
+        return value.m if isinstance(value, Adapter) else value
+
+    def _check(self, spec: AdapterSpec) -> None:
+        check_same("kernel", spec, self.spec)
+
+
+class TrainedParam(MoRAParam):
+    """Array of the base that trains itself, with the metadata of its variable there."""
+
+    # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
+    # that type does so with it too.
+    spec: TrainedArray  # type: ignore[assignment]
+
+    def plain(self) -> nnx.Variable[Any]:
+        """A variable as the base has it, with the trained numbers rounded."""
+        metadata = dict(self.get_metadata())
+        spec, base_type = metadata.pop("spec"), metadata.pop("base_type")
+        return base_type.from_metadata(self[...].astype(spec.base_dtype), metadata)
+
+    def _check(self, spec: Any) -> None:
+        if spec != self.spec:
+            raise ValueError(f"the trained array must be {self.spec}, got {spec}")
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """The modules inside a model by path, each of them once."""
+    if not isinstance(model, nnx.Module):
+        is_class = isinstance(model, type)
+        got = f"the class {model.__name__}" if is_class else type(model).__name__
+        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
+    for path, module in nnx.iter_modules(model):
+        yield tuple(map(str, path)), module
+
+
+def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path, Any]]:
+    """(module, path, value) of each attribute of `kinds` in the modules of a model."""
+    # As lists, since the caller may remove an attribute that it is given.
+    for path, module in list(named_modules(model)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, kinds):
+                yield module, (*path, name), value
+
+
+def plain_class(module: nnx.Module) -> type:
+    """The class that `module` had before it was adapted."""
+    return getattr(module, "plain_class", type(module))
+
+
+def set_class(module: nnx.Module, cls: type) -> None:
+    """Change the class of a module, which Flax does not let an assignment do."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def detached(model: Model) -> Model:
+    """A copy without adapters, in which the numbers of trained arrays stay."""
+    model = nnx.clone(model)
+    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
+        if isinstance(value, TrainedParam):
+            setattr(module, name, value.plain())
+        elif isinstance(value, MoRAParam) or name == DROPOUT:
+            delattr(module, name)
+    for _, module in named_modules(model):
+        set_class(module, plain_class(module))
+    return model
+
+
+def held(module: nnx.Module, kernel: str) -> Adapter | None:
+    """A kernel's adapter, or the slots of many; None without an adapter."""
+    m: Any = getattr(module, kernel + SUFFIX, None)
+    if m is None:
+        return None
+    value = unboxed(m)
+    return Adapter(value if isinstance(value, Selected) else m[...], m.spec)
+
+
+def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
+    """The sharding of a variable over a mesh; None in a trace and on one device."""
+    value, *others = jax.tree.leaves(variable)
+    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, NamedSharding) else None
+
+
+def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -> None:
+    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
+    m, spec = adapter.m, adapter.spec
+    if sharding := named_sharding(getattr(module, kernel)):
+        m = jax.device_put(m, adapter_sharding(spec, sharding))
+    setattr(module, kernel + SUFFIX, MoRAParam(m, spec=spec))
+    hold_dropout(module, spec, seed)
+
+
+def hold_dropout(module: nnx.Module, spec: Any, seed: int) -> bool:
+    """Put the switch of an adapter's dropout into its module; True if it is new."""
+    if not getattr(spec, "dropout", 0) or hasattr(module, DROPOUT):
+        return False
+    check_seed(seed)
+    dropout: Any = nnx.Dropout(spec.dropout)
+    dropout.seed = seed
+    setattr(module, DROPOUT, dropout)
+    return True
+
+
+def refuse_dropout(module: nnx.Module, name: str, spec: Any) -> None:
+    """Raise if the kernel `name` has dropout, and methods of its module read it."""
+    if getattr(spec, "dropout", 0) and folded_kernels(type(module)):
+        raise ValueError(
+            f"{name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
+
+
+def dropout_key(
+    module: nnx.Module, kernel: str, adapter: Adapter
+) -> PRNGKeyArray | None:
+    """The key of a call's dropout; None where nothing is dropped."""
+    # It depends on the seed, on M, which each step of an optimizer changes, and on the
+    # kernel, which differs between layers. All of these are inputs of the layer. So
+    # lifted transformations, rematerialization and resumed runs draw the same masks,
+    # and the model's state holds nothing except its parameters.
+    dropout: Any = getattr(module, DROPOUT, None)
+    if dropout is None or dropout.deterministic or not adapter.spec.dropout:
+        return None
+    own = jax.tree.leaves(getattr(module, kernel))[0]  # it may be quantized
+    m = jax.tree.leaves(adapter.m)[0]  # or one for each row
+
+    def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
+        first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
+        key = jax.random.fold_in(jax.random.key(np.uint32(dropout.seed)), _hash(m))
+        return jax.random.fold_in(key, _hash(first))
+
+    for sharding in filter(None, map(explicit_sharding, (m, own))):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return with_auto_axes(make_key, replicated, m, own)
+    return make_key(m, own)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """32 bits that change with any number in `x`, and with its position."""
+    # The sum of the numbers' bits, each multiplied by another odd number, modulo 2^32.
+    # There an odd number has an inverse, so no factor loses any bits.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
+    position = jax.lax.iota(jnp.uint32, bits.size)
+    odd = (position * jnp.uint32(2) + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+
+HeldAdapter = tuple[nnx.Module, MoRAParam, Adapter]
+"""A module, its variable, and the adapter there."""
+
+
+def held_adapters(model: nnx.Module) -> dict[Path, HeldAdapter]:
+    """The adapters in a model by paths of the base's arrays, in the order of these."""
+    found: dict[Path, HeldAdapter] = {}
+    for module, path, m in attributes(model, MoRAParam):
+        own = Adapter(unboxed(m), m.spec)
+        kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
+        found[kernel] = module, m, check_adapter("/".join(path), own, by_row=True)
+    if not any(isinstance(a.spec, AdapterSpec) for *_, a in found.values()):
+        raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
+    return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+def traceable(
+    model: nnx.Module, method: str = "__call__"
+) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """A method as a function of (state, args, kwargs), and the model's state."""
+    graph, state = nnx.split(model)
+
+    def call(state: Any, args: Any, kwargs: Any) -> Any:
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    return call, state
+
+
+def parameters(model: nnx.Module) -> Tree:
+    """The parameters of the base as nested dicts."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
+
+
+def plan_of(model: nnx.Module) -> Plan:
+    """The plan that an adapted model follows.
+
+    Raises:
+      ValueError: `model` lacks adapters.
+
+    Example: see `wrap`.
+    """
+    parts = {path: adapter.spec for path, (*_, adapter) in held_adapters(model).items()}
+    trained = (s for s in parts.values() if not isinstance(s, AdapterSpec))
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
+    size += sum(spec.parameters for spec in trained)
+    return Plan(parts, size, traced=True)  # `wrap` refused the rest
+
+
+def adapters(model: nnx.Module) -> Tree:
+    """The adapters of a model, also those of arrays that train themselves.
+
+    Returns:
+      Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
+
+    Raises:
+      ValueError: `model` lacks adapters.
+
+    Example: see `wrap`.
+    """
+    found = held_adapters(model).items()
+    return nest({place_of(path, a.spec): a for path, (*_, a) in found})
+
+
+def set_adapters(
+    model: nnx.Module, adapters: Any, *, any_base: bool = False, seed: int = 0
+) -> None:
+    """Put adapters into an adapted model: of a file, a Linen twin or another model.
+
+    The model computes what they say, also with another operator or rank than before.
+
+    Args:
+      model: An adapted model, as `wrap` makes it. It is changed in place.
+      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
+        `nnx.state(another_model, MoRAParam)`; or what `serving.select` returns, an
+        adapter for each row of later batches. An M that is not committed to a device
+        goes where the model has its M.
+      any_base: True to take adapters that were trained on other kernels as well.
+      seed: As in `wrap`, where the new adapters have dropout and the old had none. The
+        model then drops until `model.eval()`, and a `MoRAWarning` says so.
+
+    Raises:
+      TypeError: The adapters are not adapters of arrays.
+      ValueError: The model lacks adapters; or the new ones are of other kernels, have
+        dropout where methods read a kernel, or were trained on another base and
+        `any_base` is False.
+
+    Example: see `wrap`.
+    """
+    there, found = held_adapters(model), adapters_in(adapters, by_row=True)
+    refuse_other_kernels({p: a.spec for p, a in found.items()}, plan_of(model))
+    if not any_base:
+        base_leaves(parameters(model), found, any_base)
+    # All of them are checked before the first is set.
+    new = {path: _fitting(path, there[path], a) for path, a in found.items()}
+    if any([_set(*there[path], new[path], seed) for path in there]):
+        warn(
+            "the new adapters have dropout, which the old ones lacked: the model drops "
+            "until model.eval()"
+        )
+
+
+def _fitting(path: Path, there: HeldAdapter, adapter: Adapter) -> Adapter:
+    """The adapter as its place in a model takes it."""
+    (module, variable, old), (m, spec) = there, (adapter.m, adapter.spec)
+    if not isinstance(m, Selected):
+        m = as_jax_array("/".join(place_of(path, spec)), m)
+        if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
+            m, spec = m.astype(old.spec.dtype), old.spec
+        sharding = named_sharding(variable)
+        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
+    if hasattr(module, "plain_class"):  # qwix drops in another way
+        refuse_dropout(module, "/".join(path), spec)
+    return Adapter(m, spec)
+
+
+def _set(
+    module: nnx.Module, variable: MoRAParam, old: Adapter, new: Adapter, seed: int
+) -> bool:
+    """Put an adapter into its variable; True if the module begins to drop."""
+    m, spec = new.m, new.spec
+    by_row = any(isinstance(one, Selected) for one in (m, old.m))
+    if spec == old.spec and not by_row:
+        variable[...] = m  # which keeps the variable of a trace
+        return False
+    # Of one layer where the model has the variable for one.
+    spec = spec.with_stack(variable.spec.stack_shape)
+    variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
+    return hold_dropout(module, spec, seed)

@@ -9,7 +9,7 @@ from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import init_m
 from mora_jax.nnx._classes import adapted_class
-from mora_jax.nnx._param import hold_adapter
+from mora_jax.nnx._held import hold_adapter
 
 
 class MoRALinear(nnx.Linear):

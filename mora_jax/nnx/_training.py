@@ -11,9 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.per_row import Selected
 from mora_jax._tree.optim import check_transformation, with_ratio
-from mora_jax._tree.paths import located_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, named_sharding
-from mora_jax.nnx._state import held_adapters
+from mora_jax._tree.paths import located_leaves
+from mora_jax.nnx._held import MoRAParam, held_adapters, named_sharding
 
 
 def value_and_grad(
@@ -110,8 +109,8 @@ class _AdapterOptimizer(nnx.Optimizer[Any]):
 def _single_ms(model: nnx.Module) -> list[MoRAParam]:
     """The M's of a model, which must not have one for each row: an index."""
     found = held_adapters(model)
-    for path, (_, variable, _) in found.items():
-        if isinstance(unboxed(variable), Selected):
+    for path, (*_, adapter) in found.items():
+        if isinstance(adapter.m, Selected):
             name = "/".join(path)
             raise ValueError(
                 f"model must have one adapter, got one for each row at {name!r}; many "

@@ -12,8 +12,9 @@ import jax
 import qwix
 from flax import nnx
 
-from mora_jax._common.types import Path
+from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
+from mora_jax._flax.adapted_call import errors_of
 from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, fresh_shapes, relation_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
@@ -30,8 +31,8 @@ from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
 from mora_jax.qwix._rule import MoRARule, check_rules
 
-Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, Path, AdapterSpec]]
-"""{(name of a kernel, its shape): its rule, its path and its adapter}."""
+Planned = dict[tuple[Path, Shape], tuple[MoRARule, AdapterSpec]]
+"""{(path of a kernel, its shape): its rule and its adapter}."""
 
 traced: ContextVar[Planned | None] = ContextVar("traced", default=None)
 """The adapters of the kernels that a `trace` finds; None outside of one."""
@@ -80,21 +81,19 @@ class MoRAProvider(qwix.PtqProvider):
             raise ValueError(f"rules and settings exclude each other, got {settings}")
         check_rules(rules)
         super().__init__(rules=rules)
-        self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
         self.running: dict[int, Planned] = {}  # by thread
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        if (planned := traced.get()) is None:
-            planned = self.planned.setdefault(type(model), {})
-            if first := _private.first_call_of(model):
-                method, rngs = first
-                call, state = traceable(model, method)
-                _, specs = trace(call, state, model_args, model_kwargs)
-                _hold_new(model, specs, rngs)
-        self.running[threading.get_ident()] = planned
+        planned = traced.get()
+        if planned is None and (first := _private.first_call_of(model)):
+            method, rngs = first
+            call, state = traceable(model, method)
+            _, specs = trace(call, state, model_args, model_kwargs)
+            _hold_new(model, specs, rngs)
+        self.running[threading.get_ident()] = {} if planned is None else planned
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
@@ -108,14 +107,14 @@ class MoRAProvider(qwix.PtqProvider):
     def _check_planned(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.running[threading.get_ident()]
-        used = {id(rule) for rule, *_ in planned.values()}  # two may be equal
+        used = {id(rule) for rule, _ in planned.values()}  # two may be equal
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
             raise ValueError(f"no kernel is multiplied in module_path={unused}")
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
-        left, adapted = [], {name for name, _ in planned}
+        left, adapted = [], {"/".join(path) for path, _ in planned}
         for name, parameter in _private.named_parameters(model).items():
             module, _, own = name.rpartition("/")
             matching = (r for r in self._rules if re.fullmatch(r.module_path, module))
@@ -157,12 +156,9 @@ class MoRAProvider(qwix.PtqProvider):
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
         precision = operation.arguments.get("precision")
-        try:
+        with errors_of("/".join((*_private.path_of_call(), name))):
             check_product(spec, product)
             return add_delta(y, spec, adapter.m, x, product, key, precision)
-        except ValueError as error:
-            place = "/".join((*_private.path_of_call(), name))
-            raise ValueError(f"{place}: {error}") from error
 
     # The operations that qwix hands to its provider.
     dot_general: Any = partialmethod(_adapted, "dot_general")
@@ -178,16 +174,12 @@ class MoRAProvider(qwix.PtqProvider):
             return held(module, name)
         # A Linen module has adapters as the first product of each kernel had it.
         planned = self.running[threading.get_ident()]
-        key = "/".join(path), tuple(kernel.shape)
+        key = path, tuple(kernel.shape)
         if key not in planned:
-            spec = AdapterSpec.from_config(
-                rule.config,
-                *(key[1], product.axes),
-                kernel_dtype=kernel.dtype,
-                name="/".join(path),
-            )
-            planned[key] = rule, path, spec
-        *_, spec = planned[key]
+            settings: Any = {"name": "/".join(path), "kernel_dtype": kernel.dtype}
+            own = rule.config, key[1], product.axes
+            planned[key] = rule, AdapterSpec.from_config(*own, **settings)
+        _, spec = planned[key]
         return None if is_nnx else running_adapter(module, name, spec)
 
 
@@ -261,7 +253,7 @@ def trace(
         shapes = fresh_shapes(function, *args, **kwargs)
     finally:
         traced.reset(token)
-    return shapes, {path: spec for _, path, spec in planned.values()}
+    return shapes, {path: spec for (path, _), (_, spec) in planned.items()}
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:

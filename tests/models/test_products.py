@@ -17,7 +17,7 @@ from twins import ALL, IDS, Table, TableTwin
 
 import mora_jax
 from mora_jax import AdapterSpec, linen, make_operator
-from mora_jax._flax.flax_layers import convolution
+from mora_jax._flax.layers import convolution
 from mora_jax._layer.equation import Delta
 from mora_jax.products import ATTEND, Contraction, Lookup
 

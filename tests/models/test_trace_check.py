@@ -20,7 +20,7 @@ from mora_jax import (
     serving,
 )
 from mora_jax import nnx as mora_nnx
-from mora_jax._flax.flax_layers import convolution
+from mora_jax._flax.layers import convolution
 from mora_jax._layer.equation import delta_kernel
 from mora_jax.products import ATTEND, Claim, Lookup, Product
 from mora_jax.products.lookup import MODES

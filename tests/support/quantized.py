@@ -16,7 +16,7 @@ import numpy as np
 import qwix
 from flax import nnx
 
-from mora_jax import MoRAConfig, MoRADense, combine, delta_weight, init, linen, split
+from mora_jax import MoRAConfig, MoRADense, combine, delta_weight, init, linen
 from mora_jax import nnx as mora
 
 warnings.simplefilter("error")
@@ -127,10 +127,9 @@ class Module(Linen):
 
     def function(self):
         layers = [MoRADense(self.out, use_bias=False, config=self.config)]
-        params = combine(self.variables["params"], self.adapters(self.m))
-        model, variables = self.quantize(nn.Sequential(layers), {"params": params})
-        base, adapters = split(variables["params"])
-        assert isinstance(adapters, dict)
+        # qwix quantizes dicts of arrays alone, so the adapters are put in afterwards.
+        model, variables = self.quantize(nn.Sequential(layers), self.variables)
+        base = variables["params"]
         return lambda m: model.apply(
             {"params": combine(base, self.adapters(m))}, self.x
         )

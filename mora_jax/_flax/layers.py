@@ -1,0 +1,145 @@
+"""Products of known layers; importing this registers them.
+
+Flax's own are known by their classes, and those of transformers, Tunix and gemma by
+name, so that these packages need not be installed.
+"""
+
+import importlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mora_jax._common.types import ArrayLike
+from mora_jax._flax.layer_rules import NAMED, LayerRule, check_rule, register_layer
+from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Product
+from mora_jax.products.contraction import dot_general_equation
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _general(module: Any, inputs: ArrayLike, *_: Any, **__: Any) -> str:
+    linen = isinstance(module, nn.Module)
+    names = ("batch_dims", "features") if linen else ("batch_axis", "out_features")
+    axis, batch, outs = (_axes(getattr(module, name)) for name in ("axis", *names))
+    batch, axis = (sorted(k % inputs.ndim for k in axes) for axes in (batch, axis))
+    # The kernel's axes are (*batch, *in, *out).
+    summed = range(len(batch), len(batch) + len(axis))
+    numbers = (axis, summed), (batch, range(len(batch)))
+    ndim = summed.stop + len(outs)
+    return dot_general_equation(inputs.ndim, ndim, numbers)
+
+
+def _einsum(module: Any, x: Any, einsum_str: Any = None, *_: Any, **__: Any) -> str:
+    return einsum_str or module.einsum_str
+
+
+def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
+    """The product of `Conv` or `ConvTranspose`; Linen's class computes it."""
+    transposed = hasattr(layer, "transpose_kernel")
+    cls = getattr(nn, "ConvTranspose" if transposed else "Conv")
+    names = ["strides", "padding", "kernel_dilation", "mask", "precision"]
+    if transposed:
+        plain, features = True, "oi" if layer.transpose_kernel else "io"
+        names += ["transpose_kernel"]
+    else:
+        plain, features = layer.feature_group_count == 1, "io"
+        names += ["input_dilation", "feature_group_count"]
+    window, masked = _axes(layer.kernel_size), layer.mask is not None
+    copied = {name: getattr(layer, name) for name in names}
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        outputs = kernel.shape[len(window) + features.index("o")]
+        settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
+        # Without a parent; otherwise it would become a part of the running module.
+        convolution = cls(outputs, window, parent=None, **settings)
+        return convolution.apply({"params": {"kernel": kernel}}, x)
+
+    axes = "i" * len(window) + features
+    return Convolution(axes, convolve, plain and not masked, masked)
+
+
+for api, dense, general in (
+    (nn, nn.Dense, nn.DenseGeneral),
+    (nnx, nnx.Linear, nnx.LinearGeneral),
+):
+    register_layer(dense, equation=DENSE, dot_general=True)
+    register_layer(general, equation=_general, dot_general=True)
+    register_layer(api.Einsum, equation=_einsum)
+    register_layer(api.Conv, equation=convolution)
+    register_layer(api.ConvTranspose, equation=convolution)
+    register_layer(api.Embed, equation=Lookup(), kernel="embedding")
+    register_layer(api.Embed, equation=ATTEND, kernel="embedding", method="attend")
+
+_TABLE = "input_embedding"
+
+
+def _folded(product: Product, *kernels: str) -> list[LayerRule]:
+    return [LayerRule(product, kernel) for kernel in kernels]
+
+
+def _root(layer: Any) -> jax.Array:
+    """The factor of an Embedder's rows, in their dtype."""
+    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
+
+
+def _tunix_einsum(scale: Any = None) -> list[LayerRule]:
+    return [LayerRule(lambda layer, x: layer.einsum_str, "w", scale=scale)]
+
+
+_GM_EINSUM = LayerRule(
+    lambda layer, eqn, x: eqn,
+    lambda layer: layer.weight_name,
+    argument="x",
+    scale=lambda layer: getattr(layer, "w_scale", None),  # Gemma 3n and 4 have it
+)
+_GM_ENCODE = LayerRule(Lookup(), _TABLE, "encode", scale=_root)
+_DECODE = LayerRule(ATTEND, _TABLE, "decode")
+_EMBEDDER = [LayerRule(Lookup(), _TABLE, "encode"), _DECODE]
+# Experts are bare arrays, whose method sorts tokens and multiplies groups of them.
+_EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
+# Gemma scales what it looks up, so that each call adds its whole table to its delta.
+_SCALED_TABLE = _folded(_LEFT_OUT, _TABLE)
+_PER_LAYER = Folded("ioo", adapted_by_default=False)
+_QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
+_TUNIX = {
+    **{f"{model}.model.Einsum": _tunix_einsum() for model in _QWEN_AND_LLAMA + _GEMMA},
+    **{f"{model}.model.Embedder": _EMBEDDER for model in _QWEN_AND_LLAMA},
+    **{f"{model}.model.Embedder": _SCALED_TABLE for model in _GEMMA},
+    "gemma4.model.Einsum": _tunix_einsum(lambda layer: layer.w_scale),
+    "gemma4.model.Embedder": _SCALED_TABLE
+    + _folded(_PER_LAYER, "per_layer_input_embedding"),
+    "qwen3.model.MoELayer": _folded(_EXPERTS, "gate_proj", "up_proj", "down_proj"),
+    "gemma4.moe.MoERagged": _folded(Folded("sooi"), "gating_einsum")
+    + _folded(_EXPERTS, "linear")
+    + _folded(_LEFT_OUT, "router_logits"),
+}
+NAMED.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
+NAMED["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
+    LayerRule("...i,oi->...o")
+]
+# Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
+# and an `Embedder`, whose table is also their head.
+for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
+    NAMED[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
+    NAMED[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]
+
+
+def lacking(package: str) -> dict[str, str]:
+    """{class of a package that has rules here: why this version does not fit them}."""
+    reasons = {}
+    for path, rules in NAMED.items():
+        module, _, name = path.rpartition(".")
+        if not path.startswith(f"{package}."):
+            continue
+        try:
+            cls = getattr(importlib.import_module(module), name)
+            for rule in rules:
+                check_rule(cls, rule)
+        except (ImportError, AttributeError, TypeError) as error:
+            reasons[path] = str(error)
+    return reasons

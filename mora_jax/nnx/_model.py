@@ -1,0 +1,359 @@
+"""Models as they are: their plan, and adapters put into them and taken out again."""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Jaxpr
+from jax.typing import DTypeLike
+
+from mora_jax._flax.adapted_call import LayerCall, errors_of
+from mora_jax._flax.calls import Call, kind_of_call, program_of, proving
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.planning import plan_surveyed
+from mora_jax._flax.survey import Survey, check_call
+from mora_jax._jax.traces import split_static
+from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.rounding import Rounding
+from mora_jax._layer.per_row import Selected
+from mora_jax._layer.ways import check_product
+from mora_jax._plan.settings import MoRAConfig, check_config
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.adapters import init, refuse_trained
+from mora_jax._tree.merge import merge
+from mora_jax._tree.paths import adapters_in, named_leaves, unboxed
+from mora_jax._tree.plan import Plan
+from mora_jax.nnx import _held
+from mora_jax.nnx._classes import adapt, derived, subclass
+from mora_jax.nnx._held import Model, plain_class, set_class
+
+
+def plan(
+    model: nnx.Module,
+    config: MoRAConfig | None = None,
+    *args: Any,
+    calls: Sequence[Call] = (),
+    **kwargs: Any,
+) -> Plan:
+    """`mora_jax.plan` for an NNX model, by what each of its layers computes.
+
+    Kernels and default targets are those that `linen.plan` says.
+
+    Args:
+      model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
+      config: As in `linen.plan`.
+      *args: Inputs of a call to trace, arrays or shapes. It alone tells the equation
+        that an `nnx.Einsum` gets in calls, and other uses of embeddings (tied heads).
+      calls: As in `linen.plan`.
+      **kwargs: Further inputs, by name.
+
+    Raises:
+      TypeError, ValueError: As `linen.plan`; a module or kernel that the model holds
+        twice; a model with adapters.
+
+    Example::
+
+      >>> import mora_jax
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+      >>> {path: spec.axes for path, spec in mora_jax.nnx.plan(model).items()}
+      {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
+       'value/kernel': 'ioo'}
+    """
+    check_model(model)
+    config = check_config(config, "plan(model, config, *inputs)")
+    classes = {"/".join(path): type(m) for path, m in _held.named_modules(model)}
+    params, survey = _held.parameters(model), Survey(classes=classes)
+    for module, path, variable in _held.attributes(model, nnx.Variable):
+        rules, name = planning_rules(module), "/".join(path)
+        if (rule := rules.get(path[-1])) is None:
+            if rules and not folded_kernels(type(module)):  # or methods may do anything
+                survey.non_kernels.add(name)
+        elif not isinstance(variable, nnx.Param):
+            survey.no_params[name] = type(variable).__name__
+        elif product := rule.product(module):
+            survey.products[name] = product
+    if args or kwargs:
+        calls = (Call(*args, **kwargs), *calls)
+    for call in calls:
+        own = functools.partial(program, model, "__call__", call.args, call.kwargs)
+        survey.trace(own)
+    chosen = plan_surveyed(params, config, survey)
+    refuse_unfit(model, chosen)
+    return chosen
+
+
+def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
+    """Raise if an array of `plan` is at two places of the model."""
+    arrays = [*plan, *plan.trained]
+    for paths in nnx.find_duplicates(model):
+        names = ["/".join(map(str, path)) for path in paths]
+        for array in arrays:
+            # A shared module has all of its arrays twice.
+            if any(array == name or array.startswith(f"{name}/") for name in names):
+                raise ValueError(
+                    f"{array} is shared: the model holds {names[0]!r} also as "
+                    f"{names[1]!r}; exclude it, take it out of train, or copy it"
+                )
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is an NNX module without adapters."""
+    for _, path, _ in _held.attributes(model, _held.MoRAParam):
+        raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
+
+
+def program(
+    model: nnx.Module, method: str, args: Any, kwargs: Any, survey: Survey | None
+) -> Jaxpr:
+    """The program of a call, whose first inputs are the arrays of the model.
+
+    With a survey, which it fills in, layers are marked: those that have an M, or all of
+    a plain model. Without a survey it is the program of the base.
+    """
+    if survey is None:
+        call, state = _held.traceable(_held.detached(model), method)
+        return program_of(call, state, args, kwargs)
+    suffix = SUFFIX if any(_held.attributes(model, _held.MoRAParam)) else ""
+    twin = nnx.clone(model)
+    for path, layer in list(_held.named_modules(twin)):
+        names = [name + suffix for name in planning_rules(layer)]
+        set_class(layer, plain_class(layer))
+        if any(isinstance(getattr(layer, n, None), nnx.Variable) for n in names):
+            prefix = "".join(f"{key}/" for key in path)
+            set_class(layer, _marked_class(type(layer), prefix, survey))
+    for module, (*_, key), m in _held.attributes(twin, _held.MoRAParam):
+        if isinstance(m, _held.TrainedParam):
+            setattr(module, key, m.plain())
+        elif isinstance(unboxed(m), Selected):  # one for each row: any will do
+            m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
+    call, state = _held.traceable(twin, method)
+    leaves = named_leaves(nnx.to_pure_dict(state))
+    survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
+    params = named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param)))
+    inputs, _ = split_static((args, kwargs))
+    own = [False if name in params else None for name in leaves]
+    survey.batched = [*own, *[True] * len(inputs)]
+    return program_of(call, state, args, kwargs)
+
+
+def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
+    """The class of a layer whose calls `survey` records; `prefix` is its path."""
+
+    def run(_: Any, name: str, adapter: Adapter | None, call: LayerCall) -> Any:
+        return survey.record_call(prefix + name, call, adapter)
+
+    def read(_: Any, name: str, adapter: Adapter | None, kernel: Any) -> Any:
+        product = folded_kernels(cls)[name]
+        return survey.record_read(prefix + name, product, cls, kernel, adapter)
+
+    return derived(cls, run, read)
+
+
+def wrap(
+    model: Model,
+    config_or_plan: MoRAConfig | Plan | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+    seed: int = 0,
+) -> Model:
+    """An unmodified model, with adapters.
+
+    The model's own code runs. Each planned layer gets a `MoRAParam` next to its kernel,
+    and a subclass of its class, which adds the adapter's delta to what its methods
+    return. Names, types and paths stay, so that a checkpoint of the base still loads.
+
+    With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
+    and evaluation need; `model.train()` turns it on again. The masks follow from
+    `seed`, M and the kernel: calls with the same M's, such as the microbatches of one
+    step, drop the same positions.
+
+    Args:
+      model: Any NNX module. It stays as it is, and shares its arrays with the result: a
+        step that donates all of the result's state deletes them (docs/training-nnx.md).
+      config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
+      rngs: The source of the key for `init="gaussian"`.
+      seed: The seed of the dropout masks.
+
+    Returns:
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`, which also has
+      the arrays that the plan trains themselves, instead of the base's. An M is on the
+      mesh of its kernel, as `sharding.adapter_shardings` says.
+
+    Raises:
+      TypeError, ValueError: As `nnx.plan`; a plan that does not fit the model; an
+        adapter on a layer class that is not known (see `register_layer`); a Gaussian
+        start without `rngs`; a `seed` that is not an integer from 0 to 2^32 - 1.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
+      >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
+      >>> bool((adapted(x) == model(x)).all())
+      True
+      >>> adapters = mora_jax.nnx.adapters(adapted)
+      >>> adapters
+      {'kernel_mora': Adapter(rotation, float32[8, 8])}
+      >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters))
+      >>> merged = mora_jax.nnx.merge_adapters(adapted)
+      >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
+      True
+      >>> type(mora_jax.nnx.unwrap(adapted)) is nnx.Linear
+      True
+    """
+    check_model(model)
+    own = config_or_plan
+    own = own if isinstance(own, Plan) else plan(model, own)
+    refuse_unfit(model, own)  # names and shapes may have made it
+    kinds = {spec.init for spec in own.values()}
+    key = rngs.params() if rngs and "gaussian" in kinds else None
+    new = init(own, key, params=_held.parameters(model) if own.trained else None)
+    model = nnx.clone(model)
+    modules: dict[Any, Any] = dict(_held.named_modules(model))
+    for path, adapter in adapters_in(new).items():
+        name, module, own = "/".join(path), modules.get(path[:-1]), path[-1]
+        variable = getattr(module, own, None)
+        if not isinstance(adapter.spec, AdapterSpec):
+            _train(module, name, variable, adapter)
+            continue
+        spec, shape = adapter.spec, None
+        if isinstance(variable, nnx.Variable):
+            shape = tuple(variable.shape)
+        if module is None or shape != spec.kernel_shape:
+            raise ValueError(
+                f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
+            )
+        _check_layer(module, name, spec)
+        adapt(module)
+        _held.hold_adapter(module, own, adapter, seed)
+    if plain_class(model) is type(model):  # a layer alone does what its rule says
+        set_class(model, _checked_class(type(model)))
+    return model
+
+
+def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
+    """Put a trained copy in the place of the base's variable."""
+    if not isinstance(variable, nnx.Variable):
+        raise ValueError(
+            f"{name}: nnx.wrap trains variables that are attributes of a module, and "
+            "this one is in a container; take it out of train"
+        )
+    spec = adapter.spec
+    own = {"spec": spec, "base_type": type(variable)}
+    metadata = {**variable.get_metadata(), **own}
+    copy = _held.TrainedParam.from_metadata(adapter.m, metadata)
+    setattr(module, name.rpartition("/")[2], copy)
+    if spec.dtype != spec.base_dtype:
+        adapt(module)
+
+
+def _check_layer(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
+    """Raise if an adapter would change nothing in a layer, or something else."""
+    cls, kernel = plain_class(module), name.rpartition("/")[2]
+    if (rule := planning_rules(module).get(kernel)) is None:
+        raise unknown_use(name, cls, "__call__")
+    if (product := rule.product(module)) is not None:
+        with errors_of(name):
+            check_product(spec, product)
+    _held.refuse_dropout(module, name, spec)
+
+
+def unwrap(model: Model) -> Model:
+    """The model without its adapters, as it was before `wrap`.
+
+    Args:
+      model: An adapted model, as `wrap` makes it. It stays as it is.
+
+    Returns:
+      A new model of the plain classes, with the kernels of the base.
+
+    Raises:
+      ValueError: The model lacks adapters; or it trains arrays of the base, whose old
+        values only the model that `wrap` was given has.
+
+    Example: see `wrap`.
+    """
+    refuse_trained(
+        _held.plan_of(model).parts,
+        "in place of the base's: use the model that nnx.wrap was given, or "
+        "nnx.merge_adapters",
+    )
+    return _held.detached(model)
+
+
+def merge_adapters(
+    model: Model,
+    dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = False,
+    rounding: Rounding = "dither",
+) -> Model:
+    r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
+
+    Args:
+      model: An adapted model, as `wrap` makes it. It stays as it is.
+      dtype: As in `mora_jax.merge`.
+      any_base: As in `mora_jax.merge`.
+      rounding: As in `mora_jax.merge`.
+
+    Returns:
+      A new model of the plain classes, which computes the same.
+
+    Raises:
+      TypeError, ValueError: As `mora_jax.merge`; or the model lacks adapters.
+
+    Example: see `wrap`.
+    """
+    plain, adapters = _held.detached(model), _held.adapters(model)
+    settings: Any = {"any_base": any_base, "rounding": rounding}
+    merged = merge(_held.parameters(plain), adapters, dtype, **settings)
+    nnx.update(plain, merged)
+    return plain
+
+
+_proven: dict[Hashable, str] = {}
+"""The calls that were checked, as `proving` has them.
+
+Not in the model, since nnx.jit makes a new one for each trace.
+"""
+
+
+def _settings(model: nnx.Module) -> Hashable:
+    """Key of all that a model holds beside its arrays, such as its flags."""
+    graph = nnx.graphdef(model)
+    try:
+        hash(graph)
+    except TypeError:  # an attribute cannot be hashed, such as a config
+        return repr(graph)
+    return graph
+
+
+@functools.cache
+def _checked_class(cls: type) -> type:
+    """The class of an adapted model: the public methods of `cls`, checked."""
+
+    def checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        is_main = name == "__call__"
+        if name[0] == "_" and not is_main:
+            return method
+
+        @functools.wraps(method)
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            rows = {
+                "/".join(path).removesuffix(SUFFIX): unboxed(m).rows
+                for _, path, m in _held.attributes(self, _held.MoRAParam)
+                if isinstance(unboxed(m), Selected)
+            }
+            kind = _settings(self), name, kind_of_call(rows, args, kwargs)
+            programs = functools.partial(program, self, name, args, kwargs)
+            check = check_call, lambda: _held.plan_of(self), programs, rows, is_main
+            with proving(_proven, kind, *check):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return subclass(cls, checked)
