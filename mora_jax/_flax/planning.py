@@ -67,7 +67,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
     taken = {*targets, *trained}
-    model.refuse_shared(taken)
+    refuse_shared(model.shared(), sorted(taken))
     parts = {name: model.adapter(name) for name in targets} | trained
     left_out = model.left_out(taken)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
@@ -292,17 +292,23 @@ class Candidates:
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
-    def refuse_shared(self, taken: set[str]) -> None:
-        """Raise if an array that is adapted or trained is at two paths."""
-        # A step trains the copy at one path, and the model would go on to use the
-        # untrained one at the other.
+    def shared(self) -> list[list[str]]:
+        """The paths of each array that is at several."""
         owners: dict[int, list[str]] = defaultdict(list)
         for name, (_, leaf) in self.leaves.items():
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
                 owners[id(leaf)].append(name)
-        for names in owners.values():
-            if len(names) > 1 and not taken.isdisjoint(names):
+        return [names for names in owners.values() if len(names) > 1]
+
+
+def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> None:
+    """Raise if one of `arrays` is, or is inside, what is at several paths."""
+    # A step trains the copy at one path, and the model would go on to use the untrained
+    # one at the other.
+    for names in shared:
+        for array in arrays:
+            if any(array == name or array.startswith(f"{name}/") for name in names):
                 raise ValueError(
-                    f"the array at {names[0]!r} is shared with {names[1]!r}, which "
-                    "training it would miss; exclude both, train neither, or copy it"
+                    f"{array} is shared: the model holds {names[0]!r} also as "
+                    f"{names[1]!r}; exclude it, take it out of train, or copy it"
                 )

@@ -18,9 +18,13 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
+from mora_jax._flax.layer_rules import (
+    LayerRule,
+    folded_kernels,
+    planning_rules,
+    rules_of,
+)
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax._tree.plan import Plan
@@ -64,9 +68,7 @@ class Survey:
     batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
     intercepted: bool = dataclasses.field(default=False, init=False)
 
-    def record_call(
-        self, name: str, call: LayerCall, adapter: Adapter | None
-    ) -> jax.Array:
+    def record_call(self, name: str, call: LayerCall, adapter: Any) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path.
 
         The `adapter` is the one that arrives there, if the model has its adapters.
@@ -88,9 +90,8 @@ class Survey:
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
         scale, batch = self._scale(name, rule, module), product.batch_axes(x)
-        marked = Call(
-            name, product.claim, method, scale, x.dtype, batch, companion=name + SUFFIX
-        )
+        claimed = product.claim, method, scale, x.dtype, batch, name + SUFFIX
+        marked = Call(name, *claimed)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -114,15 +115,9 @@ class Survey:
         numbers = () if isinstance(scale, Tracer) else np.unique(scale)
         return float(numbers[0]) if len(numbers) == 1 else ""
 
-    def record_read(
-        self,
-        name: str,
-        product: Product,
-        cls: type,
-        kernel: jax.Array,
-        adapter: Adapter | None,
-    ) -> jax.Array:
+    def record_read(self, name: str, cls: type, kernel: Any, adapter: Any) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
+        product = folded_kernels(cls)[name.rpartition("/")[2]]
         self.products[name] = product
         call = Call(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)

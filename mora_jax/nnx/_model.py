@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from mora_jax._flax.adapted_call import LayerCall, errors_of
 from mora_jax._flax.calls import Call, kind_of_call, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
-from mora_jax._flax.planning import plan_surveyed
+from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
@@ -81,22 +81,14 @@ def plan(
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
         survey.trace(own)
     chosen = plan_surveyed(params, config, survey)
-    refuse_unfit(model, chosen)
+    _refuse_shared(model, chosen)
     return chosen
 
 
-def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
-    """Raise if an array of `plan` is at two places of the model."""
-    arrays = [*plan, *plan.trained]
-    for paths in nnx.find_duplicates(model):
-        names = ["/".join(map(str, path)) for path in paths]
-        for array in arrays:
-            # A shared module has all of its arrays twice.
-            if any(array == name or array.startswith(f"{name}/") for name in names):
-                raise ValueError(
-                    f"{array} is shared: the model holds {names[0]!r} also as "
-                    f"{names[1]!r}; exclude it, take it out of train, or copy it"
-                )
+def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
+    """Raise if an array of `plan`, or its module, is at two places of the model."""
+    shared = (["/".join(map(str, p)) for p in ps] for ps in nnx.find_duplicates(model))
+    refuse_shared(shared, [*plan, *plan.trained])
 
 
 def check_model(model: Any) -> None:
@@ -142,12 +134,11 @@ def program(
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     """The class of a layer whose calls `survey` records; `prefix` is its path."""
 
-    def run(_: Any, name: str, adapter: Adapter | None, call: LayerCall) -> Any:
+    def run(_: Any, name: str, adapter: Any, call: LayerCall) -> Any:
         return survey.record_call(prefix + name, call, adapter)
 
-    def read(_: Any, name: str, adapter: Adapter | None, kernel: Any) -> Any:
-        product = folded_kernels(cls)[name]
-        return survey.record_read(prefix + name, product, cls, kernel, adapter)
+    def read(_: Any, name: str, adapter: Any, kernel: Any) -> Any:
+        return survey.record_read(prefix + name, cls, kernel, adapter)
 
     return derived(cls, run, read)
 
@@ -208,7 +199,7 @@ def wrap(
     check_model(model)
     own = config_or_plan
     own = own if isinstance(own, Plan) else plan(model, own)
-    refuse_unfit(model, own)  # names and shapes may have made it
+    _refuse_shared(model, own)  # names and shapes may have made it
     kinds = {spec.init for spec in own.values()}
     key = rngs.params() if rngs and "gaussian" in kinds else None
     new = init(own, key, params=_held.parameters(model) if own.trained else None)

@@ -81,19 +81,22 @@ class MoRAProvider(qwix.PtqProvider):
             raise ValueError(f"rules and settings exclude each other, got {settings}")
         check_rules(rules)
         super().__init__(rules=rules)
+        # qwix makes a class for each model, whose methods may share kernels.
+        self.planned: dict[type, Planned] = {}
         self.running: dict[int, Planned] = {}  # by thread
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        planned = traced.get()
-        if planned is None and (first := _private.first_call_of(model)):
-            method, rngs = first
-            call, state = traceable(model, method)
-            _, specs = trace(call, state, model_args, model_kwargs)
-            _hold_new(model, specs, rngs)
-        self.running[threading.get_ident()] = {} if planned is None else planned
+        if (planned := traced.get()) is None:
+            planned = self.planned.setdefault(type(model), {})
+            if first := _private.first_call_of(model):
+                method, rngs = first
+                call, state = traceable(model, method)
+                _, specs = trace(call, state, model_args, model_kwargs)
+                _hold_new(model, specs, rngs)
+        self.running[threading.get_ident()] = planned
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:

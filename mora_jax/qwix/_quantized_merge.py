@@ -1,7 +1,7 @@
 """Adapters merged into quantized kernels."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,12 +14,11 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import checked_adapters, refuse_trained
 from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed
-from mora_jax.nnx._held import MoRAParam, detached
+from mora_jax.nnx._held import Model, MoRAParam, detached
 from mora_jax.nnx._held import adapters as nnx_adapters
 from mora_jax.qwix import _private
 
 Onto = Literal["dequantized", "requantized"]
-Model = TypeVar("Model", bound=nnx.Module)
 
 
 def dequantize(params: Any) -> Any:

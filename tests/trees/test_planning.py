@@ -202,7 +202,7 @@ BAD_PLANS = {
         (MODEL, {"exclude": "layers/12/.*"}, "exclude: .* matches no path"),
         (MODEL, {"exclude": ".*"}, "exclude leaves no kernel"),
         (MODEL, {"overrides": {"lm_head/kernel": {"rank": 4}}}, NOT_ADAPTED),
-        (TWICE, {}, "is shared with 'b"),
+        (TWICE, {}, "is shared: .* 'a.* also as 'b"),
         (SAME_PATH, {}, "two leaves of the path 'a/b/kernel'"),
         ({"kernel": jnp.ones((8, 0))}, {}, "none of them empty"),
         (KERNEL, {"square_rank": 9}, "kernel: square_rank must be at"),

@@ -304,7 +304,7 @@ def config(**settings):
         ({"train": "fc/.*"}, "'fc/kernel' also gets an adapter.*exclude='fc/kernel'"),
         ({"train": None}, "train must be regular expressions"),
         ({"train": "step"}, "step must have a floating-point dtype.* train$"),
-        ({"train": "a"}, "the array at 'a' is shared with 'b'"),
+        ({"train": "a"}, "a is shared: the model holds 'a' also as 'b'"),
         (
             {"overrides": {"head/bias": {"rank": 2}}},
             "whose only setting is param_dtype",
