@@ -122,16 +122,10 @@ class Survey:
         call = Call(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
-    def trace(
-        self,
-        programs: Programs,
-        kernels: str = "its kernels",
-        ms: Mapping[str, int] | None = None,
-    ) -> Jaxpr:
+    def trace(self, programs: Programs, plan: Plan | None = None) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `kernels` are in the message if it fails. For M's in `leaves`, `ms` is {path:
-        the number of axes of one without a stack's}.
+        The kernels of `plan` have M's beside them.
         """
         try:
             program = programs(self)
@@ -140,13 +134,15 @@ class Survey:
             if frame.f_globals.get("__name__", "").startswith("mora_jax."):
                 raise
             programs(None)  # raises what is wrong with the model or its inputs
+            kernels = "its kernels" if plan is None else patterns(plan)
             raise ValueError(
                 f"the model fails with an M beside {kernels}: {type(error).__name__}: "
                 f"{error}; exclude kernels whose params code takes apart, as "
                 "nn.WeightNorm and nn.map_variables do"
             ) from error
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes |= {name: range(number) for name, number in (ms or {}).items()}
+        for name, spec in () if plan is None else plan.items():
+            axes[name + SUFFIX] = range(len(spec.operator.m_shape))  # without a stack's
         self.traced = True
         follow(program, list(self.leaves), axes | self.scales, self.uses)
         return program
@@ -242,8 +238,7 @@ def check_call(
             "is not proven what it does with adapted kernels"
         )
     plan, survey = plan_of(), Survey()
-    ms = {name + SUFFIX: len(spec.operator.m_shape) for name, spec in plan.items()}
-    adapted = survey.trace(programs, patterns(plan), ms)
+    ms, adapted = {name + SUFFIX for name in plan}, survey.trace(programs, plan)
     if survey.intercepted:  # by a Linen model itself, which then quantizes its products
         return ""
     for name in plan:

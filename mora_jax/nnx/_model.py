@@ -9,7 +9,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
-from mora_jax._flax.adapted_call import LayerCall, errors_of
+from mora_jax._flax.adapted_call import errors_of
 from mora_jax._flax.calls import Call, kind_of_call, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
@@ -133,14 +133,12 @@ def program(
 
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     """The class of a layer whose calls `survey` records; `prefix` is its path."""
-
-    def run(_: Any, name: str, adapter: Any, call: LayerCall) -> Any:
-        return survey.record_call(prefix + name, call, adapter)
-
-    def read(_: Any, name: str, adapter: Any, kernel: Any) -> Any:
-        return survey.record_read(prefix + name, cls, kernel, adapter)
-
-    return derived(cls, run, read)
+    call, read = survey.record_call, survey.record_read
+    return derived(
+        cls,
+        lambda _, name, adapter, called: call(prefix + name, called, adapter),
+        lambda _, name, adapter, kernel: read(prefix + name, cls, kernel, adapter),
+    )
 
 
 def wrap(
