@@ -40,17 +40,13 @@ def _einsum(module: Any, x: Any, einsum_str: Any = None, *_: Any, **__: Any) -> 
 
 def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
     """The product of `Conv` or `ConvTranspose`; Linen's class computes it."""
-    transposed = hasattr(layer, "transpose_kernel")
-    cls = getattr(nn, "ConvTranspose" if transposed else "Conv")
-    names = ["strides", "padding", "kernel_dilation", "mask", "precision"]
-    if transposed:
-        plain, features = True, "oi" if layer.transpose_kernel else "io"
-        names += ["transpose_kernel"]
-    else:
-        plain, features = layer.feature_group_count == 1, "io"
-        names += ["input_dilation", "feature_group_count"]
+    cls = nn.ConvTranspose if hasattr(layer, "transpose_kernel") else nn.Conv
+    names = "strides padding kernel_dilation mask precision transpose_kernel "
+    names += "input_dilation feature_group_count"
+    copied = {n: getattr(layer, n) for n in names.split() if hasattr(layer, n)}
+    features = "oi" if copied.get("transpose_kernel") else "io"
     window, masked = _axes(layer.kernel_size), layer.mask is not None
-    copied = {name: getattr(layer, name) for name in names}
+    plain = copied.get("feature_group_count", 1) == 1 and not masked
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = kernel.shape[len(window) + features.index("o")]
@@ -60,7 +56,7 @@ def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
         return convolution.apply({"params": {"kernel": kernel}}, x)
 
     axes = "i" * len(window) + features
-    return Convolution(axes, convolve, plain and not masked, masked)
+    return Convolution(axes, convolve, plain, masked)
 
 
 for api, dense, general in (

@@ -91,20 +91,14 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     )
 
 
-ATTENTION_AXES = (
-    (r"(.*/)?(query|key|value)/kernel", "ioo"),
-    (r"(.*/)?out/kernel", "iio"),
-)
-"""Kernels of three axes in Flax's own attention modules, known by name."""
-
-
 def axes_by_name(name: str, shape: Shape) -> str:
     """The axes of a kernel of a model of which no more is known."""
     if len(shape) == 2:
         return "io"
-    for pattern, axes in ATTENTION_AXES:
-        if len(shape) == 3 and re.fullmatch(pattern, name):
-            return axes
+    # Flax's own attention modules have kernels of three axes.
+    attention = re.fullmatch(r"(.*/)?(query|key|value|(out))/kernel", name)
+    if len(shape) == 3 and attention:
+        return "iio" if attention[3] else "ioo"
     raise ValueError(
         f"it is not known which of its axes {shape} are features; plan with "
         "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
@@ -245,8 +239,7 @@ class Candidates:
 
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""
-        names = [name for name in self.arrays if name not in taken]
-        survey = self.survey
+        survey, names = self.survey, [n for n in self.arrays if n not in taken]
         # Of a layer that did not run the kernel alone is of interest.
         ran = survey.uses.reached if survey.traced else self.arrays
         names = [name for name in names if name in ran or not name.endswith("bias")]
