@@ -26,7 +26,7 @@ from mora_jax._flax.layer_rules import (
 )
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
+from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark, row_faults
 from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
 
@@ -91,7 +91,7 @@ class Survey:
         method = f"{type(module).__name__}.{rule.method}"
         scale, batch = self._scale(name, rule, module), product.batch_axes(x)
         claimed = product.claim, method, scale, x.dtype, batch, name + SUFFIX
-        marked = Call(name, *claimed)
+        marked = MarkedCall(name, *claimed)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -103,7 +103,7 @@ class Survey:
         return mark(y, marked, end=True, companion=adapter and adapter.m)
 
     def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
-        """The scale of the kernel at `name`, for its `Call`."""
+        """The scale of the kernel at `name`, for its `MarkedCall`."""
         with jax.ensure_compile_time_eval():  # a number is one, and no part of a trace
             scale, ndim = rule.scale_of(module), len(self.products[name].axes)
         if isinstance(rule.scale, str):
@@ -119,7 +119,7 @@ class Survey:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         product = folded_kernels(cls)[name.rpartition("/")[2]]
         self.products[name] = product
-        call = Call(name, product.claim, cls.__name__, companion=name + SUFFIX)
+        call = MarkedCall(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
     def trace(self, programs: Programs, plan: Plan | None = None) -> Jaxpr:

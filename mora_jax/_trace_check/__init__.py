@@ -17,8 +17,8 @@ those are the same beside the kernel and merged into it, then so are x_k, b_k, a
 
 from mora_jax._trace_check.kernels import Uses as Uses
 from mora_jax._trace_check.kernels import follow as follow
-from mora_jax._trace_check.marks import Call as Call
 from mora_jax._trace_check.marks import Claim as Claim
+from mora_jax._trace_check.marks import MarkedCall as MarkedCall
 from mora_jax._trace_check.marks import mark as mark
 from mora_jax._trace_check.rows import row_faults as row_faults
 from mora_jax._trace_check.same import difference as difference

@@ -9,7 +9,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, walk
 from mora_jax._trace_check import trails
-from mora_jax._trace_check.marks import Call, calls_in, mark_p
+from mora_jax._trace_check.marks import MarkedCall, calls_in, mark_p
 from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
 from mora_jax._trace_check.views import length, named
 
@@ -120,7 +120,7 @@ class Kernels(Domain[Value]):
 
         def passed(start: Start, trail: Trail) -> Trail:
             # A companion has its gradient by the input and the output of its layer.
-            is_delta = trail.by or isinstance(start, Call)
+            is_delta = trail.by or isinstance(start, MarkedCall)
             return trail.passed(name, trail.view) if is_delta else trail
 
         return [{s: passed(s, t) for s, t in value.items()} for value in outputs]
@@ -167,7 +167,7 @@ def _begin(eqn: Any, x: Value) -> Value:
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}
 
 
-def _fault(call: Call, trail: Trail, lead: int) -> str:
+def _fault(call: MarkedCall, trail: Trail, lead: int) -> str:
     """Reason why an output of `call` is not the product of its rule, or ""."""
     claim = call.claim
     if claim.reads:
@@ -211,7 +211,7 @@ def _fault_of_scale(scale: float | str, factors: tuple[float | str, ...]) -> str
     return f"scales it by {shown} and not by {scale}, as its rule says" if wrong else ""
 
 
-def _doubt(call: Call, trail: Trail) -> str:
+def _doubt(call: MarkedCall, trail: Trail) -> str:
     """Reason why an output of `call` without a fault is not proven, or ""."""
     arrays = [factor for factor in trail.factors if isinstance(factor, str)]
     if "" in (call.scale, *arrays) or (arrays and isinstance(call.scale, float)):

@@ -53,7 +53,7 @@ class Claim:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Call:
+class MarkedCall:
     """One call of a method of a known layer; two calls are never equal.
 
     Attributes:
@@ -79,7 +79,7 @@ class Call:
         return f"{self.method} of {self.name}"
 
     @functools.cached_property
-    def transposed(self) -> "Call":
+    def transposed(self) -> "MarkedCall":
         """The transposed call, through which a gradient goes."""
         # Kept, and each is the other's: two calls are never equal, and a model that
         # takes a gradient of a gradient is back in the call where it began.
@@ -93,7 +93,7 @@ class Call:
 mark_p = Primitive("mark")
 
 
-def mark(x: Any, call: Call, *, end: bool, companion: Any = None) -> jax.Array:
+def mark(x: Any, call: MarkedCall, *, end: bool, companion: Any = None) -> jax.Array:
     """`x`, with a mark that it is the input or (`end`) the output of `call`.
 
     `companion` is the array that arrives there as `call.companion`, if one does.
@@ -103,7 +103,7 @@ def mark(x: Any, call: Call, *, end: bool, companion: Any = None) -> jax.Array:
     return mark_p.bind(*arrays, call=call, end=end, leads=(0,) * len(arrays))
 
 
-def calls_in(program: Jaxpr) -> Iterator[Call]:
+def calls_in(program: Jaxpr) -> Iterator[MarkedCall]:
     """The calls that are marked in a program, those in programs inside first."""
     for eqn in program.eqns:
         for inner in inside(eqn):
@@ -129,7 +129,7 @@ def _differentiate_mark(args: Any, dots: Any, *, leads: Any, **settings: Any) ->
     return y, tangent
 
 
-def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, leads: Any) -> Any:
+def _transpose_mark(y: Any, x: Any, *, call: MarkedCall, end: bool, leads: Any) -> Any:
     if isinstance(y, ad.Zero):
         return [y]
     return [mark_p.bind(y, call=call.transposed, end=not end, leads=leads)]

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.walk import Domain, is_opaque, needed, shapes, walk
-from mora_jax._trace_check.marks import Call, mark_p
+from mora_jax._trace_check.marks import MarkedCall, mark_p
 from mora_jax._trace_check.trails import cannot_see, listed
 
 SETTINGS = frozenset(
@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
     strides: Strides = ()
     lost: str = ""
-    call: Call | None = None
+    call: MarkedCall | None = None
     numbers: Strides = ()
     columns: tuple[Strides, ...] = ()
 
@@ -188,7 +188,7 @@ class RowsOfCall(Domain[Rows]):
         own = _at({axis: 0}, len(shape), (1,))
         return Rows(own, call=value.call if value.strides else call)
 
-    def _refuse(self, call: Call, why: str) -> None:
+    def _refuse(self, call: MarkedCall, why: str) -> None:
         fault = f"{call.method} gets rows of the batch {why}"
         self.faults.setdefault(call.name, fault)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
-from mora_jax._trace_check.marks import Call
+from mora_jax._trace_check.marks import MarkedCall
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
 OTHER_INPUT = "multiplies it with another array than the input that its rule names"
@@ -32,7 +32,7 @@ class Trail(NamedTuple):
       call: The call whose input the kernel was multiplied with; None for any other
         array.
       through: The further primitives on the way that change numbers.
-      factors: The factors among them, as in `Call.scale`, or what else they are.
+      factors: The factors among them, as in `MarkedCall.scale`, or what else they are.
       numbers: The function from the call's indices to these numbers, or to a constant;
         None if it is not known.
       wrong: A fault of the input that multiplies the kernel, or "".
@@ -42,7 +42,7 @@ class Trail(NamedTuple):
 
     view: View | None
     by: str = ""
-    call: Call | None = None
+    call: MarkedCall | None = None
     through: frozenset[str] = frozenset()
     factors: tuple[float | str, ...] = ()
     numbers: Callable[[Any], Any] | None = None
@@ -70,7 +70,7 @@ def cannot_see(name: str) -> str:
     return f"a trace cannot look into `{name}`"
 
 
-Start = str | Call | None
+Start = str | MarkedCall | None
 """The path of an array; a call, for its input; None for constants."""
 
 Value = Mapping[Start, Trail]
@@ -151,7 +151,7 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
     kept = before[at[0]].shape == result[0].shape
     view, other = trail.view if kept else None, values[1 - at[0]]
     factors = *trail.factors, _factor(trail.view, other, name == "div")
-    by_input = any(isinstance(start, Call) for start in other)
+    by_input = any(isinstance(start, MarkedCall) for start in other)
     trail = trail._replace(factors=factors)
     return trail.passed(f"{name} by its input" if by_input else name, view)
 
@@ -215,7 +215,7 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
     by, view, wrong, result = eqn.primitive.name, None, "", eqn.outvars[0].aval
     if _is_small(result.dtype):
         trail = trail.passed(f"{by} to {result.dtype}")
-    calls = (start for start in other if isinstance(start, Call))
+    calls = (start for start in other if isinstance(start, MarkedCall))
     call = next((call for call in calls if call.name == kernel), None)
     x = other[call] if call else Trail(None)
     passes = call.claim.passes - {"mul"} if call else ()  # which is of kernels alone
@@ -238,7 +238,7 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
     return trail._replace(by=by, call=call, view=view, wrong=wrong, through=through)
 
 
-def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
+def _fault_of_rows(eqn: Any, call: MarkedCall, function: Any) -> str:
     """Reason why a gather at a function of the input is not as the rule says, or ""."""
     if function is None:
         return "looks up rows by other numbers than its input"
