@@ -1,4 +1,4 @@
-"""Calls of a model: their inputs, their programs, and what tells programs apart."""
+"""Calls of a model, and of its layers with their adapters."""
 
 import contextlib
 import dataclasses
@@ -8,11 +8,18 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.checks import check_kernel
+from mora_jax._common.types import ArrayLike
 from mora_jax._common.warnings import warn
+from mora_jax._flax.layer_rules import LayerRule
+from mora_jax._jax.linear_map import Static
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._jax.traces import split_static
+from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.ways import adapted_product, add_delta, check_product
+from mora_jax.products import Product
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -44,16 +51,6 @@ class Call:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vars(self).update(args=args, kwargs=kwargs)
-
-
-def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
-    """The program of `function(tree, *args)`; all but arrays and shapes is static."""
-    arrays, join = split_static(args)
-
-    def call(tree: Any, arrays: list[Any]) -> list[Any]:
-        return jax.tree.leaves(function(tree, *join(arrays)))
-
-    return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
 def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:
@@ -109,3 +106,100 @@ def unchecked(value: bool = True) -> Iterator[None]:
         yield
     finally:
         _inside.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a method that has a rule, bound to the layer `module`."""
+
+    rule: LayerRule
+    module: Any
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def read(self) -> tuple[Product, Any]:
+        """The product, and its input."""
+        call, argument = self._bound()
+        x = call.arguments[argument]
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
+                f"be the input, an array, got {x!r}; see argument= of "
+                "mora_jax.register_layer"
+            )
+        return self.rule.of_call(jnp.ndim(x), self.module, *self.args, **self.kwargs), x
+
+    def with_input(self, x: Any) -> "LayerCall":
+        """The call with `x` for its input."""
+        call, argument = self._bound()
+        call.arguments[argument] = x
+        return dataclasses.replace(self, args=call.args[1:], kwargs=call.kwargs)
+
+    def _bound(self) -> tuple[inspect.BoundArguments, str]:
+        """The arguments by name, and the name of the input."""
+        signature = inspect.signature(getattr(type(self.module), self.rule.method))
+        call = signature.bind(self.module, *self.args, **self.kwargs)
+        return call, self.rule.argument or list(call.arguments)[1]
+
+
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Errors that are raised inside begin with the path of a kernel, `name`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def adapt_call(
+    call: LayerCall,
+    name: str,
+    adapter: Callable[[], Adapter],
+    key: PRNGKeyArray | None,
+) -> jax.Array:
+    """The output of a Flax layer's method, with the adapter's delta added.
+
+    `adapter` returns the one of the kernel `name`, a path; it is called once, after the
+    layer has made its own parameters. Without a `key` nothing is dropped.
+    """
+    product, x = call.read()
+    rule, module, method = call.rule, call.module, call.method
+    precision = getattr(module, "precision", None)
+    if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
+        check_kernel(kernel, name)
+    replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
+    if replaceable and key is None:
+        # The layer casts both operands to its dtype before it multiplies them. So the
+        # choice of how to compute is made there, by a replaced `dot_general`. Not under
+        # qwix, which replaces that function itself, and not with dropout, where layer
+        # and adapter see different inputs.
+        def dot_general(
+            x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
+        ) -> jax.Array:
+            contracted, batch = dimension_numbers  # maybe lists, which do not hash
+            axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
+            multiply = Static(jax.lax.dot_general, dimension_numbers=axes, **settings)
+            own = adapter()
+            with errors_of(name):
+                return adapted_product(
+                    own.spec, own.m, x, kernel, product, multiply, precision=precision
+                )
+
+        # By `object`, since both Flax APIs forbid such an assignment to a module.
+        before = module.dot_general
+        object.__setattr__(module, "dot_general", dot_general)
+        try:
+            return method(*call.args, **call.kwargs)
+        finally:
+            object.__setattr__(module, "dot_general", before)
+    y, out_factor = method(*call.args, **call.kwargs), None
+    own = adapter()
+    with errors_of(name):
+        check_product(own.spec, product)
+        # The adapter adds to the kernel itself, which the layer scales afterwards.
+        if (scale := rule.scale_of(module)) is not None:
+            in_factor, out_factor = product.factors(scale)
+            if in_factor is not None:
+                x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
+        return add_delta(y, own.spec, own.m, x, product, key, precision, out_factor)

@@ -40,7 +40,7 @@ def _einsum(module: Any, x: Any, einsum_str: Any = None, *_: Any, **__: Any) -> 
 
 def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
     """The product of `Conv` or `ConvTranspose`; Linen's class computes it."""
-    cls = nn.ConvTranspose if hasattr(layer, "transpose_kernel") else nn.Conv
+    cls: Any = nn.ConvTranspose if hasattr(layer, "transpose_kernel") else nn.Conv
     names = "strides padding kernel_dilation mask precision transpose_kernel "
     names += "input_dilation feature_group_count"
     copied = {n: getattr(layer, n) for n in names.split() if hasattr(layer, n)}

@@ -16,7 +16,7 @@ from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import alike, matching, patterns
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
-from mora_jax._flax.adapted_call import errors_of
+from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._plan.settings import (
     DEFAULT_TARGETS,

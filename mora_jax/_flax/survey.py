@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr
 
 from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
-from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import (
     LayerRule,
     folded_kernels,
@@ -25,6 +25,7 @@ from mora_jax._flax.layer_rules import (
     rules_of,
 )
 from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._jax.traces import split_static
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark, row_faults
 from mora_jax._tree.plan import Plan
@@ -36,6 +37,16 @@ REBUILT = "code that rebuilds the params (nn.map_variables) must keep the M besi
 
 Programs = Callable[["Survey | None"], Jaxpr]
 """The program of a call; marked for a survey, which gets the arrays of the model."""
+
+
+def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
+    """The program of `function(tree, *args)`; all but arrays and shapes is static."""
+    arrays, join = split_static(args)
+
+    def call(tree: Any, arrays: list[Any]) -> list[Any]:
+        return jax.tree.leaves(function(tree, *join(arrays)))
+
+    return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

@@ -13,10 +13,9 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import matching
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._flax.adapted_call import LayerCall, adapt_call
-from mora_jax._flax.calls import Call, kind_of_call, program_of, proving
+from mora_jax._flax.calls import Call, LayerCall, adapt_call, kind_of_call, proving
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, check_call
+from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.per_row import Selected

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Float, Shaped
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.adapted_call import LayerCall, adapt_call
+from mora_jax._flax.calls import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import AdapterSpec

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from mora_jax._common.checks import check_kernel
-from mora_jax._flax.adapted_call import LayerCall, adapt_call, errors_of
+from mora_jax._flax.calls import LayerCall, adapt_call, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import folded_kernel

@@ -9,11 +9,10 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
-from mora_jax._flax.adapted_call import errors_of
-from mora_jax._flax.calls import Call, kind_of_call, program_of, proving
+from mora_jax._flax.calls import Call, errors_of, kind_of_call, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
-from mora_jax._flax.survey import Survey, check_call
+from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
-from mora_jax._flax.adapted_call import errors_of
+from mora_jax._flax.calls import errors_of
 from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, fresh_shapes, relation_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
