@@ -215,9 +215,7 @@ def held_adapters(model: nnx.Module) -> dict[Path, HeldAdapter]:
     return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
-def traceable(
-    model: nnx.Module, method: str = "__call__"
-) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+def traceable(model: nnx.Module, method: str) -> tuple[Callable[..., Any], Any]:
     """A method as a function of (state, args, kwargs), and the model's state."""
     graph, state = nnx.split(model)
 

@@ -7,6 +7,7 @@ import threading
 from importlib.metadata import version
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from adapter_files import slow
 from flax import nnx
 
-from mora_jax import FrozenDense, MoRAConfig, mora_apply
+from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply
 from mora_jax import nnx as mora
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 
@@ -23,6 +24,7 @@ qwix = pytest.importorskip("qwix")
 # qwix uses old names of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+KEY = jax.random.key(0)
 SCRIPT = Path(__file__).parents[1] / "support" / "quantized.py"
 
 
@@ -56,6 +58,23 @@ def test_an_input_of_the_shape_of_m_is_no_weight():
     x = jax.random.normal(jax.random.key(0), (8, 8))
     own, both = (quantize(one, x)(x) for one in (model, adapted))
     np.testing.assert_allclose(both - own, adapted(x) - model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [qwix.QtProvider, qwix.PtqProvider])
+def test_a_linen_model_that_qwix_quantizes_follows_a_plan_of_the_plain_one(kind):
+    """No product of arrays is there to be proven."""
+    model, x = nn.Sequential([nn.Dense(12)]), jax.random.normal(KEY, (3, 8))
+    variables = model.init(KEY, x)
+    plan = linen.plan(model, variables, MoRAConfig(square_rank=8), x)
+    rule = qwix.QtRule if kind is qwix.QtProvider else qwix.QuantizationRule
+    model = qwix.quantize_model(model, kind([rule(weight_qtype="int8")]))
+    if kind is qwix.PtqProvider:
+        shapes = jax.eval_shape(model.init, KEY, x)["params"]
+        variables = {"params": qwix.quantize_params(variables["params"], shapes)}
+    adapters = jax.tree.map(lambda _: jnp.eye(8), init(plan))
+    y = linen.wrap(model, plan)(adapters, variables, x)
+    expected = adapters["layers_0"]["kernel_mora"](x)
+    np.testing.assert_allclose(y - model.apply(variables, x), expected, atol=1e-5)
 
 
 class Raw(nnx.Module):
