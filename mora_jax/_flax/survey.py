@@ -18,12 +18,7 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
-from mora_jax._flax.layer_rules import (
-    LayerRule,
-    folded_kernels,
-    planning_rules,
-    rules_of,
-)
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.traces import split_static
 from mora_jax._plan.spec import SUFFIX
@@ -100,7 +95,7 @@ class Survey:
         # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
-        scale, batch = self._scale(name, rule, module), product.batch_axes(x)
+        scale, batch = self._scale(name, call), product.batch_axes(x)
         claimed = product.claim, method, scale, x.dtype, batch, name + SUFFIX
         marked = MarkedCall(name, *claimed)
         call = call.with_input(mark(x, marked, end=False))
@@ -113,10 +108,11 @@ class Survey:
             )
         return mark(y, marked, end=True, companion=adapter and adapter.m)
 
-    def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
+    def _scale(self, name: str, call: LayerCall) -> float | str | None:
         """The scale of the kernel at `name`, for its `MarkedCall`."""
+        rule, ndim = call.rule, len(self.products[name].axes)
         with jax.ensure_compile_time_eval():  # a number is one, and no part of a trace
-            scale, ndim = rule.scale_of(module), len(self.products[name].axes)
+            scale = rule.scale_of(call.module)
         if isinstance(rule.scale, str):
             path = "/".join([*name.split("/")[:-1], rule.scale])
             self.scales[path] = range(ndim - jnp.ndim(scale), ndim)
