@@ -1,6 +1,6 @@
 """Products of known layers; importing this registers them.
 
-Flax's own are known by their classes, and those of transformers, Tunix and gemma by
+Flax's own are known by their classes, and layers of transformers, Tunix and gemma by
 name, so that these packages need not be installed.
 """
 

@@ -92,7 +92,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
 
 
 def axes_by_name(name: str, shape: Shape) -> str:
-    """The axes of a kernel of a model of which no more is known."""
+    """The axes of a kernel by its name and shape, where no more is known."""
     if len(shape) == 2:
         return "io"
     # Flax's own attention modules have kernels of three axes.

@@ -246,7 +246,7 @@ def plan_of(model: nnx.Module) -> Plan:
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The adapters of a model, also those of arrays that train themselves.
+    """The adapters of a model, also of arrays that train themselves.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.

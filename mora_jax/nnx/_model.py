@@ -224,7 +224,7 @@ def wrap(
 
 
 def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
-    """Put a trained copy in the place of the base's variable."""
+    """Replace the base's variable by a trained copy."""
     if not isinstance(variable, nnx.Variable):
         raise ValueError(
             f"{name}: nnx.wrap trains variables that are attributes of a module, and "
