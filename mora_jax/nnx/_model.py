@@ -15,8 +15,8 @@ from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
-from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.per_row import Selected
+from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
