@@ -48,12 +48,11 @@ from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, kernels_of, start_key
+from mora_jax._tree.adapters import checked_adapters, start_key
 from mora_jax._tree.gradients import specs_along
 from mora_jax._tree.merge import merged_kernel, with_kernels
-from mora_jax._tree.opt_state import with_new_moments, with_specs
-from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import Tree, nest, place_of
+from mora_jax._tree.optim import check_transformation, with_new_moments, with_specs
+from mora_jax._tree.paths import Found, Tree
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import LowRank, Sharing
 from mora_jax.operators.low_rank import nearest_factors
@@ -125,10 +124,10 @@ def restart(
             f"{type(grads).__name__}: the gradients of the base before are others"
         )
     found = checked_adapters(adapters)
-    old = kernels_of(found)
+    old = found.kernels
     following = {
-        path: _next_spec(path, a.spec) if grads is None else _on_next_base(a.spec)
-        for path, a in old.items()
+        path: _next_spec(path, spec) if grads is None else _on_next_base(spec)
+        for path, spec in old.specs.items()
     }
     add, sums = _add_and_donate if donate else _add, {}
     for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base):
@@ -144,10 +143,9 @@ def restart(
         named = {"/".join(path): spec for path, spec in following.items()}
         along = specs_along(grads(merged), named, "tree of adapters")
         following = {path: along["/".join(path)] for path in following}
-    new = {
-        path: Adapter(_started(path, spec, old[path].m), spec)
-        for path, spec in following.items()
-    }
+    new = Found()
+    for path, spec in following.items():
+        new[path] = Adapter(_started(path, spec, old[path].m), spec)
     adapters = paths.replace_adapters(adapters, new)
     opt_state = with_specs(opt_state, new)
     if not keep_moments:
@@ -189,10 +187,10 @@ def learned(
     if not 0 <= check_number("max_error", max_error) <= 1:
         raise ValueError(f"max_error must be from 0 to 1, got {max_error}")
     old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
-    made, lost = {}, {}
+    made, lost = Found(), {}
     for path, adapter in paths.adapters_in(adapters).items():
         name, spec = "/".join(path), adapter.spec
-        if not isinstance(spec, AdapterSpec):  # a copy: a step may overwrite adapters
+        if not adapter.of_kernel:  # a copy: a step may overwrite adapters
             leaf = as_jax_array(name, paths.find_array(new, path, spec)[1])
             made[path] = Adapter(jnp.array(leaf, spec.dtype, copy=True), spec)
             continue
@@ -208,8 +206,8 @@ def learned(
         settings = vars(AdapterSettings(param_dtype=m.dtype))
         changes = {"operator": operator, "rank": None, "base_digest": None}
         spec = dataclasses.replace(spec, **changes, **settings)
-        made[place_of(path, spec)] = Adapter(m, spec)
-    return nest(made), lost
+        made[path] = Adapter(m, spec)
+    return made.tree(), lost
 
 
 def restart_schedule(

@@ -37,8 +37,6 @@ from mora_jax._tree.paths import (
     Tree,
     adapters_in,
     located_leaves,
-    nest,
-    place_of,
     replace_adapters,
     unboxed,
 )
@@ -77,15 +75,15 @@ def adapter_shardings(
       ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
     """
-    sharding_of, shardings = _shardings(params_or_shardings, mesh), {}
-    if isinstance(adapters, Plan):
-        adapters = shapes_of(adapters)
-    for path, adapter in adapters_in(adapters).items():
-        spec, sharding = adapter.spec, sharding_of(path, adapter.spec)
-        if isinstance(spec, AdapterSpec):
-            sharding = adapter_sharding(spec, sharding, square)
-        shardings[place_of(path, spec)] = adapter.replace(m=sharding)
-    return nest(shardings)
+    sharding_of = _shardings(params_or_shardings, mesh)
+    is_plan = isinstance(adapters, Plan)
+    found = adapters_in(shapes_of(adapters) if is_plan else adapters)
+    for path, adapter in found.items():
+        sharding = sharding_of(path, adapter.spec)
+        if adapter.of_kernel:
+            sharding = adapter_sharding(adapter.spec, sharding, square)
+        found[path] = adapter.replace(m=sharding)
+    return found.tree()
 
 
 def on_mesh(
@@ -128,8 +126,7 @@ def on_mesh(
         parts = {**adapters.parts, **_laid_out(adapters.specs, sharding_of, batch)}
         return dataclasses.replace(adapters, parts=parts)
     found = adapters_in(adapters)
-    specs = {p: a.spec for p, a in found.items() if isinstance(a.spec, AdapterSpec)}
-    new = _laid_out(specs, sharding_of, batch).items()
+    new = _laid_out(found.kernels.specs, sharding_of, batch).items()
     return replace_adapters(adapters, {p: found[p].replace(spec=s) for p, s in new})
 
 

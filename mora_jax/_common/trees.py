@@ -64,12 +64,14 @@ def located_leaves(
     return leaves
 
 
-def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
-    """`tree` with the values of `new` at their paths, in the boxes that are there."""
+def replace_leaves(
+    tree: Any, new: Mapping[Path, Any], put: Callable[[Any, Any], Any] | None = None
+) -> Any:
+    """`tree` with values at their paths, each `put(box, value)` into its box there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
         path = tuple(map(key_name, keys))
-        return reboxed(leaf, new[path]) if path in new else leaf
+        return (put or reboxed)(leaf, new[path]) if path in new else leaf
 
     return jax.tree.map_with_path(replace, tree, is_leaf=is_end)
 

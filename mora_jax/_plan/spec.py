@@ -252,13 +252,15 @@ def differences(
     return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 
 
-def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
+def check_same(
+    name: str, made_for: AdapterSpec, used_with: AdapterSpec, otherwise: str = ""
+) -> None:
     """Raise unless an M of the kernel `name` that is right for one is for the other."""
     if differing := differences(made_for.meaning, used_with.meaning):
         settings = " and ".join(
             f"{name} {made!r}, not {used!r}" for name, (made, used) in differing.items()
         )
-        raise ValueError(f"{name}{SUFFIX} was made for {settings}")
+        raise ValueError(f"{name}{SUFFIX} was made for {settings}{otherwise}")
 
 
 @dataclasses.dataclass(frozen=True)

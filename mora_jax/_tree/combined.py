@@ -7,9 +7,9 @@ from flax import nnx
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
-from mora_jax._tree.paths import Tree, adapters_in, nest, place_of
+from mora_jax._tree.paths import Tree, adapters_in, nest
 
 
 def combine(params: Any, adapters: Any) -> Any:
@@ -34,16 +34,11 @@ def combine(params: Any, adapters: Any) -> Any:
       ['kernel', 'kernel_mora']
     """
     found = adapters_in(adapters, by_row=True)
-    trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
-    if trained:
+    if trained := found.trained:
         leaves = paths.named_leaves(params)
-        places = (
-            (paths.find_array(leaves, p, a.spec)[0], a) for p, a in trained.items()
-        )
-        params = paths.put_adapters(params, dict(places))
-    added: dict[Path, Any] = {
-        place_of(p, a.spec): a for p, a in found.items() if p not in trained
-    }
+        new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}
+        params = paths.replace_leaves(params, new)
+    added: dict[Path, Any] = found.kernels.placed
     if isinstance(params, nnx.State):  # an NNX variable keeps its box among others
         boxes = paths.located_leaves(adapters, "adapters")
         added = {place: boxes[place] for place in added}

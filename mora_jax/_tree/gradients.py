@@ -14,10 +14,10 @@ from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._common.warnings import warn
-from mora_jax._layer.adapter import delta_of, wide
+from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, kernels_of
+from mora_jax._tree.adapters import checked_adapters, refuse_nonlinear
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Subspace
 
@@ -169,30 +169,23 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
       >>> bool(loss(adapters) < 0.6), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
-    found, moves = kernels_of(checked_adapters(adapters)), {}
+    found, steps = checked_adapters(adapters).kernels, {}
+    refuse_nonlinear(found.specs, "and has no such step")
     slope = jnp.float32(0)
-    for path, adapter in found.items():
-        if not adapter.operator.linear:
-            raise ValueError(
-                f"{'/'.join(path)}: the delta of {adapter.operator.name!r} is not "
-                "linear in what is trained, and has no such step"
-            )
     value, grads = jax.value_and_grad(loss)(adapters)
-    for path, gradient in kernels_of(paths.adapters_in(grads)).items():
-        grad = wide(gradient.m)
-        delta = delta_of(gradient)
+    for path, gradient in paths.adapters_in(grads).kernels.items():
+        grad, delta = wide(gradient.m), delta_of(gradient)
         squares, across = jnp.sum(grad**2), jnp.sum(delta**2)
-        step = grad * jnp.where(across > 0, squares / across, 0)
-        moves[path] = found[path], step
-        slope += jnp.sum(step * grad)
+        steps[path] = grad * jnp.where(across > 0, squares / across, 0)
+        slope += jnp.sum(steps[path] * grad)
     check_finite(value, "the loss")
     check_finite(slope, "the gradient of the loss")
 
-    def moved(length: jax.Array) -> Any:
-        new = {
-            path: adapter.replace(m=(adapter.m - length * step).astype(adapter.m.dtype))
-            for path, (adapter, step) in moves.items()
-        }
+    def moved(length: jax.Array, **changes: Any) -> Any:
+        new = {}
+        for path, adapter in found.items():
+            m = (adapter.m - length * steps[path]).astype(adapter.m.dtype)
+            new[path] = Adapter(m, dataclasses.replace(adapter.spec, **changes))
         return paths.replace_adapters(adapters, new)
 
     def is_best(state: Any) -> jax.Array:
@@ -213,9 +206,4 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
     length = jnp.where(is_best(state), longest / 2.0 ** (state[0] - 2), 0)
     if not isinstance(length, Tracer) and length == 0:
         warn("no step along the gradient lowers the loss, so that no adapter is moved")
-    start = moved(length)
-    started = {
-        path: adapter.replace(spec=dataclasses.replace(adapter.spec, init="gradient"))
-        for path, adapter in kernels_of(paths.adapters_in(start)).items()
-    }
-    return paths.replace_adapters(start, started)
+    return moved(length, init="gradient")

@@ -12,8 +12,8 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings, above_zero
-from mora_jax._tree.adapters import checked_adapters, kernels_of
-from mora_jax._tree.paths import Tree, named_leaves, nest, place_of, replace_leaves
+from mora_jax._tree.adapters import checked_adapters
+from mora_jax._tree.paths import Found, Tree, named_leaves, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
@@ -53,7 +53,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
     found: dict[str, dict[str, jax.Array]] = {}
     for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan), "plan"):
         found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
-    adapters = {}
+    adapters = Found()
     for path, spec in plan.specs.items():
         if (name := "/".join(path)) not in found:
             continue
@@ -75,8 +75,8 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
         m = operator.joined(*factors)
         settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
         lora = dataclasses.replace(spec, operator=operator, rank=None, **settings)
-        adapters[place_of(path, lora)] = Adapter(m, lora)
-    return nest(adapters)
+        adapters[path] = Adapter(m, lora)
+    return adapters.tree()
 
 
 def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
@@ -100,7 +100,7 @@ def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
       True
     """
     alpha, new, items = above_zero("alpha", alpha), {}, {}
-    for path, adapter in kernels_of(checked_adapters(adapters)).items():
+    for path, adapter in checked_adapters(adapters).kernels.items():
         name, operator = "/".join(path), adapter.operator
         if not isinstance(operator, LowRank):
             kind = operator.name

@@ -1,6 +1,5 @@
 """Deltas added to kernels, and subtracted again."""
 
-from collections.abc import Mapping
 from typing import Any, overload
 
 import jax
@@ -17,11 +16,10 @@ from mora_jax._tree import paths
 from mora_jax._tree.adapters import (
     base_leaves,
     checked_adapters,
-    kernels_of,
     refuse_trained,
     with_trained,
 )
-from mora_jax._tree.paths import Tree, nest, replace_leaves
+from mora_jax._tree.paths import Found, Tree, nest, replace_leaves
 
 
 @overload
@@ -54,7 +52,7 @@ def delta_weight(
     """
     if frozen is not None:
         return delta_of(params_adapter(adapters, frozen), frozen.kernel.dtype)
-    found = kernels_of(checked_adapters(adapters))
+    found = checked_adapters(adapters).kernels
     return nest({path: delta_of(adapter) for path, adapter in found.items()})
 
 
@@ -163,11 +161,11 @@ def unmerge(params: Any, adapters: Any) -> Any:
 
 
 def with_kernels(
-    params: Any, found: Mapping[Path, Adapter], *, any_base: bool = True
+    params: Any, found: Found, *, any_base: bool = True
 ) -> list[tuple[Path, Adapter, Path, jax.Array]]:
     """Each adapter of a kernel by its path, with the place and array in params."""
-    leaves, joined = base_leaves(params, found, any_base), []
-    for path, adapter in kernels_of(found).items():
+    leaves, joined = base_leaves(params, None if any_base else found), []
+    for path, adapter in found.kernels.items():
         place, kernel = paths.find_array(leaves, path, adapter.spec)
         joined.append((path, adapter, place, as_jax_array("/".join(path), kernel)))
     return joined
@@ -175,7 +173,7 @@ def with_kernels(
 
 def _merged(
     params: Any,
-    found: Mapping[Path, Adapter],
+    found: Found,
     dtype: DTypeLike | None,
     rounding: Rounding = "nearest",
     any_base: bool = True,

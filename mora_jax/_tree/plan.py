@@ -270,7 +270,7 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     """
     plan = plan_or_adapters
     if not isinstance(plan, Plan):
-        plan = Plan({path: a.spec for path, a in adapters_in(plan).items()})
+        plan = Plan(adapters_in(plan).specs)
 
     def kind(part: tuple[str, Spec]) -> tuple[object, ...]:
         name, spec = part

@@ -14,7 +14,7 @@ from mora_jax._flax.survey import check_call
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.per_row import Selected
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._tree.adapters import kernels_of, with_trained
+from mora_jax._tree.adapters import with_trained
 from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
 from mora_jax._tree.plan import Plan, refuse_other_kernels
@@ -42,9 +42,9 @@ class AdaptedApply:
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
         found = adapters_in(adapters, by_row=True)
-        refuse_other_kernels({p: a.spec for p, a in found.items()}, self.plan)
+        refuse_other_kernels(found.specs, self.plan)
         bound, rows, drops = {}, {}, False
-        for path, adapter in kernels_of(found).items():
+        for path, adapter in found.kernels.items():
             spec, m = adapter.spec, adapter.m
             drops |= spec.dropout > 0
             if isinstance(m, Selected):

@@ -140,11 +140,9 @@ def set_adapters(
     Example: see `wrap`.
     """
     there, found = held_adapters(model), adapters_in(adapters, by_row=True)
-    refuse_other_kernels({p: a.spec for p, a in found.items()}, plan_of(model))
+    refuse_other_kernels(found.specs, plan_of(model))
     if not any_base:
-        leaves = named_leaves(parameters(model)).items()
-        specs = {"/".join(path): a.spec for path, a in found.items()}
-        check_base(specs, {name: leaf for name, (_, leaf) in leaves})
+        check_base(found, named_leaves(parameters(model)))
     # All of them are checked before the first is set.
     new = {path: _fitting(path, there[path], a) for path, a in found.items()}
     if any([_set(*there[path], new[path], seed) for path in there]):
