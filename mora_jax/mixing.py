@@ -139,7 +139,7 @@ def weighted_sum(
             )
         leaves = base_leaves(params, None if any_base else like)
         for path, adapter in trained.items():
-            starts[path] = wide(base_array(leaves, path, adapter.spec))
+            starts[path] = wide(base_array(leaves, path, adapter.spec)[1])
     for path, adapter in like.items():
         arrays, start = [one[path].m for one in found], starts.get(path, 0.0)
         # An M starts at zero, and an array that trains itself where the base has it.

@@ -37,7 +37,6 @@ from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import (
-    as_jax_array,
     check_concrete,
     check_finite,
     check_number,
@@ -45,16 +44,21 @@ from mora_jax._common.checks import (
 )
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
-from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, start_key
+from mora_jax._tree.adapters import (
+    base_array,
+    checked_adapters,
+    start_key,
+    trained_copy,
+)
 from mora_jax._tree.gradients import specs_along
+from mora_jax._tree.lora_trees import lora_adapter
 from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.optim import check_transformation, with_new_moments, with_specs
 from mora_jax._tree.paths import Found, Tree
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
-from mora_jax.operators import LowRank, Sharing
+from mora_jax.operators import Sharing
 from mora_jax.operators.low_rank import nearest_factors
 
 __all__ = ["Restarted", "learned", "restart", "restart_schedule"]
@@ -190,23 +194,17 @@ def learned(
     made, lost = Found(), {}
     for path, adapter in paths.adapters_in(adapters).items():
         name, spec = "/".join(path), adapter.spec
-        if not adapter.of_kernel:  # a copy: a step may overwrite adapters
-            leaf = as_jax_array(name, paths.find_array(new, path, spec)[1])
-            made[path] = Adapter(jnp.array(leaf, spec.dtype, copy=True), spec)
+        if not adapter.of_kernel:
+            made[path] = trained_copy(new, path, spec)
             continue
-        kernels = (paths.find_array(tree, path, spec)[1] for tree in (old, new))
-        before, after = (wide(as_jax_array(name, kernel)) for kernel in kernels)
+        before, after = (wide(base_array(t, path, spec)[1]) for t in (old, new))
         what = f"the delta of {name!r}"
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
-        a, b, lost[name], rank = nearest_factors(delta, max_error)
-        operator = LowRank(spec.in_features, spec.out_features, rank)
-        m = operator.joined(jnp.asarray(a), jnp.asarray(b))
-        settings = vars(AdapterSettings(param_dtype=m.dtype))
-        changes = {"operator": operator, "rank": None, "base_digest": None}
-        spec = dataclasses.replace(spec, **changes, **settings)
-        made[path] = Adapter(m, spec)
+        a, b, lost[name], _ = nearest_factors(delta, max_error)
+        spec = dataclasses.replace(spec, base_digest=None)
+        made[path] = lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))
     return made.tree(), lost
 
 

@@ -16,7 +16,7 @@ from mora_jax._common.checks import as_jax_array, check_finite, check_key
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.dense import FrozenDense
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, nest
@@ -80,10 +80,17 @@ def init(
     leaves = base_leaves(params) if plan.trained else {}
     for path, spec in plan.parts.items():
         if not isinstance(spec, AdapterSpec):
-            # A copy in any case: a step may be given the adapters to overwrite.
-            base = base_array(leaves, path, spec)
-            made[path] = Adapter(jnp.array(base, dtype=spec.dtype, copy=True), spec)
+            made[path] = trained_copy(leaves, path, spec)
     return made.tree()
+
+
+def trained_copy(
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: TrainedArray
+) -> Adapter:
+    """An array of the base as an adapter, which trains itself."""
+    # A copy in any case: a step may be given the adapters to overwrite.
+    _, base = base_array(leaves, path, spec)
+    return Adapter(jnp.array(base, dtype=spec.dtype, copy=True), spec)
 
 
 def init_m(spec: AdapterSpec, path: Path, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -114,10 +121,12 @@ def base_leaves(
     return leaves
 
 
-def base_array(leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Any) -> Any:
-    """The array of the base at `path`, checked."""
-    name = f"{'/'.join(path)} in params"
-    return as_jax_array(name, paths.find_array(leaves, path, spec)[1])
+def base_array(
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Any
+) -> tuple[Path, jax.Array]:
+    """`find_array`, which must be an array, and not just its shape."""
+    place, leaf = paths.find_array(leaves, path, spec)
+    return place, as_jax_array(f"{'/'.join(path)} in params", leaf)
 
 
 def checked_adapters(adapters: Any, *, finite: bool = True) -> Found:

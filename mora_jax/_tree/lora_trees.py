@@ -12,6 +12,7 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings, above_zero
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import checked_adapters
 from mora_jax._tree.paths import Found, Tree, named_leaves, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
@@ -60,7 +61,6 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
         if len(pair := found[name]) < 2:
             raise ValueError(f"{name}: tree must have lora_a and lora_b of it")
         stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
-        operator = LowRank(spec.in_features, spec.out_features, rank)
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
@@ -72,11 +72,19 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
                     f"with several axes of features, got {factor.shape}"
                 )
             factors.append(factor.reshape(shape))
-        m = operator.joined(*factors)
-        settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
-        lora = dataclasses.replace(spec, operator=operator, rank=None, **settings)
-        adapters[path] = Adapter(m, lora)
+        adapters[path] = lora_adapter(spec, *factors, alpha=alpha)
     return adapters.tree()
+
+
+def lora_adapter(
+    spec: AdapterSpec, a: jax.Array, b: jax.Array, alpha: float = 1.0
+) -> Adapter:
+    """The adapter of a kernel with the factors (*stack, in, r) and (*stack, r, out)."""
+    operator = LowRank(spec.in_features, spec.out_features, a.shape[-1])
+    m = operator.joined(a, b)
+    settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
+    spec = dataclasses.replace(spec, operator=operator, rank=None, **settings)
+    return Adapter(m, spec)
 
 
 def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:

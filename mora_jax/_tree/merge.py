@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, check_dtype
+from mora_jax._common.checks import check_dtype
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.adapter import Adapter, delta_of
 from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
-from mora_jax._tree import paths
 from mora_jax._tree.adapters import (
+    base_array,
     base_leaves,
     checked_adapters,
     refuse_trained,
@@ -166,8 +166,8 @@ def with_kernels(
     """Each adapter of a kernel by its path, with the place and array in params."""
     leaves, joined = base_leaves(params, None if any_base else found), []
     for path, adapter in found.kernels.items():
-        place, kernel = paths.find_array(leaves, path, adapter.spec)
-        joined.append((path, adapter, place, as_jax_array("/".join(path), kernel)))
+        place, kernel = base_array(leaves, path, adapter.spec)
+        joined.append((path, adapter, place, kernel))
     return joined
 
 

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
+import flax.linen as nn
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
@@ -13,6 +14,8 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._common.trees import is_boxed as is_boxed
 from mora_jax._common.trees import is_end as is_end
 from mora_jax._common.trees import key_name as key_name
+from mora_jax._common.trees import located_leaves as located_leaves
+from mora_jax._common.trees import refuse_model as refuse_model
 from mora_jax._common.trees import refuse_variables as refuse_variables
 from mora_jax._common.trees import unboxed as unboxed
 from mora_jax._common.types import Path
@@ -23,23 +26,17 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
 Tree = dict[str, Any]
 
 
-class NoTree:
-    """A pytree that is no tree of arrays of a model; `instead` says which is."""
-
-    instead: ClassVar[str]
-
-
-trees.count_whole(Adapter, NoTree, Selected)
+trees.WHOLE |= {Adapter: "", Selected: ""}
+trees.WHOLE[nn.Module] += "; mora_jax.linen's plan and wrap take models"
+trees.WHOLE[nnx.Module] += (
+    ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, wrap and "
+    "merge_adapters take models"
+)
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
     return unflatten_dict(items)
-
-
-def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of any pytree but a model; arrays stay in boxes and adapters."""
-    return trees.located_leaves(tree, what, refuse_model)
 
 
 def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
@@ -159,16 +156,3 @@ replace_leaves = functools.partial(trees.replace_leaves, put=reboxed)
 def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
     """A tree of adapters with others, by the paths of their arrays in the base."""
     return replace_leaves(tree, Found(new).placed)
-
-
-def refuse_model(leaf: Any, what: str) -> None:
-    """Raise if `leaf` is a model or a plan, which may be pytrees as well."""
-    if isinstance(leaf, NoTree):
-        kind = type(leaf).__name__
-        told = f"{what} must be a tree of arrays, got the {kind}"
-        raise TypeError(f"{told}: {leaf.instead}")
-    hint = "; mora_jax.linen's plan and wrap take models"
-    if isinstance(leaf, nnx.Module):
-        hint = ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, "
-        hint += "wrap and merge_adapters take models"
-    trees.refuse_model(leaf, what, hint)

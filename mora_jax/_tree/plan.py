@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from mora_jax._common import trees
 from mora_jax._common.suggestions import alike, nearest_paths, shown
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
@@ -76,7 +77,7 @@ Parts = Mapping[Path, Spec]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Mapping[str, AdapterSpec], paths.NoTree):
+class Plan(Mapping[str, AdapterSpec]):
     """The kernels of a model that get an adapter, and which one; static and hashable.
 
     A mapping of slash-joined paths to `AdapterSpec`s, in the order of the paths.
@@ -109,8 +110,6 @@ class Plan(Mapping[str, AdapterSpec], paths.NoTree):
       >>> plan.adapters({"fc": {"kernel_mora": jnp.ones((16, 16))}})
       {'fc': {'kernel_mora': Adapter(rotation, float32[16, 16])}}
     """
-
-    instead = "adapters are init(plan)"
 
     parts: Parts
     base_parameters: int = 0
@@ -215,6 +214,7 @@ def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
 
 
 jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
+trees.WHOLE[Plan] = "the {}: adapters are init(plan)"
 
 
 def check_plan(plan: Any, name: str = "plan") -> Plan:
