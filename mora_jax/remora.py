@@ -41,6 +41,7 @@ from mora_jax._common.checks import (
     check_finite,
     check_number,
     positive_integer,
+    share,
 )
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
@@ -188,8 +189,7 @@ def learned(
       >>> learned(params, merged, adapters)
       ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
-    if not 0 <= check_number("max_error", max_error) <= 1:
-        raise ValueError(f"max_error must be from 0 to 1, got {max_error}")
+    max_error = share("max_error", max_error)
     old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
     made, lost = Found(), {}
     for path, adapter in paths.adapters_in(adapters).items():
@@ -231,10 +231,7 @@ def restart_schedule(
         positive_integer(name, value)
     if warmup > every:
         raise ValueError(f"warmup must be at most every={every}, got {warmup}")
-    peak, floor = check_number("peak", peak), check_number("floor", floor)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be from 0 to 1, got {floor}")
-
+    peak, floor = check_number("peak", peak), share("floor", floor)
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=floor)
 
     def schedule(count: Any) -> Any:

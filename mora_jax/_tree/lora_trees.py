@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._common.checks import above_zero
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.settings import AdapterSettings, above_zero
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import checked_adapters
 from mora_jax._tree.paths import Found, Tree, named_leaves, replace_leaves

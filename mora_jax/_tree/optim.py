@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
-from mora_jax._common.checks import patterns_of
+from mora_jax._common.checks import above_zero, patterns_of
 from mora_jax._common.suggestions import matching
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.settings import above_zero
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.combined import combine
