@@ -145,9 +145,7 @@ def restart(
         sums[place] = add(spec, adapter.m, kernel, shift)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
-        named = {"/".join(path): spec for path, spec in following.items()}
-        along = specs_along(grads(merged), named, "tree of adapters")
-        following = {path: along["/".join(path)] for path in following}
+        following = specs_along(grads(merged), following, "tree of adapters")
     new = Found()
     for path, spec in following.items():
         new[path] = Adapter(_started(path, spec, old[path].m), spec)

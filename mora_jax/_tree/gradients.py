@@ -13,6 +13,7 @@ from jaxtyping import Float
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
@@ -56,31 +57,30 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    specs = specs_along(grads, check_plan(plan))
-    parts = {path: specs.get("/".join(path), spec) for path, spec in plan.parts.items()}
-    return dataclasses.replace(plan, parts=parts)
+    specs = specs_along(grads, check_plan(plan).specs)
+    return dataclasses.replace(plan, parts={**plan.parts, **specs})
 
 
 def specs_along(
-    grads: Any, specs: Mapping[str, AdapterSpec], what: str = "plan"
-) -> dict[str, AdapterSpec]:
+    grads: Any, specs: Mapping[Path, AdapterSpec], what: str = "plan"
+) -> dict[Path, AdapterSpec]:
     """{path: spec} with a `Subspace` along the gradient of each kernel."""
-    found: dict[str, AdapterSpec] = {}
-    for name, gradient in _pairs(grads, specs):
-        if name not in specs:
-            hint = nearest_paths(name, specs)
+    named, found = {"/".join(path): path for path in specs}, {}
+    for name, gradient in _pairs(grads, named):
+        if name not in named:
+            hint = nearest_paths(name, named)
             raise ValueError(f"grads have {name!r}, which the {what} lacks{hint}")
-        if name in found:
+        if (path := named[name]) in found:
             raise ValueError(f"grads have {name!r} twice")
-        found[name] = _with_bases(name, specs[name], gradient)
-    for name in specs:
-        if name not in found:
-            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, found)}")
+        found[path] = _with_bases(name, specs[path], gradient)
+    for name, path in named.items():
+        if path not in found:
+            hint = lacking(name, [*map("/".join, found)])
+            raise ValueError(f"grads lack the kernel {name!r}{hint}")
     return found
 
 
-def _pairs(grads: Any, specs: Mapping[str, AdapterSpec]) -> Iterator[tuple[str, Any]]:
-    """(path, gradient) of each kernel."""
+def _pairs(grads: Any, named: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     if isinstance(grads, Iterator | list | tuple):
         for pair in grads:
             if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -88,7 +88,7 @@ def _pairs(grads: Any, specs: Mapping[str, AdapterSpec]) -> Iterator[tuple[str, 
             yield pair
         return
     for name, (_, gradient) in paths.named_leaves(grads, "grads").items():
-        if name in specs:
+        if name in named:
             yield name, gradient
 
 

@@ -178,7 +178,6 @@ def _merged(
     rounding: Rounding = "nearest",
     any_base: bool = True,
 ) -> Any:
-    """The params with merged kernels and trained arrays."""
     sums = {
         place: merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
         for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base)

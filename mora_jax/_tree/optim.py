@@ -191,7 +191,6 @@ def with_new_moments(
 
 
 def _bare(opt_state: Any) -> Any:
-    """The state with arrays instead of boxes."""
     # An nnx.Optimizer keeps them in variables of another type than the adapters'.
 
     def bare(leaf: Any) -> Any:

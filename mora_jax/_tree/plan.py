@@ -52,10 +52,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _share(size: int, base_parameters: int) -> str:
-    return f"{size / base_parameters:.2%}" if base_parameters else ""
-
-
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
@@ -70,10 +66,6 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{shown(self.pattern, self.count)}: {self.why}"
-
-
-Parts = Mapping[Path, Spec]
-"""What is trained, by the paths of the arrays of the base that it belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Plan(Mapping[str, AdapterSpec]):
       {'fc': {'kernel_mora': Adapter(rotation, float32[16, 16])}}
     """
 
-    parts: Parts
+    parts: Mapping[Path, Spec]
     base_parameters: int = 0
     traced: bool = dataclasses.field(default=False, compare=False)
     left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
@@ -227,7 +219,7 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
     return plan
 
 
-def refuse_other_kernels(parts: Parts, plan: Plan) -> None:
+def refuse_other_kernels(parts: Mapping[Path, Spec], plan: Plan) -> None:
     """Raise unless `parts` are of the plan's kernels and arrays, read as it does."""
     for path in {**parts, **plan.parts}:
         name, pair = "/".join(path), (parts.get(path), plan.parts.get(path))
@@ -281,24 +273,18 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     rows, base = [], plan.base_parameters
     for pattern, parts in alike((*plan.items(), *plan.trained.items()), kind):
         size = sum(spec.parameters for _, spec in parts)
-        row = {"path": shown(pattern, len(parts)), **_cells(parts[0][1])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+        row = {"path": shown(pattern, len(parts)), "parameters": f"{size:,}"}
+        row["of base"] = f"{size / (base or 1):.2%}"
+        rows.append(row | _cells(parts[0][1]))
     # A column is there if a layer departs from the default.
-    departures = [
-        name
-        for name in ("alpha", "scale", "dropout", "init")
-        if any(
-            getattr(s, name) != getattr(AdapterSettings, name) for s in plan.values()
-        )
-    ]
-    columns = "path", "in -> out", "operator", "r", "q", *departures, "parameters"
+    columns = ["path", "in -> out", "operator", "r", "q"]
+    for name in ("alpha", "scale", "dropout", "init"):
+        default = getattr(AdapterSettings, name)
+        columns += [name] * any(getattr(s, name) != default for s in plan.values())
+    columns += ["parameters", *["of base"] * bool(base)]
     size = plan.trainable_parameters
     counts = [_counted(len(plan), "adapter")]
     counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
-    of_base = f", {_share(size, base)} of {base:,}" if base else ""
-    return "\n".join(
-        [
-            *_lines([*columns, *["of base"] * bool(base)], rows),
-            f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}",
-        ]
-    )
+    of_base = f", {size / base:.2%} of {base:,}" if base else ""
+    total = f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}"
+    return "\n".join([*_lines(columns, rows), total])
