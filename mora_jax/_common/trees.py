@@ -10,20 +10,20 @@ from flax.core.meta import AxisMetadata
 
 from mora_jax._common.types import Path
 
-WHOLE: dict[type, str] = {
+WHOLE: tuple[type, ...] = (nnx.Module,)
+"""The pytrees that are leaves here; JAX would take what is in them for arrays."""
+
+REFUSED = {
     nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
     nn.Module: "the model {}: its params are model.init(...)['params']",
 }
-"""{class of which instances are leaves: why they are refused, "" if they are not}.
-
-If they are pytrees, JAX would go on into them, and take what is in them for arrays.
-"""
+"""{class of what is no tree of arrays: what to give instead}."""
 
 
 def refuse_model(leaf: Any, what: str) -> None:
     """Raise if `leaf` is a model, or something else that is no tree of arrays."""
-    for kind, why in WHOLE.items():
-        if why and isinstance(leaf, kind):
+    for kind, why in REFUSED.items():
+        if isinstance(leaf, kind):
             got = why.format(type(leaf).__name__)
             raise TypeError(f"{what} must be a tree of arrays, got {got}")
 
@@ -71,7 +71,7 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return is_boxed(node) or isinstance(node, tuple(WHOLE))
+    return is_boxed(node) or isinstance(node, WHOLE)
 
 
 def key_name(key: Any) -> str:
@@ -86,7 +86,7 @@ def is_boxed(leaf: Any) -> bool:
     # A variable that holds a structure, such as a quantized kernel, is not a box: the
     # parts of the structure are leaves themselves, unless it counts as a whole.
     held = leaf.get_raw_value()
-    return jax.tree_util.all_leaves([held]) or isinstance(held, tuple(WHOLE))
+    return jax.tree_util.all_leaves([held]) or isinstance(held, WHOLE)
 
 
 def unboxed(leaf: Any) -> Any:

@@ -25,10 +25,9 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
 
 Tree = dict[str, Any]
 
-
-trees.WHOLE |= {Adapter: "", Selected: ""}
-trees.WHOLE[nn.Module] += "; mora_jax.linen's plan and wrap take models"
-trees.WHOLE[nnx.Module] += (
+trees.WHOLE += (Adapter, Selected)
+trees.REFUSED[nn.Module] += "; mora_jax.linen's plan and wrap take models"
+trees.REFUSED[nnx.Module] += (
     ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, wrap and "
     "merge_adapters take models"
 )

@@ -206,7 +206,8 @@ def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
 
 
 jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
-trees.WHOLE[Plan] = "the {}: adapters are init(plan)"
+trees.WHOLE += (Plan,)
+trees.REFUSED[Plan] = "the {}: adapters are init(plan)"
 
 
 def check_plan(plan: Any, name: str = "plan") -> Plan:
