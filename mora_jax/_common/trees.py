@@ -17,11 +17,11 @@ REFUSED = {
     nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
     nn.Module: "the model {}: its params are model.init(...)['params']",
 }
-"""{class of what is no tree of arrays: what to give instead}."""
+"""{class that cannot stand for a tree of arrays: what to give instead}."""
 
 
 def refuse_model(leaf: Any, what: str) -> None:
-    """Raise if `leaf` is a model, or something else that is no tree of arrays."""
+    """Raise if `leaf` is a model, or something else that is `REFUSED`."""
     for kind, why in REFUSED.items():
         if isinstance(leaf, kind):
             got = why.format(type(leaf).__name__)

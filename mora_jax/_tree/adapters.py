@@ -108,10 +108,9 @@ def start_key(path: Path, operator: Operator) -> PRNGKeyArray:
 
 
 def base_leaves(
-    params: Any,
-    adapters: Mapping[Path, Adapter] | None = None,
+    params: Any, adapters: Mapping[Path, Adapter] | None = None
 ) -> dict[str, tuple[Path, Any]]:
-    """Leaves of params, which must be the base alone, and that of the adapters."""
+    """Leaves of params, which must be the base alone that adapters were trained on."""
     leaves = paths.named_leaves(params)
     for name in leaves:
         if name.endswith(SUFFIX):
@@ -144,7 +143,7 @@ def checked_adapters(adapters: Any, *, finite: bool = True) -> Found:
 
 
 def checked_sequence(adapters: Any) -> list[Found]:
-    """`checked_adapters` of each of a sequence, of which there must be one at least."""
+    """`checked_adapters` of a sequence, which must have at least one of them."""
     rule = "adapters must be a sequence of adapters, as init makes them"
     if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
         raise TypeError(f"{rule}, got {type(adapters).__name__}")

@@ -78,7 +78,7 @@ class Plan(Mapping[str, AdapterSpec]):
 
     As a pytree its leaves are the arrays of its operators. A function under jit may
     take a plan and bare arrays, and make adapters of them by `plan.adapters`: then the
-    directions of a `Subspace` are no constants of the program.
+    directions of a `Subspace` are not constants of the program.
 
     Attributes:
       parts: {path: spec} of kernels, and of arrays that train themselves.
