@@ -97,7 +97,6 @@ class MoRA(nn.Module):
         return output
 
     def _put(self, variables: Mapping[str, Any]) -> None:
-        """Set the variables that a call may change."""
         for collection in filter(self.is_mutable_collection, variables):
             for name, value in variables[collection].items():
                 self.put_variable(collection, name, value)

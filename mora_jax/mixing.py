@@ -26,7 +26,7 @@ Example::
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,15 +40,17 @@ from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
-from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import (
     base_array,
     base_leaves,
+    check_same_meaning,
     checked_adapters,
-    kernels_of,
+    checked_sequence,
+    refuse_nonlinear,
     refuse_trained,
 )
-from mora_jax._tree.paths import Tree, nest, place_of, replace_adapters
+from mora_jax._tree.paths import Found, Tree, place_of, replace_adapters
 from mora_jax._tree.plan import Plan, check_plan
 
 __all__ = ["project", "scaled", "weighted_sum"]
@@ -56,13 +58,14 @@ __all__ = ["project", "scaled", "weighted_sum"]
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
 
-Found = dict[Path, Adapter]
-
 NO_DELTA = (
     "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
     "params=, and merge puts them into a base"
 )
 """The reason to refuse arrays that train themselves."""
+
+NO_SUM = "so that sums of adapters are not sums of deltas: merge one after another"
+"""The reason to refuse deltas that are not linear."""
 
 
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
@@ -84,13 +87,12 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     """
     found, factor = checked_adapters(adapters), _factor(factor, "factor")
     refuse_trained(found, NO_DELTA)
-    new = {}
     for path, adapter in found.items():
-        m = adapter.m
-        scaled_m = adapter.operator.scaled(wide(m), factor).astype(m.dtype)
-        check_finite(scaled_m, "the result", f" in {m.dtype}")
-        new[path] = adapter.replace(m=scaled_m)
-    return replace_adapters(adapters, new)
+        dtype = adapter.m.dtype
+        m = adapter.operator.scaled(wide(adapter.m), factor).astype(dtype)
+        check_finite(m, "the result", f" in {dtype}")
+        found[path] = adapter.replace(m=m)
+    return replace_adapters(adapters, found)
 
 
 def weighted_sum(
@@ -123,48 +125,42 @@ def weighted_sum(
     """
     found, factors = _checked(adapters, weights)
     for other in found[1:]:
-        _check_one_meaning(other, found[0])
+        hint = "; mixing.project adds adapters between different maps"
+        check_same_meaning(other, found[0], hint)
     known = _check_one_base(found)
-    _refuse_nonlinear({p: a.spec for p, a in found[0].items()})
-    trained = [p for p, a in found[0].items() if not isinstance(a.spec, AdapterSpec)]
-    starts, sums = {}, {}
-    if trained:
+    refuse_nonlinear(found[0].specs, NO_SUM)
+    like = Found({p: a.replace(spec=known.get(p, a.spec)) for p, a in found[0].items()})
+    starts, sums = {}, Found()
+    if trained := like.trained:
         if params is None:
             raise ValueError(
-                f"params must be given, since {'/'.join(trained[0])!r} is trained "
+                f"params must be given, since {'/'.join([*trained][0])!r} is trained "
                 "itself, and its delta is what it has moved from the base's array"
             )
-        of_base = {p: a.replace(spec=known.get(p, a.spec)) for p, a in found[0].items()}
-        leaves = base_leaves(params, of_base, any_base)
-        for path in trained:
-            base = base_array(leaves, path, found[0][path].spec)
-            starts[path] = wide(base)
-    for path, adapter in found[0].items():
+        leaves = base_leaves(params, None if any_base else like)
+        for path, adapter in trained.items():
+            starts[path] = wide(base_array(leaves, path, adapter.spec)[1])
+    for path, adapter in like.items():
         arrays, start = [one[path].m for one in found], starts.get(path, 0.0)
         # An M starts at zero, and an array that trains itself where the base has it.
         moves = (f * (wide(a) - start) for f, a in zip(factors, arrays, strict=True))
         total = jnp.asarray(sum(moves, start)).astype(jnp.result_type(*arrays))
-        place = place_of(path, adapter.spec)
-        check_finite(total, f"the mixture's {'/'.join(place)}", f" in {total.dtype}")
-        sums[place] = Adapter(total, known.get(path, adapter.spec))
-    return nest(sums)
+        place = "/".join(place_of(path, adapter.spec))
+        check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
+        sums[path] = adapter.replace(m=total)
+    return sums.tree()
 
 
 def _checked(adapters: Any, weights: Any) -> tuple[list[Found], list[Any]]:
     """The adapters by path, and the factor of each of them, checked."""
-    rule = "adapters must be a sequence of adapters, as init makes them"
-    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
-        raise TypeError(f"{rule}, got {type(adapters).__name__}")
-    if not (trees := list(adapters)):
-        raise ValueError(f"{rule}, got none")
+    found = checked_sequence(adapters)
     if not isinstance(weights, list | tuple) and np.ndim(weights) != 1:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
-    if len(weights) != len(trees):
-        got = f"got {len(weights)} for {len(trees)}"
+    if len(weights) != len(found):
+        got = f"got {len(weights)} for {len(found)}"
         raise ValueError(f"weights must be one for each adapter, {got}")
-    factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
-    return [checked_adapters(tree) for tree in trees], factors
+    return found, [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
 
 
 def _factor(value: Any, name: str) -> Any:
@@ -177,36 +173,6 @@ def _factor(value: Any, name: str) -> Any:
             return value  # an argument of the program, whose number nobody knows yet
         value = value.item()
     return check_number(name, value)
-
-
-def _refuse_nonlinear(specs: Mapping[Path, Any]) -> None:
-    """Raise if a delta is not linear in what is trained."""
-    for path, spec in specs.items():
-        if isinstance(spec, AdapterSpec) and not spec.operator.linear:
-            raise ValueError(
-                f"{'/'.join(path)}: the delta of {spec.operator.name!r} is not linear "
-                "in what is trained, so that sums of adapters are not sums of deltas: "
-                "merge one after another"
-            )
-
-
-def _check_one_meaning(found: Found, first: Found) -> None:
-    """Raise unless sums of these M's are sums of their deltas."""
-    for path in {**found, **first}:
-        name, pair = "/".join(path), (found.get(path), first.get(path))
-        if None in pair:
-            raise ValueError(
-                f"adapters must be of the same kernels, and {name!r} is not"
-            )
-        one, other = (adapter.spec for adapter in pair if adapter)
-        if type(one) is not type(other):
-            raise ValueError(f"adapters must mean the same, and {name!r} does not")
-        if isinstance(one, AdapterSpec):
-            try:
-                check_same(name, one, other)
-            except ValueError as error:
-                hint = "mixing.project adds adapters between different maps"
-                raise ValueError(f"{error}; {hint}") from None
 
 
 def _check_one_base(found: Sequence[Found]) -> dict[Path, AdapterSpec]:
@@ -246,19 +212,19 @@ def project(
     found, factors = _checked(adapters, weights)
     for parts in (*found, check_plan(plan).parts):
         refuse_trained(parts, NO_DELTA)
-    _refuse_nonlinear(plan.specs)
-    goal = {path: Adapter(None, spec) for path, spec in plan.specs.items()}
-    _check_one_base([*found, goal])
+    refuse_nonlinear(plan.specs, NO_SUM)
+    planned = Found({path: Adapter(None, spec) for path, spec in plan.specs.items()})
+    _check_one_base([*found, planned])
     terms = defaultdict(list)
     for one, factor in zip(found, factors, strict=True):
-        for path, adapter in kernels_of(one).items():
+        for path, adapter in one.items():
             name, shape = "/".join(path), adapter.spec.kernel_shape
             if name not in plan:
                 raise ValueError(f"plan lacks {name!r}, a kernel of the adapters")
             if (own := plan[name].kernel_shape) != shape:
                 raise ValueError(f"plan must have {name!r} of shape {shape}, got {own}")
             terms[path].append((factor, adapter))
-    made, lost = {}, {}
+    made, lost = Found(), {}
     for path, spec in plan.specs.items():
         name = "/".join(path)
         deltas = (factor * delta_of(adapter) for factor, adapter in terms[path])
@@ -266,8 +232,8 @@ def project(
         m, lost[name] = _nearest(spec, goal)
         m = m.astype(spec.param_dtype)
         check_finite(m, f"the M of {name}", f" in {m.dtype}")
-        made[place_of(path, spec)] = Adapter(m, spec)
-    return nest(made), lost
+        made[path] = Adapter(m, spec)
+    return made.tree(), lost
 
 
 def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:

@@ -37,25 +37,29 @@ from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import (
-    as_jax_array,
     check_concrete,
     check_finite,
     check_number,
     positive_integer,
+    share,
 )
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
-from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, kernels_of, start_key
+from mora_jax._tree.adapters import (
+    base_array,
+    checked_adapters,
+    start_key,
+    trained_copy,
+)
 from mora_jax._tree.gradients import specs_along
+from mora_jax._tree.lora_trees import lora_adapter
 from mora_jax._tree.merge import merged_kernel, with_kernels
-from mora_jax._tree.opt_state import with_new_moments, with_specs
-from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import Tree, nest, place_of
+from mora_jax._tree.optim import check_transformation, with_new_moments, with_specs
+from mora_jax._tree.paths import Found, Tree
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
-from mora_jax.operators import LowRank, Sharing
+from mora_jax.operators import Sharing
 from mora_jax.operators.low_rank import nearest_factors
 
 __all__ = ["Restarted", "learned", "restart", "restart_schedule"]
@@ -125,10 +129,10 @@ def restart(
             f"{type(grads).__name__}: the gradients of the base before are others"
         )
     found = checked_adapters(adapters)
-    old = kernels_of(found)
+    old = found.kernels
     following = {
-        path: _next_spec(path, a.spec) if grads is None else _on_next_base(a.spec)
-        for path, a in old.items()
+        path: _next_spec(path, spec) if grads is None else _on_next_base(spec)
+        for path, spec in old.specs.items()
     }
     add, sums = _add_and_donate if donate else _add, {}
     for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base):
@@ -141,13 +145,10 @@ def restart(
         sums[place] = add(spec, adapter.m, kernel, shift)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
-        named = {"/".join(path): spec for path, spec in following.items()}
-        along = specs_along(grads(merged), named, "tree of adapters")
-        following = {path: along["/".join(path)] for path in following}
-    new = {
-        path: Adapter(_started(path, spec, old[path].m), spec)
-        for path, spec in following.items()
-    }
+        following = specs_along(grads(merged), following, "tree of adapters")
+    new = Found()
+    for path, spec in following.items():
+        new[path] = Adapter(_started(path, spec, old[path].m), spec)
     adapters = paths.replace_adapters(adapters, new)
     opt_state = with_specs(opt_state, new)
     if not keep_moments:
@@ -186,30 +187,23 @@ def learned(
       >>> learned(params, merged, adapters)
       ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
-    if not 0 <= check_number("max_error", max_error) <= 1:
-        raise ValueError(f"max_error must be from 0 to 1, got {max_error}")
+    max_error = share("max_error", max_error)
     old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
-    made, lost = {}, {}
+    made, lost = Found(), {}
     for path, adapter in paths.adapters_in(adapters).items():
         name, spec = "/".join(path), adapter.spec
-        if not isinstance(spec, AdapterSpec):  # a copy: a step may overwrite adapters
-            leaf = as_jax_array(name, paths.find_array(new, path, spec)[1])
-            made[path] = Adapter(jnp.array(leaf, spec.dtype, copy=True), spec)
+        if not adapter.of_kernel:
+            made[path] = trained_copy(new, path, spec)
             continue
-        kernels = (paths.find_array(tree, path, spec)[1] for tree in (old, new))
-        before, after = (wide(as_jax_array(name, kernel)) for kernel in kernels)
+        before, after = (wide(base_array(t, path, spec)[1]) for t in (old, new))
         what = f"the delta of {name!r}"
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
-        a, b, lost[name], rank = nearest_factors(delta, max_error)
-        operator = LowRank(spec.in_features, spec.out_features, rank)
-        m = operator.joined(jnp.asarray(a), jnp.asarray(b))
-        settings = vars(AdapterSettings(param_dtype=m.dtype))
-        changes = {"operator": operator, "rank": None, "base_digest": None}
-        spec = dataclasses.replace(spec, **changes, **settings)
-        made[place_of(path, spec)] = Adapter(m, spec)
-    return nest(made), lost
+        a, b, lost[name], _ = nearest_factors(delta, max_error)
+        spec = dataclasses.replace(spec, base_digest=None)
+        made[path] = lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))
+    return made.tree(), lost
 
 
 def restart_schedule(
@@ -235,10 +229,7 @@ def restart_schedule(
         positive_integer(name, value)
     if warmup > every:
         raise ValueError(f"warmup must be at most every={every}, got {warmup}")
-    peak, floor = check_number("peak", peak), check_number("floor", floor)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be from 0 to 1, got {floor}")
-
+    peak, floor = check_number("peak", peak), share("floor", floor)
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=floor)
 
     def schedule(count: Any) -> Any:

@@ -28,7 +28,7 @@ Example::
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,16 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common import checks
-from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, is_adapter
 from mora_jax._layer.per_row import Selected, Slots, beyond_if_none
-from mora_jax._plan.spec import SUFFIX, check_same
-from mora_jax._tree.adapters import checked_adapters, refuse_trained
-from mora_jax._tree.paths import Tree, located_leaves, nest, place_of
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.adapters import (
+    check_same_meaning,
+    checked_adapters,
+    checked_sequence,
+    refuse_trained,
+)
+from mora_jax._tree.paths import Found, Tree, located_leaves, nest, place_of
 
 __all__ = ["put", "select", "stack"]
 
@@ -65,41 +69,26 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
         there are none, or more than slots; arrays of the base are trained, which all
         rows share.
     """
-    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
-        kind = type(adapters).__name__
-        raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
-    found = [checked_adapters(tree) for tree in adapters]
-    if not found:
-        raise ValueError("adapters must be one at least, such as init(plan), got none")
-    why = "and all rows of a batch share it; serve it by another base"
+    found = checked_sequence(adapters)
     for one in found:
-        refuse_trained(one, why)
-        _check_same(one, found[0])
+        refuse_trained(
+            one, "and all rows of a batch share it; serve it by another base"
+        )
+        check_same_meaning(one, found[0])
     number = checks.positive_integer("slots", len(found) if slots is None else slots)
     if number < len(found):
         raise ValueError(
             f"slots must be at least the number of adapters, {len(found)}, got {slots}"
         )
-    stacked = {}
+    stacked = Found()
     for path, adapter in found[0].items():
         spec, ms = adapter.spec, [one[path].m for one in found]
         dtype = jnp.result_type(*ms)
         ms += [jnp.zeros(spec.shape, dtype)] * (number - len(ms))
         joined = jnp.stack([m.astype(dtype) for m in ms], len(spec.stack_shape))
         held = Slots(joined, len(spec.operator.m_shape))
-        stacked[place_of(path, spec)] = Adapter(held, spec)
-    return nest(stacked)
-
-
-def _check_same(found: dict[Path, Adapter], like: dict[Path, Adapter]) -> None:
-    """Raise unless adapters have the kernels and the meaning of others."""
-    for path in {**found, **like}:
-        name = "/".join(path)
-        if path not in found or path not in like:
-            raise ValueError(
-                f"adapters must be of the same kernels, and {name!r} is not"
-            )
-        check_same(name, found[path].spec, like[path].spec)
+        stacked[path] = Adapter(held, spec)
+    return stacked.tree()
 
 
 def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
@@ -120,14 +109,14 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     """
     slots, number = _slots_of(stacked)
     new = checked_adapters(adapters)
-    _check_same(new, slots)
+    check_same_meaning(new, slots)
     # All of them are checked before the slots, which are donated, are lost.
     for path, adapter in slots.items():
         held, place = adapter.m, place_of(path, adapter.spec)
         where = f" in {held.dtype}, the dtype of the slots"
         checks.check_finite(new[path].m.astype(held.dtype), "/".join(place), where)
     at = _check_indices(slot, "slot", 0, number, ndim=0)
-    ms = {place_of(path, a.spec): a.m for path, a in new.items()}
+    ms = {place: adapter.m for place, adapter in new.placed.items()}
     return _put(stacked, at, nest(ms))
 
 
@@ -165,20 +154,19 @@ def select(stacked: Tree, index: Any) -> Tree:
     """
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, ndim=1)
-    rows = {}
     for path, adapter in slots.items():
         # Flax's lifted transformations take one index off the stack of all arrays.
         held = adapter.m
         shape = *held.shape[: held.axis], *index.shape
         chosen = Selected(held, jnp.broadcast_to(index, shape))
-        rows[place_of(path, adapter.spec)] = adapter.replace(m=chosen)
-    return nest(rows)
+        slots[path] = adapter.replace(m=chosen)
+    return slots.tree()
 
 
-def _slots_of(stacked: Any) -> tuple[dict[Path, Adapter], int]:
-    """{path of a kernel: its adapter in slots}, and the one number that all have."""
+def _slots_of(stacked: Any) -> tuple[Found, int]:
+    """The adapters in slots, and the one number of slots that all have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
-    slots: dict[Path, Adapter] = {}
+    slots = Found()
     for path, leaf in located_leaves(stacked, "stacked").items():
         if not isinstance(leaf, Adapter) or not isinstance(leaf.m, Slots):
             kind = type(leaf).__name__

@@ -18,7 +18,7 @@ Example::
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -34,11 +34,10 @@ from mora_jax._plan.places import adapter_sharding, mesh_axes_of, named_sharding
 from mora_jax._plan.spec import AdapterSpec, Spec
 from mora_jax._tree.adapters import shapes_of
 from mora_jax._tree.paths import (
+    Found,
     Tree,
     adapters_in,
     located_leaves,
-    nest,
-    place_of,
     replace_adapters,
     unboxed,
 )
@@ -77,15 +76,13 @@ def adapter_shardings(
       ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
     """
-    sharding_of, shardings = _shardings(params_or_shardings, mesh), {}
-    if isinstance(adapters, Plan):
-        adapters = shapes_of(adapters)
-    for path, adapter in adapters_in(adapters).items():
-        spec, sharding = adapter.spec, sharding_of(path, adapter.spec)
-        if isinstance(spec, AdapterSpec):
-            sharding = adapter_sharding(spec, sharding, square)
-        shardings[place_of(path, spec)] = adapter.replace(m=sharding)
-    return nest(shardings)
+    sharding_of, found = _shardings(params_or_shardings, mesh), _found(adapters)
+    for path, adapter in found.items():
+        sharding = sharding_of(path, adapter.spec)
+        if adapter.of_kernel:
+            sharding = adapter_sharding(adapter.spec, sharding, square)
+        found[path] = adapter.replace(m=sharding)
+    return found.tree()
 
 
 def on_mesh(
@@ -123,26 +120,10 @@ def on_mesh(
         rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
         raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    sharding_of = _shardings(params_or_shardings, mesh)
-    if isinstance(adapters, Plan):
-        parts = {**adapters.parts, **_laid_out(adapters.specs, sharding_of, batch)}
-        return dataclasses.replace(adapters, parts=parts)
-    found = adapters_in(adapters)
-    specs = {p: a.spec for p, a in found.items() if isinstance(a.spec, AdapterSpec)}
-    new = _laid_out(specs, sharding_of, batch).items()
-    return replace_adapters(adapters, {p: found[p].replace(spec=s) for p, s in new})
-
-
-def _laid_out(
-    specs: Mapping[Path, AdapterSpec],
-    sharding_of: Callable[[Path, Spec], NamedSharding],
-    batch: tuple[str, ...],
-) -> dict[Path, AdapterSpec]:
-    """The specs with the layouts of their kernels."""
+    sharding_of, found = _shardings(params_or_shardings, mesh), _found(adapters)
     unsafe: dict[tuple[str, ...], str] = {}
-    placed = {}
-    for path, spec in specs.items():
-        kernel = sharding_of(path, spec)
+    for path, adapter in found.kernels.items():
+        spec, kernel = adapter.spec, sharding_of(path, adapter.spec)
         for axis in batch:
             if axis not in kernel.mesh.shape:
                 raise ValueError(
@@ -154,7 +135,7 @@ def _laid_out(
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"
-        placed[path] = dataclasses.replace(spec, layout=layout)
+        found[path] = adapter.replace(spec=dataclasses.replace(spec, layout=layout))
     for safe, example in unsafe.items():
         warn(
             "XLA may compute wrong outputs or gradients, with adapters or without. It "
@@ -162,7 +143,15 @@ def _laid_out(
             "features of both its inputs and its outputs. Split rows by PartitionSpec"
             f"({safe}), and give batch_axes={safe}: see docs/meshes.md"
         )
-    return placed
+    if isinstance(adapters, Plan):
+        return dataclasses.replace(adapters, parts={**adapters.parts, **found.specs})
+    return replace_adapters(adapters, found)
+
+
+def _found(plan_or_adapters: Any) -> Found:
+    """The adapters, or the shapes of a plan's."""
+    is_plan = isinstance(plan_or_adapters, Plan)
+    return adapters_in(shapes_of(plan_or_adapters) if is_plan else plan_or_adapters)
 
 
 def _shardings(

@@ -62,7 +62,6 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
 
 @functools.lru_cache(maxsize=1024)
 def _places(axes: str, letter: str) -> tuple[int, ...]:
-    """The numbers of the axes marked with `letter`."""
     return tuple(k for k, kind in enumerate(axes) if kind == letter)
 
 

@@ -1,9 +1,10 @@
 """Checks of arguments: settings and arrays."""
 
+import functools
 import math
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -46,7 +47,6 @@ def _integer(rule: str, value: Any, least: int, end: float = math.inf) -> int:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """Return `value`, if it is among `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
@@ -72,7 +72,9 @@ def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
     return patterns
 
 
-def check_number(name: str, value: Any) -> float:
+def check_number(
+    name: str, value: Any, fits: Callable[[float], bool] | None = None, must: str = ""
+) -> float:
     """Return `value` as a Python float, if it is a finite real number."""
     # To Python, True is a number as well. A JAX array would make a config unhashable.
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
@@ -81,7 +83,17 @@ def check_number(name: str, value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
+    if fits and not fits(number):
+        raise ValueError(f"{name} must {must}, got {number}")
     return number
+
+
+above_zero = functools.partial(
+    check_number, fits=lambda number: number > 0, must="be above 0"
+)
+share = functools.partial(
+    check_number, fits=lambda number: 0 <= number <= 1, must="be from 0 to 1"
+)
 
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:

@@ -10,24 +10,22 @@ from flax.core.meta import AxisMetadata
 
 from mora_jax._common.types import Path
 
-_WHOLE: list[type] = [nnx.Module]
+WHOLE: tuple[type, ...] = (nnx.Module,)
+"""The pytrees that are leaves here; JAX would take what is in them for arrays."""
+
+REFUSED = {
+    nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
+    nn.Module: "the model {}: its params are model.init(...)['params']",
+}
+"""{class that cannot stand for a tree of arrays: what to give instead}."""
 
 
-def count_whole(*classes: type) -> None:
-    """Count instances of these pytrees as leaves, as arrays are."""
-    # JAX would go on into them, and take what is in them for arrays of the tree.
-    _WHOLE.extend(classes)
-
-
-def refuse_model(leaf: Any, what: str, hint: str = "") -> None:
-    """Raise if `leaf` is a model, which may be a pytree; `hint` ends the message."""
-    if isinstance(leaf, nnx.Module | nn.Module):
-        is_nnx = isinstance(leaf, nnx.Module)
-        way = "nnx.state(model, nnx.Param)" if is_nnx else "model.init(...)['params']"
-        raise TypeError(
-            f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: "
-            f"its params are {way}{hint}"
-        )
+def refuse_model(leaf: Any, what: str) -> None:
+    """Raise if `leaf` is a model, or something else that is `REFUSED`."""
+    for kind, why in REFUSED.items():
+        if isinstance(leaf, kind):
+            got = why.format(type(leaf).__name__)
+            raise TypeError(f"{what} must be a tree of arrays, got {got}")
 
 
 def refuse_variables(params: Any, what: str = "params") -> None:
@@ -40,18 +38,13 @@ def refuse_variables(params: Any, what: str = "params") -> None:
             )
 
 
-def located_leaves(
-    tree: Any, what: str = "params", refuse: Callable[[Any, str], None] = refuse_model
-) -> dict[Path, Any]:
-    """{path: leaf} of any pytree but a model; arrays stay in their boxes.
-
-    `refuse(leaf, what)` raises for a leaf that does not belong in such a tree.
-    """
+def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
+    """{path: leaf} of any pytree but a model; arrays stay in their boxes."""
     leaves: dict[Path, Any] = {}
     names: set[str] = set()  # a key may hold a slash, and leaves go by joined paths
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
         path = tuple(map(key_name, keys))
-        refuse(leaf, what)
+        refuse_model(leaf, what)
         if not path:
             kind = type(leaf).__name__
             if hasattr(leaf, "shape"):
@@ -64,19 +57,21 @@ def located_leaves(
     return leaves
 
 
-def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
-    """`tree` with the values of `new` at their paths, in the boxes that are there."""
+def replace_leaves(
+    tree: Any, new: Mapping[Path, Any], put: Callable[[Any, Any], Any] | None = None
+) -> Any:
+    """`tree` with values at their paths, each `put(box, value)` into its box there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
         path = tuple(map(key_name, keys))
-        return reboxed(leaf, new[path]) if path in new else leaf
+        return (put or reboxed)(leaf, new[path]) if path in new else leaf
 
     return jax.tree.map_with_path(replace, tree, is_leaf=is_end)
 
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return is_boxed(node) or isinstance(node, tuple(_WHOLE))
+    return is_boxed(node) or isinstance(node, WHOLE)
 
 
 def key_name(key: Any) -> str:
@@ -91,7 +86,7 @@ def is_boxed(leaf: Any) -> bool:
     # A variable that holds a structure, such as a quantized kernel, is not a box: the
     # parts of the structure are leaves themselves, unless it counts as a whole.
     held = leaf.get_raw_value()
-    return jax.tree_util.all_leaves([held]) or isinstance(held, tuple(_WHOLE))
+    return jax.tree_util.all_leaves([held]) or isinstance(held, WHOLE)
 
 
 def unboxed(leaf: Any) -> Any:

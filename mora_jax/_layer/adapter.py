@@ -58,6 +58,11 @@ class Adapter:
         """The meaning of M."""
         return self._static[0]
 
+    @property
+    def of_kernel(self) -> bool:
+        """True for the adapter of a kernel, False for an array that trains itself."""
+        return isinstance(self.spec, AdapterSpec)
+
     def replace(self, **changes: Any) -> "Adapter":
         """The adapter with another `m`, `spec`, or both."""
         return Adapter(**{"m": self.m, "spec": self.spec, **changes})

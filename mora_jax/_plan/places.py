@@ -1,4 +1,4 @@
-"""Where the arrays of an adapter are on a mesh, by where its kernel is."""
+"""Places of an adapter's arrays on a mesh, by the place of its kernel."""
 
 from typing import Any
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import (
+    above_zero,
     check_choice,
     check_dtype,
     check_number,
@@ -84,30 +85,23 @@ def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _number(fits: Callable[[float], bool], must: str) -> Check:
-    """A check for numbers that fit; `must` says in the message what they must."""
-
-    def check(name: str, value: Any) -> float:
-        number = check_number(name, value)
-        if not fits(number):
-            raise ValueError(f"{name} must {must}, got {number}")
-        return number
-
-    return check
-
-
 def _operator(name: str, value: Any) -> OperatorSpec:
     parse_spec(value)
     # Frozen, so that configs can be hashed.
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
-above_zero = _number(lambda number: number > 0, "be above 0")
-_rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
+_rate = functools.partial(
+    check_number, fits=lambda number: 0 <= number < 1, must="be in [0, 1)"
+)
 _STARTS = "zeros", "gaussian", "embedding"
-_init = functools.partial(check_choice, choices=_STARTS)
-_scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
-_execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
+
+
+def _one_of(*choices: str) -> Check:
+    return functools.partial(check_choice, choices=choices)
+
+
+_execution = _one_of("auto", "activation", "fold")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +115,7 @@ class AdapterSettings:
     scale: float = setting(1.0, above_zero, meaning=True)
     dropout: float = setting(0.0, _rate)
     # As `gradient_start` says it; no adapter starts so of itself.
-    init: str = setting(
-        "zeros", functools.partial(check_choice, choices=(*_STARTS, "gradient"))
-    )
+    init: str = setting("zeros", _one_of(*_STARTS, "gradient"))
     param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
     execution: str = setting("auto", _execution)
 
@@ -147,10 +139,10 @@ class KernelConfig:
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
     alpha: float = setting(1.0, above_zero)
-    scale: str = setting("fine-tuning", _scale)
+    scale: str = setting("fine-tuning", _one_of("paper", "fine-tuning"))
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
-    init: str = setting("zeros", _init)
+    init: str = setting("zeros", _one_of(*_STARTS))
     dropout: float = setting(0.0, _rate)
     param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
     execution: str = setting("auto", _execution)

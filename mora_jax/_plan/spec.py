@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -193,11 +192,6 @@ class AdapterSpec(AdapterSettings):
             **{name: getattr(self, name) for name in SETTINGS if SETTINGS[name]},
         }
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The meaning, and the settings that decide how M is trained and computed."""
-        return self.meaning | self.to_json()
-
     def with_stack(self, stack: Shape) -> "AdapterSpec":
         """The same adapter for a stack of such kernels, or for one of this stack."""
         # Flax's lifted transformations add leading axes to arrays, or take them off,
@@ -243,22 +237,18 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     return {"name": operator.name, **values}
 
 
-def differences(
-    first: Mapping[str, Any], second: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """{name: its two values} where two adapters of a kernel differ."""
-    # If an operator lacks a setting of the other one, their names differ already.
-    shared = [name for name in first if name in second]
-    return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
-
-
-def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
+def check_same(
+    name: str, made_for: AdapterSpec, used_with: AdapterSpec, otherwise: str = ""
+) -> None:
     """Raise unless an M of the kernel `name` that is right for one is for the other."""
-    if differing := differences(made_for.meaning, used_with.meaning):
-        settings = " and ".join(
-            f"{name} {made!r}, not {used!r}" for name, (made, used) in differing.items()
-        )
-        raise ValueError(f"{name}{SUFFIX} was made for {settings}")
+    made, used, differing = made_for.meaning, used_with.meaning, []
+    # If an operator lacks a setting of the other one, their names differ already.
+    for key in filter(used.__contains__, made):
+        if made[key] != used[key]:
+            differing.append(f"{key} {made[key]!r}, not {used[key]!r}")
+    if differing:
+        settings = " and ".join(differing)
+        raise ValueError(f"{name}{SUFFIX} was made for {settings}{otherwise}")
 
 
 @dataclasses.dataclass(frozen=True)

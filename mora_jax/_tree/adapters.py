@@ -1,6 +1,6 @@
 """The tree of adapters: made for a plan, checked, and as one vector."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -16,10 +16,10 @@ from mora_jax._common.checks import as_jax_array, check_finite, check_key
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.dense import FrozenDense
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import Tree, adapters_in, nest
+from mora_jax._tree.paths import Found, Tree, adapters_in, nest
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Operator
 
@@ -66,12 +66,12 @@ def init(
     if isinstance(plan_or_frozen, FrozenDense):
         spec = plan_or_frozen.spec
         return {f"kernel{SUFFIX}": Adapter(init_m(spec, ("kernel",), key), spec)}
-    plan, made = check_plan(plan_or_frozen, "plan_or_frozen"), {}
+    plan, made = check_plan(plan_or_frozen, "plan_or_frozen"), Found()
     for path, spec in plan.specs.items():
         # By the path, so that an M does not depend on which other kernels are adapted.
         number = np.uint32(crc32("/".join(path).encode()))
         own = None if key is None else _fold_in(key, number)
-        made[paths.place_of(path, spec)] = Adapter(init_m(spec, path, own), spec)
+        made[path] = Adapter(init_m(spec, path, own), spec)
     if plan.trained and params is None:
         raise ValueError(
             f"params must be given, since the plan trains {[*plan.trained][0]!r} "
@@ -80,10 +80,17 @@ def init(
     leaves = base_leaves(params) if plan.trained else {}
     for path, spec in plan.parts.items():
         if not isinstance(spec, AdapterSpec):
-            # A copy in any case: a step may be given the adapters to overwrite.
-            base = base_array(leaves, path, spec)
-            made[path] = Adapter(jnp.array(base, dtype=spec.dtype, copy=True), spec)
-    return nest(made)
+            made[path] = trained_copy(leaves, path, spec)
+    return made.tree()
+
+
+def trained_copy(
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: TrainedArray
+) -> Adapter:
+    """An array of the base as an adapter, which trains itself."""
+    # A copy in any case: a step may be given the adapters to overwrite.
+    _, base = base_array(leaves, path, spec)
+    return Adapter(jnp.array(base, dtype=spec.dtype, copy=True), spec)
 
 
 def init_m(spec: AdapterSpec, path: Path, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -101,34 +108,32 @@ def start_key(path: Path, operator: Operator) -> PRNGKeyArray:
 
 
 def base_leaves(
-    params: Any,
-    adapters: Mapping[Path, Adapter] | None = None,
-    any_base: bool = True,
+    params: Any, adapters: Mapping[Path, Adapter] | None = None
 ) -> dict[str, tuple[Path, Any]]:
-    """Leaves of params, which must be the base alone, and the one of the adapters."""
+    """Leaves of params, which must be the base alone that adapters were trained on."""
     leaves = paths.named_leaves(params)
     for name in leaves:
         if name.endswith(SUFFIX):
             rule = "give the base alone, as split(params)[0]"
             raise ValueError(f"params hold the adapter {name}: {rule}")
-    if not any_base:
-        specs = {"/".join(path): a.spec for path, a in (adapters or {}).items()}
-        check_base(specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    check_base(adapters or {}, leaves)
     return leaves
 
 
-def base_array(leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Any) -> Any:
-    """The array of the base at `path`, checked."""
-    name = f"{'/'.join(path)} in params"
-    return as_jax_array(name, paths.find_array(leaves, path, spec)[1])
+def base_array(
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Any
+) -> tuple[Path, jax.Array]:
+    """`find_array`, which must be an array, and not just its shape."""
+    place, leaf = paths.find_array(leaves, path, spec)
+    return place, as_jax_array(f"{'/'.join(path)} in params", leaf)
 
 
-def checked_adapters(adapters: Any, *, finite: bool = True) -> dict[Path, Adapter]:
+def checked_adapters(adapters: Any, *, finite: bool = True) -> Found:
     """`adapters_in`, all of them JAX arrays; with `finite` of finite numbers."""
-    found: dict[Path, Adapter] = {}
-    for path, adapter in adapters_in(adapters).items():
+    found = adapters_in(adapters)
+    for path, adapter in found.items():
         name = "/".join(paths.place_of(path, adapter.spec))
-        if not isinstance(adapter.spec, AdapterSpec):
+        if not adapter.of_kernel:
             name += " in the adapters"
         m = as_jax_array(name, adapter.m)
         if finite:
@@ -137,17 +142,43 @@ def checked_adapters(adapters: Any, *, finite: bool = True) -> dict[Path, Adapte
     return found
 
 
-def kernels_of(found: Mapping[Path, Adapter]) -> dict[Path, Adapter]:
-    """Those of `checked_adapters` that belong to kernels."""
-    return {p: a for p, a in found.items() if isinstance(a.spec, AdapterSpec)}
+def checked_sequence(adapters: Any) -> list[Found]:
+    """`checked_adapters` of a sequence, which must have at least one of them."""
+    rule = "adapters must be a sequence of adapters, as init makes them"
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        raise TypeError(f"{rule}, got {type(adapters).__name__}")
+    if not (found := [checked_adapters(tree) for tree in adapters]):
+        raise ValueError("adapters must be one at least, such as init(plan), got none")
+    return found
 
 
-def with_trained(
-    params: Any, found: Mapping[Path, Adapter], dtype: DTypeLike | None = None
-) -> Any:
+def check_same_meaning(found: Found, first: Found, otherwise: str = "") -> None:
+    """Raise unless adapters have the kernels and the meaning of the `first` ones."""
+    for path in {**found, **first}:
+        name = "/".join(path)
+        if path not in found or path not in first:
+            rule = "adapters must be of the same kernels"
+            raise ValueError(f"{rule}, and {name!r} is not")
+        one, other = found[path].spec, first[path].spec
+        if type(one) is not type(other):
+            raise ValueError(f"adapters must mean the same, and {name!r} does not")
+        if isinstance(one, AdapterSpec):
+            check_same(name, one, other, otherwise)
+
+
+def refuse_nonlinear(specs: Mapping[Path, Any], why: str) -> None:
+    """Raise if a delta is not linear in what is trained; `why` it has to be."""
+    for path, spec in specs.items():
+        if isinstance(spec, AdapterSpec) and not spec.operator.linear:
+            raise ValueError(
+                f"{'/'.join(path)}: the delta of {spec.operator.name!r} is not linear "
+                f"in what is trained, {why}"
+            )
+
+
+def with_trained(params: Any, found: Found, dtype: DTypeLike | None = None) -> Any:
     """The params with the trained copies, in `dtype` or in the base's dtypes."""
-    trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
-    if not trained:
+    if not (trained := found.trained):
         return params
     leaves, new = paths.named_leaves(params), {}
     for path, adapter in trained.items():
@@ -161,8 +192,7 @@ def refuse_trained(parts: Mapping[Path, Any], why: str) -> None:
     """Raise if there are trained arrays; `why` says what cannot be done with them."""
     for path, part in parts.items():
         if not isinstance(getattr(part, "spec", part), AdapterSpec):
-            name = "/".join(path)
-            raise ValueError(f"{name}: this array is trained itself, {why}")
+            raise ValueError(f"{'/'.join(path)}: this array is trained itself, {why}")
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
@@ -230,12 +260,11 @@ def unravel_adapters(
 
 def shapes_of(plan: Plan) -> Tree:
     """The adapters of a plan with shapes instead of arrays."""
-    shape = jax.ShapeDtypeStruct
-    made = {}
+    made = Found()
     for path, spec in plan.parts.items():
         dtype = spec.param_dtype if isinstance(spec, AdapterSpec) else spec.dtype
-        made[paths.place_of(path, spec)] = Adapter(shape(spec.shape, dtype), spec)
-    return nest(made)
+        made[path] = Adapter(jax.ShapeDtypeStruct(spec.shape, dtype), spec)
+    return made.tree()
 
 
 def _restored(adapter: Adapter, state: Any) -> Adapter:

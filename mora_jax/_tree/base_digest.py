@@ -11,8 +11,9 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.types import Shape
-from mora_jax._plan.spec import AdapterSpec, Spec
+from mora_jax._common.types import Path, Shape
+from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import AdapterSpec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
@@ -30,15 +31,18 @@ def readable(kernel: Any) -> bool:
     return isinstance(kernel, np.ndarray)
 
 
-def check_base(specs: Mapping[str, Spec], kernels: Mapping[str, Any]) -> None:
-    """Raise if a kernel, by its path, is not the one that its adapter was trained on.
+def check_base(
+    adapters: Mapping[Path, Adapter], leaves: Mapping[str, tuple[Path, Any]]
+) -> None:
+    """Raise if one of `named_leaves` is not what its adapter was trained on.
 
     Nothing is known without a digest, or where this process lacks some of the values.
     """
-    for name, spec in specs.items():
-        kernel: Any = kernels.get(name)
-        if not isinstance(spec, AdapterSpec) or spec.base_digest is None:
+    for path, adapter in adapters.items():
+        name, spec = "/".join(path), adapter.spec
+        if getattr(spec, "base_digest", None) is None or name not in leaves:
             continue
+        kernel = leaves[name][1]
         if readable(kernel) and kernel.shape == spec.kernel_shape:  # others are refused
             check_digests(name, spec, kernel_digests(spec, kernel))
 

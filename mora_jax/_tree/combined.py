@@ -1,15 +1,15 @@
 """Params and adapters as one tree, and split again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
-from mora_jax._tree.paths import Tree, adapters_in, nest, place_of
+from mora_jax._tree.paths import Tree, adapters_in, nest
 
 
 def combine(params: Any, adapters: Any) -> Any:
@@ -34,16 +34,11 @@ def combine(params: Any, adapters: Any) -> Any:
       ['kernel', 'kernel_mora']
     """
     found = adapters_in(adapters, by_row=True)
-    trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
-    if trained:
+    if trained := found.trained:
         leaves = paths.named_leaves(params)
-        places = (
-            (paths.find_array(leaves, p, a.spec)[0], a) for p, a in trained.items()
-        )
-        params = paths.put_adapters(params, dict(places))
-    added: dict[Path, Any] = {
-        place_of(p, a.spec): a for p, a in found.items() if p not in trained
-    }
+        new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}
+        params = paths.replace_leaves(params, new)
+    added: dict[Path, Any] = found.kernels.placed
     if isinstance(params, nnx.State):  # an NNX variable keeps its box among others
         boxes = paths.located_leaves(adapters, "adapters")
         added = {place: boxes[place] for place in added}
@@ -53,30 +48,31 @@ def combine(params: Any, adapters: Any) -> Any:
 def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
     """The params with each adapter, or what stands for it, at its path."""
     _check_nested(params, "params")
-    return _joined(params, nest(ms), ())
+    added: dict[Path, Tree] = {}
+    for (*parent, name), m in ms.items():
+        added.setdefault(tuple(parent), {})[name] = m
 
+    def add(path: Path, node: Any, children: Tree) -> Tree:
+        for key in (new := added.pop(path, {})):
+            name = "/".join((*path, key))
+            if key.removesuffix(SUFFIX) not in children:
+                raise ValueError(f"params have no kernel for the adapter {name!r}")
+            if key in children:
+                raise ValueError(f"params already hold {name!r}")
+            if not isinstance(node, Mapping):
+                kind = type(node).__name__
+                raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
+        return children | new
 
-def _joined(node: Any, added: Tree, path: Path) -> Any:
-    """The part of the params at `path`, with the M's of `added` inside it."""
-    children = _children(node) or {}
-    if not children and not added:
-        return node
-    for key, new in added.items():
-        name = "/".join((*path, key))
-        if isinstance(new, dict):
-            if key not in children:
-                near = nearest_paths(key, list(children))
-                raise ValueError(f"params have nothing at {name!r}{near}")
-        elif key.removesuffix(SUFFIX) not in children:
+    joined = _changed(params, add)
+    for parent, new in added.items():
+        name, leaves = "/".join(parent), paths.named_leaves(params)
+        if name in leaves:
+            name = "/".join((*parent, *new))
             raise ValueError(f"params have no kernel for the adapter {name!r}")
-        elif key in children:
-            raise ValueError(f"params already hold {name!r}")
-        elif not isinstance(node, Mapping):
-            kind = type(node).__name__
-            raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
-    pairs = children.items()
-    joined = {k: _joined(child, added.get(k, {}), (*path, k)) for k, child in pairs}
-    return _rebuild(node, joined | {k: m for k, m in added.items() if k not in joined})
+        near = nearest_paths(name, leaves)
+        raise ValueError(f"params have nothing at {name!r}{near}")
+    return joined
 
 
 def split(tree: Any) -> tuple[Any, Tree]:
@@ -106,7 +102,16 @@ def split(tree: Any) -> tuple[Any, Tree]:
         elif (copy := paths.adapter_of(leaf)) is not None:
             adapters[path] = copy
             rounded[path] = copy.m.astype(copy.spec.base_dtype)
-    return paths.replace_leaves(_without_ms(tree), rounded), nest(adapters)
+
+    def remove(_: Path, __: Any, children: Tree) -> Tree:
+        # While a Linen model runs, an M and its spec stand where the array was.
+        return {
+            key: child
+            for key, child in children.items()
+            if not key.endswith(SUFFIX) or _children(child) is not None
+        }
+
+    return paths.replace_leaves(_changed(tree, remove), rounded), nest(adapters)
 
 
 def _check_nested(tree: Any, what: str) -> None:
@@ -127,22 +132,19 @@ def _children(node: Any) -> Tree | None:
     return {str(key): node[key] for key in node} if is_mapping else None
 
 
-def _without_ms(node: Any) -> Any:
-    """The tree without the M's, or what stands for them."""
+def _changed(
+    node: Any, change: Callable[[Path, Any, Tree], Tree], path: Path = ()
+) -> Any:
+    """The tree with `change(path, container, children)` in each container."""
     if (children := _children(node)) is None:
         return node
-    # While a Linen model runs, an M and its spec stand where the array was.
-    ms = [k for k in children if k.endswith(SUFFIX) and _children(children[k]) is None]
-    kept = {k: _without_ms(child) for k, child in children.items() if k not in ms}
-    return _rebuild(node, kept)
-
-
-def _rebuild(like: Any, children: Tree) -> Any:
-    if isinstance(like, Mapping):
-        # The keys of a state are numbers where it has lists. Paths are made of strings.
-        original = {str(key): key for key in like}
-        items = {original.get(key, key): value for key, value in children.items()}
-        kind: Any = type(like)
-        return items if isinstance(like, dict) else kind(items)
-    values = children.values()
-    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+    new = change(path, node, children).items()
+    changed = {key: _changed(child, change, (*path, key)) for key, child in new}
+    if not isinstance(node, Mapping):
+        values, is_named = changed.values(), hasattr(node, "_fields")
+        return type(node)(*values) if is_named else type(node)(values)
+    # The keys of a state are numbers where it has lists. Paths are made of strings.
+    original = {str(key): key for key in node}
+    items = {original.get(key, key): value for key, value in changed.items()}
+    kind: Any = type(node)
+    return items if isinstance(node, dict) else kind(items)

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._layer.adapter import delta_of, wide
+from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, kernels_of
+from mora_jax._tree.adapters import checked_adapters, refuse_nonlinear
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Subspace
 
@@ -56,31 +57,30 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    specs = specs_along(grads, check_plan(plan))
-    parts = {path: specs.get("/".join(path), spec) for path, spec in plan.parts.items()}
-    return dataclasses.replace(plan, parts=parts)
+    specs = specs_along(grads, check_plan(plan).specs)
+    return dataclasses.replace(plan, parts={**plan.parts, **specs})
 
 
 def specs_along(
-    grads: Any, specs: Mapping[str, AdapterSpec], what: str = "plan"
-) -> dict[str, AdapterSpec]:
+    grads: Any, specs: Mapping[Path, AdapterSpec], what: str = "plan"
+) -> dict[Path, AdapterSpec]:
     """{path: spec} with a `Subspace` along the gradient of each kernel."""
-    found: dict[str, AdapterSpec] = {}
-    for name, gradient in _pairs(grads, specs):
-        if name not in specs:
-            hint = nearest_paths(name, specs)
+    named, found = {"/".join(path): path for path in specs}, {}
+    for name, gradient in _pairs(grads, named):
+        if name not in named:
+            hint = nearest_paths(name, named)
             raise ValueError(f"grads have {name!r}, which the {what} lacks{hint}")
-        if name in found:
+        if (path := named[name]) in found:
             raise ValueError(f"grads have {name!r} twice")
-        found[name] = _with_bases(name, specs[name], gradient)
-    for name in specs:
-        if name not in found:
-            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, found)}")
+        found[path] = _with_bases(name, specs[path], gradient)
+    for name, path in named.items():
+        if path not in found:
+            hint = lacking(name, [*map("/".join, found)])
+            raise ValueError(f"grads lack the kernel {name!r}{hint}")
     return found
 
 
-def _pairs(grads: Any, specs: Mapping[str, AdapterSpec]) -> Iterator[tuple[str, Any]]:
-    """(path, gradient) of each kernel."""
+def _pairs(grads: Any, named: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     if isinstance(grads, Iterator | list | tuple):
         for pair in grads:
             if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -88,7 +88,7 @@ def _pairs(grads: Any, specs: Mapping[str, AdapterSpec]) -> Iterator[tuple[str, 
             yield pair
         return
     for name, (_, gradient) in paths.named_leaves(grads, "grads").items():
-        if name in specs:
+        if name in named:
             yield name, gradient
 
 
@@ -169,30 +169,23 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
       >>> bool(loss(adapters) < 0.6), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
-    found, moves = kernels_of(checked_adapters(adapters)), {}
+    found, steps = checked_adapters(adapters).kernels, {}
+    refuse_nonlinear(found.specs, "and has no such step")
     slope = jnp.float32(0)
-    for path, adapter in found.items():
-        if not adapter.operator.linear:
-            raise ValueError(
-                f"{'/'.join(path)}: the delta of {adapter.operator.name!r} is not "
-                "linear in what is trained, and has no such step"
-            )
     value, grads = jax.value_and_grad(loss)(adapters)
-    for path, gradient in kernels_of(paths.adapters_in(grads)).items():
-        grad = wide(gradient.m)
-        delta = delta_of(gradient)
+    for path, gradient in paths.adapters_in(grads).kernels.items():
+        grad, delta = wide(gradient.m), delta_of(gradient)
         squares, across = jnp.sum(grad**2), jnp.sum(delta**2)
-        step = grad * jnp.where(across > 0, squares / across, 0)
-        moves[path] = found[path], step
-        slope += jnp.sum(step * grad)
+        steps[path] = grad * jnp.where(across > 0, squares / across, 0)
+        slope += jnp.sum(steps[path] * grad)
     check_finite(value, "the loss")
     check_finite(slope, "the gradient of the loss")
 
-    def moved(length: jax.Array) -> Any:
-        new = {
-            path: adapter.replace(m=(adapter.m - length * step).astype(adapter.m.dtype))
-            for path, (adapter, step) in moves.items()
-        }
+    def moved(length: jax.Array, **changes: Any) -> Any:
+        new = {}
+        for path, adapter in found.items():
+            m = (adapter.m - length * steps[path]).astype(adapter.m.dtype)
+            new[path] = Adapter(m, dataclasses.replace(adapter.spec, **changes))
         return paths.replace_adapters(adapters, new)
 
     def is_best(state: Any) -> jax.Array:
@@ -213,9 +206,4 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
     length = jnp.where(is_best(state), longest / 2.0 ** (state[0] - 2), 0)
     if not isinstance(length, Tracer) and length == 0:
         warn("no step along the gradient lowers the loss, so that no adapter is moved")
-    start = moved(length)
-    started = {
-        path: adapter.replace(spec=dataclasses.replace(adapter.spec, init="gradient"))
-        for path, adapter in kernels_of(paths.adapters_in(start)).items()
-    }
-    return paths.replace_adapters(start, started)
+    return moved(length, init="gradient")

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._common.checks import above_zero
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.settings import AdapterSettings, above_zero
-from mora_jax._tree.adapters import checked_adapters, kernels_of
-from mora_jax._tree.paths import Tree, named_leaves, nest, place_of, replace_leaves
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import checked_adapters
+from mora_jax._tree.paths import Found, Tree, named_leaves, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
@@ -53,14 +55,13 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
     found: dict[str, dict[str, jax.Array]] = {}
     for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan), "plan"):
         found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
-    adapters = {}
+    adapters = Found()
     for path, spec in plan.specs.items():
         if (name := "/".join(path)) not in found:
             continue
         if len(pair := found[name]) < 2:
             raise ValueError(f"{name}: tree must have lora_a and lora_b of it")
         stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
-        operator = LowRank(spec.in_features, spec.out_features, rank)
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
@@ -72,11 +73,19 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
                     f"with several axes of features, got {factor.shape}"
                 )
             factors.append(factor.reshape(shape))
-        m = operator.joined(*factors)
-        settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
-        lora = dataclasses.replace(spec, operator=operator, rank=None, **settings)
-        adapters[place_of(path, lora)] = Adapter(m, lora)
-    return nest(adapters)
+        adapters[path] = lora_adapter(spec, *factors, alpha=alpha)
+    return adapters.tree()
+
+
+def lora_adapter(
+    spec: AdapterSpec, a: jax.Array, b: jax.Array, alpha: float = 1.0
+) -> Adapter:
+    """The adapter of a kernel with the factors (*stack, in, r) and (*stack, r, out)."""
+    operator = LowRank(spec.in_features, spec.out_features, a.shape[-1])
+    m = operator.joined(a, b)
+    settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
+    spec = dataclasses.replace(spec, operator=operator, rank=None, **settings)
+    return Adapter(m, spec)
 
 
 def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
@@ -100,7 +109,7 @@ def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
       True
     """
     alpha, new, items = above_zero("alpha", alpha), {}, {}
-    for path, adapter in kernels_of(checked_adapters(adapters)).items():
+    for path, adapter in checked_adapters(adapters).kernels.items():
         name, operator = "/".join(path), adapter.operator
         if not isinstance(operator, LowRank):
             kind = operator.name

@@ -1,6 +1,5 @@
 """Deltas added to kernels, and subtracted again."""
 
-from collections.abc import Mapping
 from typing import Any, overload
 
 import jax
@@ -8,20 +7,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, check_dtype
+from mora_jax._common.checks import check_dtype
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.adapter import Adapter, delta_of
 from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
-from mora_jax._tree import paths
 from mora_jax._tree.adapters import (
+    base_array,
     base_leaves,
     checked_adapters,
-    kernels_of,
     refuse_trained,
     with_trained,
 )
-from mora_jax._tree.paths import Tree, nest, replace_leaves
+from mora_jax._tree.paths import Found, Tree, nest, replace_leaves
 
 
 @overload
@@ -54,7 +52,7 @@ def delta_weight(
     """
     if frozen is not None:
         return delta_of(params_adapter(adapters, frozen), frozen.kernel.dtype)
-    found = kernels_of(checked_adapters(adapters))
+    found = checked_adapters(adapters).kernels
     return nest({path: delta_of(adapter) for path, adapter in found.items()})
 
 
@@ -163,24 +161,23 @@ def unmerge(params: Any, adapters: Any) -> Any:
 
 
 def with_kernels(
-    params: Any, found: Mapping[Path, Adapter], *, any_base: bool = True
+    params: Any, found: Found, *, any_base: bool = True
 ) -> list[tuple[Path, Adapter, Path, jax.Array]]:
     """Each adapter of a kernel by its path, with the place and array in params."""
-    leaves, joined = base_leaves(params, found, any_base), []
-    for path, adapter in kernels_of(found).items():
-        place, kernel = paths.find_array(leaves, path, adapter.spec)
-        joined.append((path, adapter, place, as_jax_array("/".join(path), kernel)))
+    leaves, joined = base_leaves(params, None if any_base else found), []
+    for path, adapter in found.kernels.items():
+        place, kernel = base_array(leaves, path, adapter.spec)
+        joined.append((path, adapter, place, kernel))
     return joined
 
 
 def _merged(
     params: Any,
-    found: Mapping[Path, Adapter],
+    found: Found,
     dtype: DTypeLike | None,
     rounding: Rounding = "nearest",
     any_base: bool = True,
 ) -> Any:
-    """The params with merged kernels and trained arrays."""
     sums = {
         place: merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
         for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base)

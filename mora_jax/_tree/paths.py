@@ -1,9 +1,10 @@
 """Leaves of trees by their paths: arrays of a base, and adapters."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
+import flax.linen as nn
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
@@ -13,8 +14,9 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._common.trees import is_boxed as is_boxed
 from mora_jax._common.trees import is_end as is_end
 from mora_jax._common.trees import key_name as key_name
+from mora_jax._common.trees import located_leaves as located_leaves
+from mora_jax._common.trees import refuse_model as refuse_model
 from mora_jax._common.trees import refuse_variables as refuse_variables
-from mora_jax._common.trees import replace_leaves as replace_leaves
 from mora_jax._common.trees import unboxed as unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
@@ -23,24 +25,17 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
 
 Tree = dict[str, Any]
 
-
-class NoTree:
-    """A pytree that is no tree of arrays of a model; `instead` says which is."""
-
-    instead: ClassVar[str]
-
-
-trees.count_whole(Adapter, NoTree, Selected)
+trees.WHOLE += (Adapter, Selected)
+trees.REFUSED[nn.Module] += "; mora_jax.linen's plan and wrap take models"
+trees.REFUSED[nnx.Module] += (
+    ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, wrap and "
+    "merge_adapters take models"
+)
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
     return unflatten_dict(items)
-
-
-def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of any pytree but a model; arrays stay in boxes and adapters."""
-    return trees.located_leaves(tree, what, refuse_model)
 
 
 def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
@@ -61,13 +56,40 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
     return leaves
 
 
-def adapters_in(tree: Any, *, by_row: bool = False) -> dict[Path, Adapter]:
-    """{path of its array in the base: adapter} of a tree of adapters, checked.
+class Found(dict[Path, Adapter]):
+    """{path of its array in the base: adapter}, of a tree of adapters."""
 
-    These may be variables of NNX that hold M's. With `by_row` each row of a batch may
-    have an M.
+    @property
+    def kernels(self) -> "Found":
+        """The adapters of kernels."""
+        return Found({p: self[p] for p in self if self[p].of_kernel})
+
+    @property
+    def trained(self) -> "Found":
+        """The arrays that train themselves."""
+        return Found({p: self[p] for p in self if not self[p].of_kernel})
+
+    @property
+    def specs(self) -> dict[Path, Any]:
+        """{path: spec}."""
+        return {path: adapter.spec for path, adapter in self.items()}
+
+    @property
+    def placed(self) -> dict[Path, Adapter]:
+        """{path in a tree of adapters: adapter}."""
+        return {place_of(path, adapter.spec): adapter for path, adapter in self.items()}
+
+    def tree(self) -> Tree:
+        """The adapters as nested dicts."""
+        return nest(self.placed)
+
+
+def adapters_in(tree: Any, *, by_row: bool = False) -> Found:
+    """The adapters of a tree, or of variables of NNX that hold M's, checked.
+
+    With `by_row` each row of a batch may have an M.
     """
-    found: dict[Path, Adapter] = {}
+    found = Found()
     for place, leaf in located_leaves(tree, "adapters").items():
         name, adapter = "/".join(place), adapter_of(leaf)
         if adapter is None:
@@ -96,18 +118,6 @@ def adapter_of(leaf: Any) -> Adapter | None:
     return None if spec is None else Adapter(unboxed(leaf), spec)
 
 
-def kernels_in(adapters: Any, *, by_row: bool = False) -> dict[Path, Adapter]:
-    """The adapters of kernels among `adapters_in`."""
-    found = adapters_in(adapters, by_row=by_row).items()
-    return {p: a for p, a in found if isinstance(a.spec, AdapterSpec)}
-
-
-def trained_in(adapters: Any) -> dict[Path, Adapter]:
-    """The arrays that train themselves among `adapters_in`."""
-    found = adapters_in(adapters, by_row=True).items()
-    return {p: a for p, a in found if not isinstance(a.spec, AdapterSpec)}
-
-
 def place_of(path: Path, spec: Spec) -> Path:
     """The path in a tree of adapters of what belongs to the base's array at `path`."""
     is_kernel = isinstance(spec, AdapterSpec)
@@ -130,25 +140,8 @@ def find_array(
     return path, leaf
 
 
-def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
-    """A tree of adapters with others, by the paths of their arrays in the base."""
-    return put_adapters(tree, {place_of(p, a.spec): a for p, a in new.items()})
-
-
-def put_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
-    """A tree with adapters at some paths of leaves."""
-
-    def put(keys: Any, leaf: Any) -> Any:
-        path = tuple(map(key_name, keys))
-        return reboxed(leaf, new[path]) if path in new else leaf
-
-    return jax.tree.map_with_path(put, tree, is_leaf=is_end)
-
-
 def reboxed(box: Any, value: Any) -> Any:
     """`value`, an array or an adapter, where `box` is: in a variable, or as a node."""
-    if isinstance(box, Adapter) and not isinstance(value, Adapter):
-        return box.replace(m=value)
     if not isinstance(value, Adapter):
         return trees.reboxed(box, value)
     if isinstance(box, nnx.Variable):
@@ -156,14 +149,9 @@ def reboxed(box: Any, value: Any) -> Any:
     return value  # Linen's metadata are of arrays
 
 
-def refuse_model(leaf: Any, what: str) -> None:
-    """Raise if `leaf` is a model or a plan, which may be pytrees as well."""
-    if isinstance(leaf, NoTree):
-        kind = type(leaf).__name__
-        told = f"{what} must be a tree of arrays, got the {kind}"
-        raise TypeError(f"{told}: {leaf.instead}")
-    hint = "; mora_jax.linen's plan and wrap take models"
-    if isinstance(leaf, nnx.Module):
-        hint = ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, "
-        hint += "wrap and merge_adapters take models"
-    trees.refuse_model(leaf, what, hint)
+replace_leaves = functools.partial(trees.replace_leaves, put=reboxed)
+
+
+def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
+    """A tree of adapters with others, by the paths of their arrays in the base."""
+    return replace_leaves(tree, Found(new).placed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from mora_jax._common import trees
 from mora_jax._common.suggestions import alike, nearest_paths, shown
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
@@ -51,10 +52,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _share(size: int, base_parameters: int) -> str:
-    return f"{size / base_parameters:.2%}" if base_parameters else ""
-
-
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
@@ -71,12 +68,8 @@ class LeftOut:
         return f"{shown(self.pattern, self.count)}: {self.why}"
 
 
-Parts = Mapping[Path, Spec]
-"""What is trained, by the paths of the arrays of the base that it belongs to."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Plan(Mapping[str, AdapterSpec], paths.NoTree):
+class Plan(Mapping[str, AdapterSpec]):
     """The kernels of a model that get an adapter, and which one; static and hashable.
 
     A mapping of slash-joined paths to `AdapterSpec`s, in the order of the paths.
@@ -85,7 +78,7 @@ class Plan(Mapping[str, AdapterSpec], paths.NoTree):
 
     As a pytree its leaves are the arrays of its operators. A function under jit may
     take a plan and bare arrays, and make adapters of them by `plan.adapters`: then the
-    directions of a `Subspace` are no constants of the program.
+    directions of a `Subspace` are not constants of the program.
 
     Attributes:
       parts: {path: spec} of kernels, and of arrays that train themselves.
@@ -110,9 +103,7 @@ class Plan(Mapping[str, AdapterSpec], paths.NoTree):
       {'fc': {'kernel_mora': Adapter(rotation, float32[16, 16])}}
     """
 
-    instead = "adapters are init(plan)"
-
-    parts: Parts
+    parts: Mapping[Path, Spec]
     base_parameters: int = 0
     traced: bool = dataclasses.field(default=False, compare=False)
     left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
@@ -215,6 +206,8 @@ def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
 
 
 jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
+trees.WHOLE += (Plan,)
+trees.REFUSED[Plan] = "the {}: adapters are init(plan)"
 
 
 def check_plan(plan: Any, name: str = "plan") -> Plan:
@@ -227,7 +220,7 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
     return plan
 
 
-def refuse_other_kernels(parts: Parts, plan: Plan) -> None:
+def refuse_other_kernels(parts: Mapping[Path, Spec], plan: Plan) -> None:
     """Raise unless `parts` are of the plan's kernels and arrays, read as it does."""
     for path in {**parts, **plan.parts}:
         name, pair = "/".join(path), (parts.get(path), plan.parts.get(path))
@@ -270,7 +263,7 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     """
     plan = plan_or_adapters
     if not isinstance(plan, Plan):
-        plan = Plan({path: a.spec for path, a in adapters_in(plan).items()})
+        plan = Plan(adapters_in(plan).specs)
 
     def kind(part: tuple[str, Spec]) -> tuple[object, ...]:
         name, spec = part
@@ -281,24 +274,18 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     rows, base = [], plan.base_parameters
     for pattern, parts in alike((*plan.items(), *plan.trained.items()), kind):
         size = sum(spec.parameters for _, spec in parts)
-        row = {"path": shown(pattern, len(parts)), **_cells(parts[0][1])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+        row = {"path": shown(pattern, len(parts)), "parameters": f"{size:,}"}
+        row["of base"] = f"{size / (base or 1):.2%}"
+        rows.append(row | _cells(parts[0][1]))
     # A column is there if a layer departs from the default.
-    departures = [
-        name
-        for name in ("alpha", "scale", "dropout", "init")
-        if any(
-            getattr(s, name) != getattr(AdapterSettings, name) for s in plan.values()
-        )
-    ]
-    columns = "path", "in -> out", "operator", "r", "q", *departures, "parameters"
+    columns = ["path", "in -> out", "operator", "r", "q"]
+    for name in ("alpha", "scale", "dropout", "init"):
+        default = getattr(AdapterSettings, name)
+        columns += [name] * any(getattr(s, name) != default for s in plan.values())
+    columns += ["parameters", *["of base"] * bool(base)]
     size = plan.trainable_parameters
     counts = [_counted(len(plan), "adapter")]
     counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
-    of_base = f", {_share(size, base)} of {base:,}" if base else ""
-    return "\n".join(
-        [
-            *_lines([*columns, *["of base"] * bool(base)], rows),
-            f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}",
-        ]
-    )
+    of_base = f", {size / base:.2%} of {base:,}" if base else ""
+    total = f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}"
+    return "\n".join([*_lines(columns, rows), total])

@@ -11,7 +11,7 @@ import typer
 from mora_jax import io
 from mora_jax._common.suggestions import alike, shown
 from mora_jax._layer.rounding import Rounding
-from mora_jax._tree.paths import Tree, adapters_in, kernels_in, trained_in
+from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
 from mora_jax.diagnostics._measures import effective_rank, spectrum
@@ -143,7 +143,7 @@ def merge(
     adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
     settings: dict[str, Any] = {"force": force, "any_base": any_base}
-    settings["rounding"], arrays = rounding, trained_in(adapters)
+    settings["rounding"], arrays = rounding, adapters_in(adapters).trained
     with progress("merging", base) as settings["progress"]:
         lost = io.merge_checkpoint(base, adapters, out, names, **settings)
     also = f", {len(arrays)} trained arrays put in" if arrays else ""
@@ -185,7 +185,7 @@ def convert(
         lost = io.save_peft_lora(path, adapters, names, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    typer.echo(f"{out}: {len(kernels_in(adapters))} adapters as {to}")
+    typer.echo(f"{out}: {len(adapters_in(adapters).kernels)} adapters as {to}")
 
 
 @app.command()
@@ -207,7 +207,7 @@ def export(
     settings |= {"max_error": max_error, "any_base": any_base}
     with progress("writing", base) as advance:
         done = io.export(out, adapters, server, names, progress=advance, **settings)
-    number = len(kernels_in(adapters))
+    number = len(adapters_in(adapters).kernels)
     if done.rank is None:
         what, lost = f"the base with {number} adapters merged in", "rounding lost"
     else:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from mora_jax._layer.adapter import delta_of, wide
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import checked_adapters, kernels_of
+from mora_jax._tree.adapters import checked_adapters
 from mora_jax._tree.merge import merged_kernel, with_kernels
 
 
@@ -57,7 +57,7 @@ def spectrum(adapters: Any) -> dict[str, np.ndarray]:
       TypeError, ValueError: They are not adapters, or an M is not finite.
     """
     values = {}
-    for path, adapter in kernels_of(checked_adapters(adapters)).items():
+    for path, adapter in checked_adapters(adapters).kernels.items():
         spec = adapter.spec
         stack = np.asarray(adapter.m, np.float64).reshape(-1, *spec.operator.m_shape)
         spectra = [_spectrum(spec, m) for m in stack]

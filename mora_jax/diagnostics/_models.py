@@ -17,7 +17,7 @@ from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import checked_adapters, init
 from mora_jax._tree.merge import merged_kernel, with_kernels
-from mora_jax._tree.paths import kernels_in, replace_adapters, replace_leaves
+from mora_jax._tree.paths import adapters_in, replace_adapters, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen._bound import params_of
 from mora_jax.linen._model import wrap as wrap_linen
@@ -73,7 +73,8 @@ def check(
     key, ratios = jax.random.key(seed), {}
     # An adapter may start at random, and each layer is to be the only one adapted.
     start = init(plan, key, params=params)
-    zeros = replace_adapters(start, jax.tree.map(jnp.zeros_like, kernels_in(start)))
+    kernels = dict(adapters_in(start).kernels)
+    zeros = replace_adapters(start, jax.tree.map(jnp.zeros_like, kernels))
     base = _floats(adapted(zeros), "floating-point outputs for these inputs")
     items = enumerate(with_kernels(params, checked_adapters(zeros)))
     for number, (path, adapter, place, kernel) in items:

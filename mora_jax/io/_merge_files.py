@@ -15,7 +15,7 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_digests, kernel_digests
-from mora_jax._tree.paths import kernels_in, trained_in
+from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files
 from mora_jax.io._files import AdapterFileError, PathLike, as_path
 from mora_jax.io._names import Names, join_index
@@ -75,7 +75,7 @@ class Site:
 def sites_of(source: Source, adapters: Any) -> dict[str, Site]:
     """{tensor: its site} for all tensors that adapters change, checked."""
     sites = {}
-    for path, adapter in kernels_in(adapters).items():
+    for path, adapter in adapters_in(adapters).kernels.items():
         kernel = "/".join(path)
         m = to_numpy(kernel, adapter.m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
@@ -188,7 +188,7 @@ def merge_checkpoint(
     _files.check_free("out", target, written, force)
     tensors = Source(checkpoint, names, tied=False)
     sites = sites_of(tensors, adapters)
-    trained = replacements(tensors, trained_in(adapters))
+    trained = replacements(tensors, adapters_in(adapters).trained)
     tensors.check_missing()
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged

@@ -21,7 +21,7 @@ from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.per_row import Selected
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import kernels_of, with_trained
+from mora_jax._tree.adapters import with_trained
 from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
 from mora_jax._tree.plan import Plan, refuse_other_kernels
@@ -162,8 +162,8 @@ class AdaptedApply:
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
         found = adapters_in(adapters, by_row=True)
-        refuse_other_kernels({p: a.spec for p, a in found.items()}, self.plan)
-        bound, rows, kernels = {}, {}, kernels_of(found)
+        refuse_other_kernels(found.specs, self.plan)
+        bound, rows, kernels = {}, {}, found.kernels
         for path, adapter in kernels.items():
             spec, m = adapter.spec, adapter.m
             if isinstance(m, Selected):

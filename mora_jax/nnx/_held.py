@@ -24,8 +24,15 @@ from mora_jax._layer.per_row import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
-from mora_jax._tree.adapters import base_leaves
-from mora_jax._tree.paths import Tree, adapters_in, nest, place_of, unboxed
+from mora_jax._tree.base_digest import check_base
+from mora_jax._tree.paths import (
+    Tree,
+    adapters_in,
+    named_leaves,
+    nest,
+    place_of,
+    unboxed,
+)
 from mora_jax._tree.plan import Plan, refuse_other_kernels
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -286,9 +293,9 @@ def set_adapters(
     Example: see `wrap`.
     """
     there, found = held_adapters(model), adapters_in(adapters, by_row=True)
-    refuse_other_kernels({p: a.spec for p, a in found.items()}, plan_of(model))
+    refuse_other_kernels(found.specs, plan_of(model))
     if not any_base:
-        base_leaves(parameters(model), found, any_base)
+        check_base(found, named_leaves(parameters(model)))
     # All of them are checked before the first is set.
     new = {path: _fitting(path, there[path], a) for path, a in found.items()}
     if any([_set(*there[path], new[path], seed) for path in there]):

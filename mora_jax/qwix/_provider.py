@@ -21,7 +21,7 @@ from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_m
 from mora_jax._tree.combined import split
-from mora_jax._tree.paths import kernels_in, named_leaves
+from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.linen._bound import running_adapter
 from mora_jax.nnx._held import dropout_key, held, hold_adapter, named_modules, traceable
@@ -284,6 +284,6 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
     # The trace saw one layer, and nn.scan stacks M's: their shapes tell.
     base, adapters = split(shapes["params"])
-    specs = {path: adapter.spec for path, adapter in kernels_in(adapters).items()}
+    specs = adapters_in(adapters).kernels.specs
     size = sum(leaf.size for _, leaf in named_leaves(base).values())
     return Plan(dict(sorted(specs.items())), size, traced=True)

@@ -13,7 +13,7 @@ from mora_jax._layer.rounding import MergeLoss
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import checked_adapters, refuse_trained
 from mora_jax._tree.merge import merged_kernel, with_kernels
-from mora_jax._tree.paths import located_leaves, reboxed, unboxed
+from mora_jax._tree.paths import Found, located_leaves, reboxed, unboxed
 from mora_jax.nnx._held import Model, MoRAParam, detached
 from mora_jax.nnx._held import adapters as nnx_adapters
 from mora_jax.qwix import _private
@@ -122,7 +122,7 @@ def merge(
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
         base = _private.dequantized(named[name])
-        one = {path: adapter}
+        one = Found({path: adapter})
         kernel = with_kernels({name: base}, one, any_base=any_base)[0][-1]
         total = reboxed(base, merged_kernel(adapter, kernel, rounding="dither"))
         if onto == "requantized":

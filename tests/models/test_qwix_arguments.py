@@ -78,7 +78,7 @@ def test_params_on_the_host_and_shapes(adapted):
     shapes = jax.eval_shape(lambda: base)
     found = dequantize(shapes)["kernel"]
     assert isinstance(found, jax.ShapeDtypeStruct) and found.shape == (16, 16)
-    with pytest.raises(TypeError, match="kernel must be an array, got ShapeDtypeStr"):
+    with pytest.raises(TypeError, match="kernel in params must be an array, got Shape"):
         merge(shapes, adapters)
 
 

@@ -10,7 +10,7 @@ from helpers import close, random, random_like
 
 import mora_jax
 from mora_jax import MoRAConfig, from_lora, to_lora
-from mora_jax._tree.paths import kernels_in
+from mora_jax._tree.paths import adapters_in
 
 qwix = pytest.importorskip("qwix")
 
@@ -50,7 +50,7 @@ def test_a_linen_model_of_qwix(heads):
     tree = nested({**flattened(variables["params"]), **factors})
     plan = mora_jax.linen.plan(model, variables, ALL, X)
     adapters = from_lora(tree, plan, alpha=6 / 2)
-    found = kernels_in(adapters)
+    found = adapters_in(adapters).kernels
     assert found.keys() == plan.specs.keys()
     assert {adapter.operator.name for adapter in found.values()} == {"low_rank"}
     assert {adapter.operator.square_rank for adapter in found.values()} == {2}

@@ -19,11 +19,11 @@ from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax._tree.paths import (
+    Found,
     Tree,
     adapters_in,
     find_array,
     named_leaves,
-    nest,
     place_of,
 )
 from mora_jax.io import _files
@@ -83,18 +83,16 @@ def load(
       ...     mora_jax.load(directory, params)
       {'fc': {'kernel_mora': Adapter(rotation, float32[8, 8])}}
     """
-    path, kernels = _files.as_path("directory", directory), None
-    if params_or_shapes is not None:
-        leaves = named_leaves(params_or_shapes)
-        kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    found = _restored(_settled(path), kernels)
-    if kernels is not None and not any_base:
-        specs = {"/".join(place): adapter.spec for place, adapter in found.items()}
+    path = _files.as_path("directory", directory)
+    leaves = None if params_or_shapes is None else named_leaves(params_or_shapes)
+    kernels = leaves and {name: leaf for name, (_, leaf) in leaves.items()}
+    found = Found(_restored(_settled(path), kernels))
+    if leaves is not None and not any_base:
         try:
-            check_base(specs, kernels)
+            check_base(found, leaves)
         except ValueError as error:
             raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
-    return nest({place_of(p, adapter.spec): adapter for p, adapter in found.items()})
+    return found.tree()
 
 
 def read_metadata(directory: _files.PathLike) -> dict[str, Any]:

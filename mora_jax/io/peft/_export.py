@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
-from mora_jax._tree.paths import kernels_in, trained_in
+from mora_jax._tree.paths import adapters_in
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
 from mora_jax.io._merge_files import merge_checkpoint
 from mora_jax.io._names import Names, bijection
@@ -79,7 +79,7 @@ def export(
       AdapterFileError, OSError: As `merge_checkpoint`.
     """
     check_choice("server", server, get_args(Server))
-    trained = [*map("/".join, trained_in(adapters))]
+    trained = [*map("/".join, adapters_in(adapters).trained)]
     path = as_path("directory", directory)
     if not force:
         check_free("directory", path, ADAPTER, force)  # before minutes are spent
@@ -117,7 +117,7 @@ def export(
 def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
     """True if an adapted embedding is the head, too, which a LoRA would miss."""
     known, tables = bijection(names), []
-    for path, adapter in kernels_in(adapters).items():
+    for path, adapter in adapters_in(adapters).kernels.items():
         kernel = "/".join(path), adapter.spec.kernel_shape, adapter.spec.axes
         modules = known.modules(*kernel)
         tables += [f"{module.name}.weight" for module in modules if module.table]

@@ -12,7 +12,7 @@ from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import refuse_trained
-from mora_jax._tree.paths import adapters_in, kernels_in, trained_in
+from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump
@@ -275,7 +275,7 @@ def write_peft(
 def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
     """PyTorch's modules with their kernels' paths and adapters; no convolutions."""
     known, items, unknown = _names.bijection(names), [], []
-    for path, adapter in kernels_in(adapters).items():
+    for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
         # layer from heads to a width has "iio". Only names tell these apart.
@@ -307,7 +307,7 @@ def whole_modules(adapters: Any, names: Names) -> dict[str, np.ndarray]:
     PEFT calls their modules `modules_to_save`.
     """
     known, whole = _names.bijection(names), {}
-    for path, adapter in trained_in(adapters).items():
+    for path, adapter in adapters_in(adapters).trained.items():
         name, shape = "/".join(path), adapter.spec.shape
         pair = next(known.of_leaf(name), None)
         # A vector is the same in both, whatever its template says of axes.
