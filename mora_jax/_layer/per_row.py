@@ -169,8 +169,13 @@ class BySlot(LinearMap):
         return _each(product, self.one_device, len(ms), operand, index)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        of_h = functools.partial(self.forward, residuals)
-        return transposed(of_h, (cotangent.shape[0], *self.row), cotangent)
+        (op, index), ms = residuals
+
+        def back(g: jax.Array, slot: jax.Array) -> jax.Array:
+            m = _in_slot(ms, slot).astype(g.dtype)
+            return transposed(lambda h: op.product(h, m, self.precision), self.row, g)
+
+        return _each(back, self.one_device, len(ms), cotangent, index)
 
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
         (op, index), ms = residuals
