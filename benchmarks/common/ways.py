@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax import AdapterSpec
-from mora_jax._jax.linear_map import Static
+from mora_jax._jax.linear_map import static
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._layer.ways import Layer, Way, joins
 from mora_jax.products import Contraction, Product
@@ -36,6 +36,6 @@ def choose(
         return "activation"
     assert isinstance(product, Contraction)  # or it would not join
     settings = axes, None, spec.layout, spec.execution
-    layer = Layer(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
+    layer = Layer(product, static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
     kernel = jax.ShapeDtypeStruct(shape, dtype)
     return layer.way(kernel, spec.operator.work, tuning or current_tuning())

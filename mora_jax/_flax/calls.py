@@ -15,7 +15,7 @@ from mora_jax._common.checks import check_kernel
 from mora_jax._common.types import ArrayLike
 from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import LayerRule
-from mora_jax._jax.linear_map import Static
+from mora_jax._jax.linear_map import static
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import adapted_product, add_delta, check_product
@@ -179,7 +179,7 @@ def adapt_call(
         ) -> jax.Array:
             contracted, batch = dimension_numbers  # maybe lists, which do not hash
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
-            multiply = Static(jax.lax.dot_general, dimension_numbers=axes, **settings)
+            multiply = static(jax.lax.dot_general, dimension_numbers=axes, **settings)
             own = adapter()
             with errors_of(name):
                 return adapted_product(

@@ -24,25 +24,12 @@ from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._jax.vma import alike
 
 
-class Static(functools.partial[Any]):
-    """A partial function that hashes and compares by its function and arguments."""
-
-    # A part of a compiled program must. Others compare by identity, so that every call
-    # would compile again.
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._parts == other._parts
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(self._parts)
-
-    @functools.cached_property
-    def _parts(self) -> tuple[Any, ...]:
-        return self.func, self.args, frozenset(self.keywords.items())
+@functools.lru_cache(maxsize=4096, typed=True)
+def static(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """`functools.partial`, which is the same object for equal arguments."""
+    # A part of a compiled program is told from others by its hash. A partial function
+    # hashes by identity, so that every call would compile again.
+    return functools.partial(function, *args, **settings)
 
 
 class LinearMap(abc.ABC):

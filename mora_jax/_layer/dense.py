@@ -15,7 +15,7 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.checks import as_jax_array, check_kernel, check_key, check_leaf
 from mora_jax._common.trees import unboxed
 from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_map import Static
+from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
@@ -154,7 +154,7 @@ def mora_apply(
         x.astype(dtype),
         kernel.astype(dtype),
         contraction,
-        Static(jnp.einsum, contraction.equation, precision=frozen.precision),
+        static(jnp.einsum, contraction.equation, precision=frozen.precision),
         dropout_key=key if drops else None,
         precision=frozen.precision,
     )

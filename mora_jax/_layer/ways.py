@@ -20,6 +20,7 @@ the work, and the gather that the layer needs anyway brings the folded kernel.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -31,7 +32,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import transposed
-from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.linear_map import LinearMap, static
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
@@ -64,7 +65,7 @@ class Layer:
     """
 
     product: Contraction
-    multiply: Static
+    multiply: Callable[..., Any]
     axes: str
     precision: jax.lax.PrecisionLike
     layout: KernelLayout | None
@@ -226,14 +227,14 @@ def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
     on_one = Activation(dataclasses.replace(layer, layout=None))
-    here = Static(Activation.forward, on_one)
+    here = static(Activation.forward, on_one)
     x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
     specs = x_spec, y_spec, REPLICATED, kernel_spec
     return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
-def _result_dtype(multiply: Static, *arrays: tuple[Shape, Any]) -> Any:
+def _result_dtype(multiply: Callable[..., Any], *arrays: tuple[Shape, Any]) -> Any:
     shapes = [jax.ShapeDtypeStruct(*array) for array in arrays]
     return jax.eval_shape(multiply, *shapes).dtype
 
@@ -247,7 +248,7 @@ def adapted_product(
     x: ArrayLike,
     kernel: Any,
     product: Product,
-    multiply: Static,
+    multiply: Callable[..., Any],
     *,
     dropout_key: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,

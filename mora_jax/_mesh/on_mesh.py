@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.linear_map import LinearMap, static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
 from mora_jax.operators._base import Operator
@@ -47,7 +47,7 @@ class ShardMappedMap(LinearMap):
     """
 
     features: FeatureSharding
-    forward_here: Static
+    forward_here: Callable[..., Any]
     whole: Any
     specs: tuple[PartitionSpec, ...]
     gathers_last: bool = False
@@ -156,14 +156,14 @@ class OnMesh(DeltaMap):
             return self.operator.enter(x)
         inputs = dataclasses.replace(self.features, out_axes=())
         specs = last_axis(axes, x.ndim), REPLICATED
-        of_x = ShardMappedMap(inputs, Static(_here, "enter"), jax.typeof(x), specs)
+        of_x = ShardMappedMap(inputs, static(_here, "enter"), jax.typeof(x), specs)
         return of_x((self.operator,), x)
 
     def leave(self, h: jax.Array) -> jax.Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
-        specs, here = (REPLICATED, last_axis(axes, h.ndim)), Static(_here, "leave")
+        specs, here = (REPLICATED, last_axis(axes, h.ndim)), static(_here, "leave")
         of_h = ShardMappedMap(self._outputs_only, here, jax.typeof(h), specs)
         return of_h((self.operator,), h)
 
@@ -174,14 +174,14 @@ class OnMesh(DeltaMap):
 
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
-        here, outputs = Static(_here, "unit_rows", precision), self._outputs_only
+        here, outputs = static(_here, "unit_rows", precision), self._outputs_only
         specs = REPLICATED, last_axis(outputs.out_axes, indices.ndim + 1), REPLICATED
         of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
         return self._of_m(of_m, m, indices)
 
     def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        here, specs = Static(_here, matrix_of), (REPLICATED, self._kernel_spec)
+        here, specs = static(_here, matrix_of), (REPLICATED, self._kernel_spec)
         of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
         return self._of_m(of_m, m)
 
@@ -191,7 +191,7 @@ class OnMesh(DeltaMap):
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-        spec, here = self._kernel_spec, Static(_here, add)
+        spec, here = self._kernel_spec, static(_here, add)
         specs = spec, spec, REPLICATED
         sums = ShardMappedMap(self.features, here, jax.typeof(kernel), specs)
         # Without a transpose, since it is not linear.
@@ -220,7 +220,7 @@ class InParts(OnMesh):
     """
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        here, specs = Static(_rows, precision), (*self._specs(x), REPLICATED)
+        here, specs = static(_rows, precision), (*self._specs(x), REPLICATED)
         by_m, like = self._by_m(x, m, precision), jax.typeof(x)
         of_x = _RowsInParts(self.features, here, like, specs, by_m=by_m)
         return of_x((self.operator, m), x)
@@ -244,7 +244,7 @@ class InParts(OnMesh):
         """The derivative by M as a map of its tangent, in the dtype of `m`."""
         x_spec, y_spec = self._specs(x)
         specs = REPLICATED, y_spec, x_spec, REPLICATED
-        here = Static(_tangent, precision)
+        here = static(_tangent, precision)
         whole = jax.ShapeDtypeStruct(self.operator.m_shape, m.dtype)
         return ShardMappedMap(self.features, here, whole, specs)
 

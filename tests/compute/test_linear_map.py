@@ -9,7 +9,7 @@ import pytest
 from helpers import close, random
 from jax.test_util import check_grads
 
-from mora_jax._jax.linear_map import LinearMap, Static
+from mora_jax._jax.linear_map import LinearMap, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_static_functions_compare_by_what_they_hold():
 
     jitted = jax.jit(lambda function, x: function(x), static_argnums=0)
     for factor in (2.0, 2.0, 3.0):
-        close(jitted(Static(scale, factor), X), factor * X)
+        close(jitted(static(scale, factor), X), factor * X)
     assert traces == [2.0, 3.0]
 
 
