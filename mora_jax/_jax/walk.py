@@ -5,6 +5,7 @@ what values are and what primitives make of them. The walk knows the rest: the p
 inside of primitives, and how often they run.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ class Domain(Generic[T]):
     def stacked(self, value: T) -> T:
         """The array that a scan makes of one in each round."""
         raise NotImplementedError
+
+    def tried(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the domain keeps nothing of what it finds besides values."""
+        return contextlib.nullcontext()
 
     def bypassed(self, eqn: Any, outputs: list[T]) -> list[T]:
         """The outputs of an equation whose program has a derivative of its own."""
@@ -113,10 +118,11 @@ def _loop(
 ) -> tuple[list[T], list[T]]:
     """A state that holds before and after every round, and a round's outputs."""
     while True:  # until nothing more is lost
-        results = walk(domain, body, [*fixed, *state, *layers])
+        with domain.tried():  # the state may not hold in every round
+            results = walk(domain, body, [*fixed, *state, *layers])
         weaker = list(map(domain.join, state, results))
         if weaker == state:
-            return state, results
+            return state, walk(domain, body, [*fixed, *state, *layers])
         state = weaker
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -232,7 +233,10 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     # Arrays that the settings determine are not compared.
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
-    fields |= {"digest"} if operator.given else set()
+    arrays = [getattr(operator, name) for name in operator.arrays]
+    # Nothing is known of the numbers of arguments of a function under jit.
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    fields |= {"digest"} if operator.given and not traced else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}
 

@@ -1,7 +1,9 @@
 """Kernels: what a call of a model makes of them, and if it is right."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -75,14 +77,17 @@ def follow(
 
 
 class Kernels(Domain[Value]):
-    """The domain of trails. It adds to `uses` what it finds.
-
-    What is found in the first rounds of a loop is so: each state holds until then.
-    """
+    """The domain of trails. It adds to `uses` what it finds."""
 
     nothing = {}
 
     def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+
+    @contextlib.contextmanager
+    def tried(self) -> Iterator[None]:
+        uses, self.uses = self.uses, Uses()
+        yield
         self.uses = uses
 
     def constant(self, literal: Literal) -> Value:
