@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax.core.scope import subtract_filters
 
 from mora_jax._flax.layers import lacking
+from mora_jax._layer.adapter import is_adapter
 from mora_jax._tree.adapters import init
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen import wrap
@@ -41,8 +43,9 @@ class MoRA(nn.Module):
     """A Linen model with its adapters as one module, as `gm.nn.LoRA` is.
 
     The samplers of gemma and the trainer of Kauldron take a module and its params. The
-    params of this one are `{"base": params, "mora": adapters}`, and
-    `kd.optim.select("mora")` selects the adapters. The model's attributes, other
+    params of this one are `{"base": params, "mora": adapters}`, where the adapters may
+    also be plain arrays, as its own `init` makes them and `plan.adapters` reads them;
+    `kd.optim.select("mora")` selects them. The model's attributes, other
     collections and random streams are as without them. The adapter's dropout is on
     where a call has a key for "dropout". In code of your own `linen.wrap` is simpler.
 
@@ -76,7 +79,9 @@ class MoRA(nn.Module):
         if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
             output, new = model.init_with_output(rngs, *args, **kwargs)
             adapters = init(self.plan, self.make_rng("params"), params=new["params"])
-            self._put({**new, "params": {"base": new["params"], "mora": adapters}})
+            # Kauldron's tables of parameters take all but dicts for arrays.
+            ms = jax.tree.map(lambda adapter: adapter.m, adapters, is_leaf=is_adapter)
+            self._put({**new, "params": {"base": new["params"], "mora": ms}})
             return output
         params = self.variables.get("params", {})
         if set(params) != {"base", "mora"}:
@@ -88,8 +93,9 @@ class MoRA(nn.Module):
         variables = {**self.variables, "params": params["base"]}
         settings: Any = {"rngs": rngs, "mutable": mutable}
         settings["adapter_deterministic"] = "dropout" not in rngs
+        adapters = self.plan.adapters(params["mora"])
         apply = wrap(model, self.plan)
-        result = apply(params["mora"], variables, *args, **settings, **kwargs)
+        result = apply(adapters, variables, *args, **settings, **kwargs)
         if mutable is False:
             return result
         output, updated = result
