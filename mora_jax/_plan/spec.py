@@ -5,8 +5,8 @@ import math
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from mora_jax._common.axes import features, sizes
@@ -235,7 +235,7 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     fields -= {size.name for size in dataclasses.fields(Operator)}
     arrays = [getattr(operator, name) for name in operator.arrays]
     # Nothing is known of the numbers of arguments of a function under jit.
-    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    traced = any(isinstance(array, Tracer) for array in arrays)
     fields |= {"digest"} if operator.given and not traced else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}
