@@ -84,7 +84,7 @@ class Adapter:
     @property
     def operator(self) -> Operator:
         """C and D."""
-        return self._of_kernel("an operator").operator
+        return self._kernel_spec("an operator").operator
 
     def __call__(self, x: Shaped[ArrayLike, "..."]) -> Float[jax.Array, "..."]:
         r"""The delta's product with an input, :math:`\alpha s\, D(C(x) M)`.
@@ -96,7 +96,7 @@ class Adapter:
           TypeError, ValueError: `x` is not an array or does not fit, or the adapter is
             a trained array.
         """
-        spec, x = self._of_kernel("a product"), as_jax_array("x", x)
+        spec, x = self._kernel_spec("a product"), as_jax_array("x", x)
         spec = check_adapter(f"kernel{SUFFIX}", self).spec
         contraction = Contraction.from_axes(spec.axes, x.ndim)
         contraction.check_input(tuple(x.shape), spec.kernel_shape)
@@ -112,10 +112,10 @@ class Adapter:
         Raises:
           TypeError, ValueError: M does not fit, or the adapter is a trained array.
         """
-        self._of_kernel("a delta")
+        self._kernel_spec("a delta")
         return delta_of(check_adapter(f"kernel{SUFFIX}", self))
 
-    def _of_kernel(self, what: str) -> AdapterSpec:
+    def _kernel_spec(self, what: str) -> AdapterSpec:
         if not isinstance(self.spec, AdapterSpec):
             kind = type(self.spec).__name__
             raise TypeError(f"an adapter of a kernel has {what}, got one of a {kind}")

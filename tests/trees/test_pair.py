@@ -227,6 +227,19 @@ def test_what_is_no_adapter_is_told():
         mora_jax.merge(PARAMS["s"], odd)
 
 
+def test_equal_arrays_with_equal_meanings_are_equal():
+    """As trees of shapes or shardings are compared, by == of the trees."""
+    shapes = jax.tree.map(jnp.shape, ADAPTERS)
+    assert shapes == jax.tree.map(jnp.shape, NEW)
+    assert hash(shapes["a"]["kernel_mora"]) == hash(
+        shapes["a"]["kernel_mora"].replace()
+    )
+    other = mora_jax.plan(PARAMS, MoRAConfig(rank=2, alpha=2.0, **SETTINGS))
+    meant = jax.tree.map(jnp.shape, mora_jax.init(other, params=PARAMS))
+    assert shapes != meant and jax.tree.leaves(shapes) == jax.tree.leaves(meant)
+    assert shapes["a"]["kernel_mora"] != shapes["a"]["kernel_mora"].m
+
+
 def test_a_repr_is_short():
     assert repr(ADAPTERS["a"]) == (
         "{'bias': Adapter(trained, float32[8]), "
