@@ -17,7 +17,7 @@ plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))
 assert_type(plan, mora_jax.Plan)
 assert_type(plan.trainable_parameters, int)
 assert_type(mora_jax.square_rank(64, 64, 2), int)
-merged = mora_jax.merge(params, mora_jax.init(plan), plan)
+merged = mora_jax.merge(params, mora_jax.init(plan))
 assert jax.tree.all(jax.tree.map(jnp.array_equal, params, merged))
 
 layer = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
