@@ -1,8 +1,11 @@
 """Many adapters at once: a different one for each row of a batch.
 
-The M's of N adapters of one meaning are one tree, and the rows of a batch say by an
-array of integers which of them they want. All of it is data: one compiled program
-serves any mixture of adapters, also after one of them was replaced by another.
+The M's of N adapters of one meaning are one tree of adapters, whose arrays have a
+leading axis of N slots. By an array of integers `select` takes those of the rows of a
+batch, and `jax.vmap` calls the model with one row and its adapter. So a row cannot get
+the adapter of another one, whatever the model does with a batch. The base's products
+stay products of the whole batch. Slots and index are data: one compiled program serves
+any mixture of adapters, also after one of them was replaced by another.
 
   stack                 adapters of one meaning in one tree, in slots
   put                   the same tree with another adapter in one slot
@@ -17,7 +20,9 @@ Example::
   >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
   >>> @jax.jit
   ... def is_adapted(stacked, index):
-  ...     y = adapted(serving.select(stacked, index), variables, x)
+  ...     def row(adapters, x):  # the model gets a batch of one row
+  ...         return adapted(adapters, variables, x[None])[0]
+  ...     y = jax.vmap(row)(serving.select(stacked, index), x)
   ...     return (y != model.apply(variables, x)).any(axis=1)
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
   >>> stacked = serving.stack([ones], slots=2)
@@ -38,8 +43,7 @@ from jax.core import Tracer
 
 from mora_jax._common import checks
 from mora_jax._layer.adapter import Adapter, is_adapter
-from mora_jax._layer.per_row import Selected, Slots, beyond_if_none
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import (
     check_same_meaning,
     checked_adapters,
@@ -61,8 +65,8 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
         adapter. Others hold zeros, which add nothing, until `put` fills them.
 
     Returns:
-      A tree as of one adapter, with an array (N, q, q), in the widest dtype of the M's,
-      instead of each M. Axes of a stack stay in front: (layers, N, q, q).
+      A tree as of one adapter, in which each M is (N, *stack, *m_shape), in the widest
+      dtype of the M's, and means what one of them means.
 
     Raises:
       TypeError, ValueError: Adapters have different meanings or hold NaN or infinity;
@@ -82,12 +86,10 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
         )
     stacked = Found()
     for path, adapter in found[0].items():
-        spec, ms = adapter.spec, [one[path].m for one in found]
+        ms = [one[path].m for one in found]
         dtype = jnp.result_type(*ms)
-        ms += [jnp.zeros(spec.shape, dtype)] * (number - len(ms))
-        joined = jnp.stack([m.astype(dtype) for m in ms], len(spec.stack_shape))
-        held = Slots(joined, len(spec.operator.m_shape))
-        stacked[path] = Adapter(held, spec)
+        ms += [jnp.zeros(adapter.spec.shape, dtype)] * (number - len(ms))
+        stacked[path] = adapter.replace(m=jnp.stack([m.astype(dtype) for m in ms]))
     return stacked.tree()
 
 
@@ -112,9 +114,9 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     check_same_meaning(new, slots)
     # All of them are checked before the slots, which are donated, are lost.
     for path, adapter in slots.items():
-        held, place = adapter.m, place_of(path, adapter.spec)
-        where = f" in {held.dtype}, the dtype of the slots"
-        checks.check_finite(new[path].m.astype(held.dtype), "/".join(place), where)
+        dtype, place = adapter.m.dtype, place_of(path, adapter.spec)
+        where = f" in {dtype}, the dtype of the slots"
+        checks.check_finite(new[path].m.astype(dtype), "/".join(place), where)
     at = _check_indices(slot, "slot", 0, number, ndim=0)
     ms = {place: adapter.m for place, adapter in new.placed.items()}
     return _put(stacked, at, nest(ms))
@@ -122,12 +124,10 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacked: Tree, slot: jax.Array, ms: Tree) -> Tree:
-    def changed(adapter: Adapter, m: jax.Array) -> Adapter:
+    def changed(slots: Adapter, m: jax.Array) -> Adapter:
         # A traced `slot` may be one that does not exist. Then it changes nothing.
-        slots = adapter.m
-        at = (*[slice(None)] * slots.axis, beyond_if_none(slot, slots.number))
-        new = slots.m.at[at].set(m.astype(slots.dtype), mode="drop")
-        return adapter.replace(m=Slots(new, slots.ndim_m))
+        at = slots.m.at[_beyond_if_none(slot, len(slots.m))]
+        return slots.replace(m=at.set(m.astype(slots.m.dtype), mode="drop"))
 
     return jax.tree.map(changed, stacked, ms, is_leaf=is_adapter)
 
@@ -135,12 +135,10 @@ def _put(stacked: Tree, slot: jax.Array, ms: Tree) -> Tree:
 def select(stacked: Tree, index: Any) -> Tree:
     """The adapters for the rows of a batch, one for each row.
 
-    They go to the function that `linen.wrap` returns, and to `nnx.set_adapters`. Call
-    this inside of the compiled function: then one program serves all indices. The first
-    axis of each adapted layer's input must be the batch (for an einsum the first axis
-    that the kernel lacks), with the rows as the model's inputs have them on their first
-    axes. This is proven once for each program; a model that permutes, reverses or sorts
-    the batch is refused when it is called (docs/trace-check.md).
+    They are for `jax.vmap` of a function of one adapter and one row, see above; in NNX
+    that function calls `nnx.set_adapters` on a clone of the model, see
+    docs/many-adapters.md. Call this inside of the compiled function: then one program
+    serves all indices.
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
@@ -148,17 +146,19 @@ def select(stacked: Tree, index: Any) -> Tree:
       index: The number of the slot for each row, (B,), integers; -1 for no adapter. In
         a compiled function a number beyond the slots means no adapter as well.
 
+    Returns:
+      A tree as of one adapter, in which each M is (B, *stack, *m_shape); an M of zeros
+      stands for no adapter.
+
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are not integers.
       ValueError: `index` has more or fewer axes than one, or a number without a slot.
     """
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, ndim=1)
+    at = _beyond_if_none(index, number)
     for path, adapter in slots.items():
-        # Flax's lifted transformations take one index off the stack of all arrays.
-        held = adapter.m
-        shape = *held.shape[: held.axis], *index.shape
-        chosen = Selected(held, jnp.broadcast_to(index, shape))
+        chosen = adapter.m.at[at].get(mode="fill", fill_value=0)
         slots[path] = adapter.replace(m=chosen)
     return slots.tree()
 
@@ -166,15 +166,29 @@ def select(stacked: Tree, index: Any) -> Tree:
 def _slots_of(stacked: Any) -> tuple[Found, int]:
     """The adapters in slots, and the one number of slots that all have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
-    slots = Found()
+    slots, numbers = Found(), set[int]()
     for path, leaf in located_leaves(stacked, "stacked").items():
-        if not isinstance(leaf, Adapter) or not isinstance(leaf.m, Slots):
+        if not isinstance(leaf, Adapter) or not isinstance(leaf.spec, AdapterSpec):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
+        number, *shape = jnp.shape(leaf.m) or (0,)
+        if (*shape,) != leaf.spec.shape:
+            expected = "(N, {})".format(", ".join(map(str, leaf.spec.shape)))
+            raise ValueError(
+                f"{rule}, {'/'.join(path)!r} of shape {expected}, got "
+                f"{jnp.shape(leaf.m)}"
+            )
+        numbers.add(number)
         slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
-    if len(numbers := {adapter.m.number for adapter in slots.values()}) != 1:
+    if len(numbers) != 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
     return slots, numbers.pop()
+
+
+def _beyond_if_none(index: jax.Array, number: int) -> jax.Array:
+    """Indices, in which those of no adapter are past the last slot."""
+    # JAX would count negative numbers from the end.
+    return jnp.where(index < 0, number, index)
 
 
 def _check_indices(value: Any, name: str, least: int, number: int, ndim: int) -> Any:

@@ -53,17 +53,14 @@ class Call:
         vars(self).update(args=args, kwargs=kwargs)
 
 
-def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:
+def kind_of_call(*args: Any) -> Hashable:
     """Key of all calls that Python may take another way through a model for.
 
     Flags, texts, methods and the names of collections are in it. Shapes and numbers are
-    not, or a loop over positions would have a key for each of them. But if `rows` have
-    adapters of their own, as in `check_call`, shapes tell which axes may have the rows.
+    not, or a loop over positions would have a key for each of them.
     """
     leaves, structure = jax.tree.flatten(args)
-    shapes = [getattr(leaf, "shape", ()) for leaf in leaves if rows]
-    own = tuple(rows.items()), tuple(map(tuple, shapes))
-    return str(structure), tuple(map(_kind, leaves)), own
+    return str(structure), tuple(map(_kind, leaves))
 
 
 def _kind(leaf: Any) -> Hashable:

@@ -22,7 +22,7 @@ from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.traces import split_static
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark, row_faults
+from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
 from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
 
@@ -58,7 +58,6 @@ class Survey:
       traced: True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       leaves: {path: array} of the first inputs of that call, which the model holds.
-      batched: For each input of that call, whether it has rows, as in `row_faults`.
       intercepted: True if a library, such as qwix, computed the products of that call.
     """
 
@@ -71,7 +70,6 @@ class Survey:
     traced: bool = False
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
-    batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
     intercepted: bool = dataclasses.field(default=False, init=False)
 
     def record_call(self, name: str, call: LayerCall, adapter: Any) -> jax.Array:
@@ -95,8 +93,8 @@ class Survey:
         # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
-        scale, batch = self._scale(name, call), product.batch_axes(x)
-        claimed = product.claim, method, scale, x.dtype, batch, name + SUFFIX
+        scale = self._scale(name, call)
+        claimed = product.claim, method, scale, x.dtype, name + SUFFIX
         marked = MarkedCall(name, *claimed)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
@@ -226,13 +224,10 @@ class Survey:
         return "", False
 
 
-def check_call(
-    plan_of: Callable[[], Plan], programs: Programs, rows: Mapping[str, int], main: bool
-) -> str:
+def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
-    `programs` traces the call, with marks and M's if it is given a survey. `rows` are
-    {path of a kernel: the number of rows that have adapters of their own}. If it is the
+    `programs` traces the call, with marks and M's if it is given a survey. If it is the
     `main` one, the call is expected to use all adapters. The result is "", or a warning
     that the call cannot be traced.
     """
@@ -251,12 +246,6 @@ def check_call(
     for name in plan:
         if fault := survey.fault(name):
             raise ValueError(f"{name}: {fault}")
-    for number in {*rows.values()}:
-        for name, fault in row_faults(adapted, number, survey.batched, rows).items():
-            raise ValueError(
-                f"{name}: {fault}, so that a row would get another's adapter; call the "
-                "model once for each adapter"
-            )
     if found := difference(base, adapted, [name in ms for name in survey.leaves]):
         raise ValueError(
             "the model computes something else with an M beside its kernels, even if "

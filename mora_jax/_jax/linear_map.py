@@ -57,6 +57,13 @@ class LinearMap(abc.ABC):
         """Map that computes the same in the way of `current_platform()`."""
         return self
 
+    def mapped(self, residuals: Any) -> "LinearMap":
+        """Map that computes the same where `jax.vmap` maps some residuals.
+
+        `residuals` has for each of their leaves True if it is mapped.
+        """
+        return self
+
     def __call__(
         self, residuals: Any, operand: ArrayLike, transposed: bool = False
     ) -> jax.Array:
@@ -219,7 +226,10 @@ def _batch(args: Any, axes: Any, *, call: _Call) -> Any:
     if axes[-1] is None:  # its cotangents must not be summed within the map
         args[-1] = jnp.broadcast_to(args[-1], (size, *args[-1].shape))
     front = (*(None if k is None else 0 for k in axes[:-1]), 0)
-    call = dataclasses.replace(call, batch_axes=(front, *call.batch_axes))
+    mapped = jax.tree.unflatten(call.treedef, [k is not None for k in axes[:-1]])
+    linear_map = call.map.mapped(mapped)
+    batch_axes = (front, *call.batch_axes)
+    call = dataclasses.replace(call, map=linear_map, batch_axes=batch_axes)
     return linear_p.bind(*args, call=call), 0
 
 

@@ -11,7 +11,6 @@ from mora_jax._common.checks import as_jax_array, check_leaf
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer.equation import Delta, delta_kernel
-from mora_jax._layer.per_row import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax.operators._base import Operator
 from mora_jax.products.contraction import Contraction
@@ -147,11 +146,8 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
 
 
-def check_adapter(name: str, adapter: Adapter, by_row: bool = False) -> Adapter:
-    """The adapter `name` with a spec that fits M, which must be an array, or its shape.
-
-    With `by_row` each row of a batch may have an M.
-    """
+def check_adapter(name: str, adapter: Adapter) -> Adapter:
+    """The adapter `name` with a spec that fits M, an array or its shape, checked."""
     m, spec = adapter.m, adapter.spec
     if isinstance(spec, TrainedArray):
         check_leaf(m, f"{name} in the adapters", spec.shape)
@@ -159,18 +155,6 @@ def check_adapter(name: str, adapter: Adapter, by_row: bool = False) -> Adapter:
     if not isinstance(spec, AdapterSpec):
         kind = type(spec).__name__
         raise TypeError(f"{name} must have an AdapterSpec for its spec, got {kind}")
-    if isinstance(m, Slots):
-        raise TypeError(
-            f"{name} must be an M, got those of {m.number} slots: say which row of the "
-            "batch has which, by serving.select(stacked, index)"
-        )
-    if isinstance(m, Selected):
-        if not by_row:
-            raise TypeError(
-                f"{name} must be an M, got one for each row of a batch, which only "
-                "linen.wrap and nnx.set_adapters take"
-            )
-        return adapter
     shape = getattr(m, "shape", None)
     if shape is not None and len(shape) != len(spec.shape):
         stack = tuple(shape[: len(shape) - len(spec.operator.m_shape)])

@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import kernel_from_rows
+from mora_jax._common.axes import kernel_from_rows, sizes
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import matmul, transposed
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import Chip, current_chip
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
-from mora_jax._layer.per_row import Selected
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import InParts, OnMesh
@@ -40,7 +39,7 @@ from mora_jax._mesh.placement import (
     row_shards,
     with_auto_axes,
 )
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._base import in_range
 from mora_jax.products.contraction import Contraction
 
@@ -114,6 +113,10 @@ class Delta:
     ) -> "Delta":
         """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
         shape, axes = spec.seen_by(ndim)
+        expected = (*sizes(shape, axes, "s"), *spec.operator.m_shape)
+        if (got := jnp.shape(m)) != expected:
+            many = many_if(got, expected)
+            raise ValueError(f"M must have shape {expected}, got {got}{many}")
         m = scaled_m(spec, m, dtype, x)
         return cls(spec.operator, m, shape, axes, precision, spec.layout)
 
@@ -231,15 +234,8 @@ def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     return undisturbed(Delta.of(spec, m).kernel)()
 
 
-def folded_kernel(
-    spec: AdapterSpec, m: ArrayLike | Selected, kernel: jax.Array
-) -> jax.Array:
+def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
     """The kernel of a layer that reads it itself, with the delta as `merge` adds it."""
-    if isinstance(m, Selected):
-        raise ValueError(
-            "the layer reads its kernel with one delta for all rows "
-            "(products.Folded); leave it out of the plan to serve one for each row"
-        )
     if (sharding := explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
         return with_auto_axes(fold, sharding, m, kernel)

@@ -23,8 +23,6 @@ class Tuning:
       folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
       folds_gathered: True if kernels are folded that are split over batches (FSDP),
         and gathered before they are used.
-      loops_over_rows: True if rows with M's of their own are multiplied one after
-        another, and not in one product with a copy of an M for each row.
     """
 
     # A fold reads and writes the kernel, in * out numbers; the activation path reads
@@ -35,7 +33,6 @@ class Tuning:
     fold_from: Mapping[Work, float]
     folds_16_bits: bool
     folds_gathered: bool
-    loops_over_rows: bool
 
 
 # Two cores of an x86-64 server, float32, JAX 0.10: `make bench-layer`, `make bench`.
@@ -43,7 +40,6 @@ _CPU = Tuning(
     fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors": 0.6},
     folds_16_bits=False,
     folds_gathered=False,
-    loops_over_rows=True,
 )
 # Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
 # the frozen layer or model (`make bench-chips`):
@@ -67,7 +63,6 @@ _TPU = Tuning(
     fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=True,
-    loops_over_rows=False,
 )
 # The same for an H100. In a model what the activation path reads and writes is fused
 # with what stands before and after a layer:
@@ -83,19 +78,9 @@ _GPU = Tuning(
     fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=False,
-    loops_over_rows=False,
 )
 TUNING: Mapping[str, Tuning] = {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
 """The constants of each platform, by JAX's name of it."""
-
-# Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
-# one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer
-# alone. `make bench-many` measures the first two; the third was tried.
-#
-#                                  CPU, 4 slots   64 slots   H100, 4 slots   64 slots
-#   one after another                  0.66         1.02          25            25
-#   copied, in one product            18           19              1.39          1.50
-#   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
 
 
 def current_tuning() -> Tuning:

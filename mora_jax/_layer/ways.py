@@ -36,8 +36,7 @@ from mora_jax._jax.linear_map import LinearMap, static
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
-from mora_jax._layer.equation import ByM, Delta, scaled_m, sum_dtype
-from mora_jax._layer.per_row import Selected, by_row
+from mora_jax._layer.equation import ByM, Delta, sum_dtype
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._mesh.on_mesh import REPLICATED, InParts, ShardMappedMap
@@ -125,6 +124,13 @@ class Adapted(_OfLayer):
         if way == "fused":
             return fused(self.layer, kernel.shape)
         return Folded(self.layer) if way == "fold" else Activation(self.layer)
+
+    def mapped(self, residuals: Any) -> LinearMap:
+        # Each of many M's would make a folded kernel of its own.
+        _, m, kernel = residuals
+        if self.layer.execution != "auto" or not m or kernel:
+            return self
+        return Adapted(dataclasses.replace(self.layer, execution="activation"))
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         return self.chosen(residuals).forward(residuals, operand)
@@ -244,7 +250,7 @@ def _result_dtype(multiply: Callable[..., Any], *arrays: tuple[Shape, Any]) -> A
 
 def adapted_product(
     spec: AdapterSpec,
-    m: ArrayLike | Selected,
+    m: ArrayLike,
     x: ArrayLike,
     kernel: Any,
     product: Product,
@@ -255,11 +261,11 @@ def adapted_product(
 ) -> jax.Array:
     r"""A layer's product with its adapter: :math:`x W + \alpha\, D(C(x) M)`.
 
-    M is (*stack, *m_shape), with the stack axes of `product`, or one for each row of a
-    batch. `multiply` is the layer's own product of x and W, as `product` describes it,
-    linear in both; W may be the stand-in of a quantized kernel that it understands.
-    `dropout_key` drops some of what the adapter sees of `x`, and `precision` is for the
-    product with M. The result has the shape and dtype of the layer's output.
+    M is (*stack, *m_shape), with the stack axes of `product`. `multiply` is the layer's
+    own product of x and W, as `product` describes it, linear in both; W may be the
+    stand-in of a quantized kernel that it understands. `dropout_key` drops some of what
+    the adapter sees of `x`, and `precision` is for the product with M. The result has
+    the shape and dtype of the layer's output.
     """
     check_product(spec, product)
     x = jnp.asarray(x)
@@ -268,8 +274,7 @@ def adapted_product(
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     takes_delta = floating and explicit_sharding(kernel) is None
-    joined = takes_delta and joins(product, axes, x, dropout_key is not None)
-    if isinstance(m, Selected) or not joined:
+    if not (takes_delta and joins(product, axes, x, dropout_key is not None)):
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel = jnp.asarray(kernel)
@@ -284,7 +289,8 @@ def adapted_product(
     settings = axes, precision, spec.layout, spec.execution
     layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
     wide = jnp.promote_types(jnp.result_type(m), x.dtype)
-    return Adapted(layer)((spec.operator, scaled_m(spec, m, wide, x), kernel), x)
+    delta = Delta.of(spec, m, dtype=wide, ndim=kernel.ndim, x=x)
+    return Adapted(layer)((spec.operator, delta.m, kernel), x)
 
 
 def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
@@ -306,7 +312,7 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
 def add_delta(
     y: jax.Array,
     spec: AdapterSpec,
-    m: ArrayLike | Selected,
+    m: ArrayLike,
     x: ArrayLike,
     product: Product,
     dropout_key: PRNGKeyArray | None = None,
@@ -328,14 +334,10 @@ def add_delta(
         return with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, rate = jnp.asarray(x), spec.dropout
 
-    def delta(m: ArrayLike, x: jax.Array) -> jax.Array:
+    @undisturbed
+    def added(x: jax.Array) -> jax.Array:
         settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
         return product.delta(Delta.of(spec, m, x=x, **settings), x)
-
-    def added(x: jax.Array) -> jax.Array:
-        if isinstance(m, Selected):
-            return undisturbed(by_row)(spec, product, delta, precision, m, x)
-        return undisturbed(delta)(m, x)
 
     if product.takes_indices:  # they cannot be zero, and are dropped with their rows
         rows = dropped(added(x), dropout_key, rate, (*x.shape, 1))

@@ -213,6 +213,13 @@ class AdapterSpec(AdapterSettings):
 register_pytree(AdapterSpec, ["operator"])
 
 
+def many_if(shape: Shape, one: Shape) -> str:
+    """Remedy, in a message, where `shape` is of many arrays, each of a shape `one`."""
+    # As `serving.stack` and `serving.select` make them.
+    many = "; many adapters are for jax.vmap, which calls a model with each of them"
+    return many if shape and tuple(shape[1:]) == tuple(one) else ""
+
+
 def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, name = config.square_rank, config.operator

@@ -20,5 +20,4 @@ from mora_jax._trace_check.kernels import follow as follow
 from mora_jax._trace_check.marks import Claim as Claim
 from mora_jax._trace_check.marks import MarkedCall as MarkedCall
 from mora_jax._trace_check.marks import mark as mark
-from mora_jax._trace_check.rows import row_faults as row_faults
 from mora_jax._trace_check.same import difference as difference

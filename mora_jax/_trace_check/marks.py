@@ -63,7 +63,6 @@ class MarkedCall:
       scale: The factor of the kernel by the rule: a number, the path of a parameter, ""
         for another array, or None.
       dtype: The dtype of the input, for lookups.
-      batch: The axis of the batch in the input and in the output; None without one.
       companion: The path of the array that is trained beside the kernel, or "".
     """
 
@@ -72,7 +71,6 @@ class MarkedCall:
     method: str
     scale: float | str | None = None
     dtype: Any = None
-    batch: tuple[int, int] | None = None
     companion: str = ""
 
     def __repr__(self) -> str:  # in a printed program
@@ -84,8 +82,7 @@ class MarkedCall:
         # Kept, and each is the other's: two calls are never equal, and a model that
         # takes a gradient of a gradient is back in the call where it began.
         claim = dataclasses.replace(self.claim, einsum=self.claim.einsum[::-1])
-        batch = self.batch and self.batch[::-1]
-        call = dataclasses.replace(self, claim=claim, batch=batch)
+        call = dataclasses.replace(self, claim=claim)
         call.__dict__["transposed"] = self
         return call
 

@@ -33,7 +33,7 @@ def combine(params: Any, adapters: Any) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    found = adapters_in(adapters, by_row=True)
+    found = adapters_in(adapters)
     if trained := found.trained:
         leaves = paths.named_leaves(params)
         new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}

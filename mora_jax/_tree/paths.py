@@ -20,12 +20,11 @@ from mora_jax._common.trees import refuse_variables as refuse_variables
 from mora_jax._common.trees import unboxed as unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._layer.per_row import Selected
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, many_if
 
 Tree = dict[str, Any]
 
-trees.WHOLE += (Adapter, Selected)
+trees.WHOLE += (Adapter,)
 trees.REFUSED[nn.Module] += "; mora_jax.linen's plan and wrap take models"
 trees.REFUSED[nnx.Module] += (
     ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, wrap and "
@@ -84,11 +83,8 @@ class Found(dict[Path, Adapter]):
         return nest(self.placed)
 
 
-def adapters_in(tree: Any, *, by_row: bool = False) -> Found:
-    """The adapters of a tree, or of variables of NNX that hold M's, checked.
-
-    With `by_row` each row of a batch may have an M.
-    """
+def adapters_in(tree: Any) -> Found:
+    """The adapters of a tree, or of variables of NNX that hold M's, checked."""
     found = Found()
     for place, leaf in located_leaves(tree, "adapters").items():
         name, adapter = "/".join(place), adapter_of(leaf)
@@ -97,7 +93,7 @@ def adapters_in(tree: Any, *, by_row: bool = False) -> Found:
                 f"adapters must hold adapters, got {type(leaf).__name__} at {name!r}: "
                 "plan.adapters(tree) makes them of plain arrays; are params swapped?"
             )
-        adapter = check_adapter(name, adapter, by_row)
+        adapter = check_adapter(name, adapter)
         path = (*place[:-1], place[-1].removesuffix(SUFFIX))
         if place != place_of(path, adapter.spec):
             raise ValueError(
@@ -136,6 +132,9 @@ def find_array(
     if name not in leaves:  # or it is quantized: several arrays, below its path
         raise ValueError(f"params lack {what}{lacking(name, leaves)}")
     path, leaf = leaves[name]
+    if many := many_if(shape, leaf.shape):
+        shapes = f"of shape {tuple(leaf.shape)} in params, and {shape} in the adapters"
+        raise ValueError(f"{name} is {shapes}{many}")
     check_leaf(leaf, f"{name} in params", shape, otherwise)
     return path, leaf
 

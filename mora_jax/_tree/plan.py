@@ -12,7 +12,7 @@ from mora_jax._common.suggestions import alike, nearest_paths, shown
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.settings import AdapterSettings, FrozenMapping
-from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same
+from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same, many_if
 from mora_jax._tree import paths
 from mora_jax._tree.paths import Tree, adapters_in
 
@@ -226,7 +226,9 @@ def refuse_other_kernels(parts: Mapping[Path, Spec], plan: Plan) -> None:
         name, pair = "/".join(path), (parts.get(path), plan.parts.get(path))
         own, planned = map(_array_of, pair)
         if own != planned:
-            raise ValueError(f"adapters have {own} at {name!r}, the plan {planned}")
+            many = many_if(*(getattr(spec, "kernel_shape", ()) for spec in pair))
+            message = f"adapters have {own} at {name!r}, the plan {planned}{many}"
+            raise ValueError(message)
 
 
 def _array_of(spec: Spec | None) -> str:

@@ -56,7 +56,7 @@ def params_of(variables: Any) -> Any:
 
 
 def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapter:
-    """The adapter of a module's own kernel, perhaps one for each row of a batch.
+    """The adapter of a module's own kernel.
 
     It is made by `spec` in the module's `init`, which plain arrays of params have, too.
     """
@@ -70,4 +70,4 @@ def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapte
 
         return module.scope.param(name, made)
     adapter = given if isinstance(given, Adapter) else Adapter(given, spec)
-    return check_adapter("/".join((*module.path, name)), adapter, by_row=True)
+    return check_adapter("/".join((*module.path, name)), adapter)

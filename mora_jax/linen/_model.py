@@ -16,9 +16,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import Call, LayerCall, adapt_call, kind_of_call, proving
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, check_call, program_of
-from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
-from mora_jax._layer.per_row import Selected
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import with_trained
@@ -130,8 +128,6 @@ def program(
     leaves = named_leaves(params_of(variables)).items()
     own = {"/".join(path) + SUFFIX: m for path, m in ms.items() if m is not None}
     known.leaves = {name: leaf for name, (_, leaf) in leaves} | own
-    groups = (False, known.leaves), (None, others), (True, (args, kwargs))
-    known.batched = [kind for kind, group in groups for _ in split_static(group)[0]]
     tree = variables["params"], list(ms.values())
     return program_of(run, tree, others, args, kwargs)
 
@@ -161,15 +157,14 @@ class AdaptedApply:
         **kwargs: Any,
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
-        found = adapters_in(adapters, by_row=True)
+        found = adapters_in(adapters)
         refuse_other_kernels(found.specs, self.plan)
-        bound, rows, kernels = {}, {}, found.kernels
+        bound, kernels = {}, found.kernels
         for path, adapter in kernels.items():
-            spec, m = adapter.spec, adapter.m
-            if isinstance(m, Selected):
-                rows["/".join(path)] = m.rows
+            spec = adapter.spec
             if spec.base_digest is not None:  # or equal layers would be told apart
-                adapter = Adapter(m, dataclasses.replace(spec, base_digest=None))
+                plain = dataclasses.replace(spec, base_digest=None)
+                adapter = adapter.replace(spec=plain)
             bound[place_of(path, spec)] = adapter
         drops = any(adapter.spec.dropout > 0 for adapter in kernels.values())
         if drops and adapter_deterministic is None:
@@ -179,8 +174,8 @@ class AdaptedApply:
         params = with_trained(base, found)
         given = {**variables, "params": params}, args, kwargs, self.plan.specs
         programs = functools.partial(program, self.model, *given)
-        check = check_call, lambda: self.plan, programs, rows, "method" not in kwargs
-        kind = kind_of_call(rows, args, kwargs, sorted(variables))
+        check = check_call, lambda: self.plan, programs, "method" not in kwargs
+        kind = kind_of_call(args, kwargs, sorted(variables))
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (

@@ -20,7 +20,6 @@ from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._layer.per_row import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
@@ -126,12 +125,9 @@ def detached(model: Model) -> Model:
 
 
 def held(module: nnx.Module, kernel: str) -> Adapter | None:
-    """A kernel's adapter, or the slots of many; None without an adapter."""
+    """A kernel's adapter; None without one."""
     m: Any = getattr(module, kernel + SUFFIX, None)
-    if m is None:
-        return None
-    value = unboxed(m)
-    return Adapter(value if isinstance(value, Selected) else m[...], m.spec)
+    return None if m is None else Adapter(m[...], m.spec)
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -183,7 +179,7 @@ def dropout_key(
     if dropout is None or dropout.deterministic or not adapter.spec.dropout:
         return None
     own = jax.tree.leaves(getattr(module, kernel))[0]  # it may be quantized
-    m = jax.tree.leaves(adapter.m)[0]  # or one for each row
+    m = adapter.m
 
     def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
         first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
@@ -216,7 +212,7 @@ def held_adapters(model: nnx.Module) -> dict[Path, HeldAdapter]:
     for module, path, m in attributes(model, MoRAParam):
         own = Adapter(unboxed(m), m.spec)
         kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-        found[kernel] = module, m, check_adapter("/".join(path), own, by_row=True)
+        found[kernel] = module, m, check_adapter("/".join(path), own)
     if not any(isinstance(a.spec, AdapterSpec) for *_, a in found.values()):
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     return dict(sorted(found.items(), key=lambda item: item[0]))
@@ -277,8 +273,7 @@ def set_adapters(
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
       adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
-        `nnx.state(another_model, MoRAParam)`; or what `serving.select` returns, an
-        adapter for each row of later batches. An M that is not committed to a device
+        `nnx.state(another_model, MoRAParam)`. An M that is not committed to a device
         goes where the model has its M.
       any_base: True to take adapters that were trained on other kernels as well.
       seed: As in `wrap`, where the new adapters have dropout and the old had none. The
@@ -292,7 +287,7 @@ def set_adapters(
 
     Example: see `wrap`.
     """
-    there, found = held_adapters(model), adapters_in(adapters, by_row=True)
+    there, found = held_adapters(model), adapters_in(adapters)
     refuse_other_kernels(found.specs, plan_of(model))
     if not any_base:
         check_base(found, named_leaves(parameters(model)))
@@ -307,14 +302,13 @@ def set_adapters(
 
 def _fitting(path: Path, there: HeldAdapter, adapter: Adapter) -> Adapter:
     """The adapter as its place in a model takes it."""
-    (module, variable, old), (m, spec) = there, (adapter.m, adapter.spec)
-    if not isinstance(m, Selected):
-        m = as_jax_array("/".join(place_of(path, spec)), m)
-        if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
-            m, spec = m.astype(old.spec.dtype), old.spec
-        sharding = named_sharding(variable)
-        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
-            m = jax.device_put(m, sharding)
+    (module, variable, old), spec = there, adapter.spec
+    m = as_jax_array("/".join(place_of(path, spec)), adapter.m)
+    if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
+        m, spec = m.astype(old.spec.dtype), old.spec
+    sharding = named_sharding(variable)
+    if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+        m = jax.device_put(m, sharding)
     if hasattr(module, "plain_class"):  # qwix drops in another way
         refuse_dropout(module, "/".join(path), spec)
     return Adapter(m, spec)
@@ -325,8 +319,7 @@ def _set(
 ) -> bool:
     """Put an adapter into its variable; True if the module begins to drop."""
     m, spec = new.m, new.spec
-    by_row = any(isinstance(one, Selected) for one in (m, old.m))
-    if spec == old.spec and not by_row:
+    if spec == old.spec:
         variable[...] = m  # which keeps the variable of a trace
         return False
     # Of one layer where the model has the variable for one.

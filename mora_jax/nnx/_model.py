@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
@@ -13,16 +12,14 @@ from mora_jax._flax.calls import Call, errors_of, kind_of_call, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.survey import Survey, check_call, program_of
-from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
-from mora_jax._layer.per_row import Selected
 from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init, refuse_trained
 from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import adapters_in, named_leaves, unboxed
+from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _held
 from mora_jax.nnx._classes import adapt, derived, subclass
@@ -118,15 +115,9 @@ def program(
     for module, (*_, key), m in _held.attributes(twin, _held.MoRAParam):
         if isinstance(m, _held.TrainedParam):
             setattr(module, key, m.plain())
-        elif isinstance(unboxed(m), Selected):  # one for each row: any will do
-            m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
     call, state = _held.traceable(twin, method)
     leaves = named_leaves(nnx.to_pure_dict(state))
     survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
-    params = named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param)))
-    inputs, _ = split_static((args, kwargs))
-    own = [False if name in params else None for name in leaves]
-    survey.batched = [*own, *[True] * len(inputs)]
     return program_of(call, state, args, kwargs)
 
 
@@ -331,14 +322,9 @@ def _checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            rows = {
-                "/".join(path).removesuffix(SUFFIX): unboxed(m).rows
-                for _, path, m in _held.attributes(self, _held.MoRAParam)
-                if isinstance(unboxed(m), Selected)
-            }
-            kind = _settings(self), name, kind_of_call(rows, args, kwargs)
+            kind = _settings(self), name, kind_of_call(args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
-            check = check_call, lambda: _held.plan_of(self), programs, rows, is_main
+            check = check_call, lambda: _held.plan_of(self), programs, is_main
             with proving(_proven, kind, *check):
                 return method(self, *args, **kwargs)
 

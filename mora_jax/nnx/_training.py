@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._layer.per_row import Selected
 from mora_jax._tree.optim import check_transformation, with_ratio
 from mora_jax._tree.paths import located_leaves
 from mora_jax.nnx._held import MoRAParam, held_adapters, named_sharding
@@ -27,8 +26,7 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or has one
-      for each row of a batch (`serving.select`).
+      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters.
 
     Example::
 
@@ -48,7 +46,7 @@ def value_and_grad(
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
         for model in args[argnums:][:1]:  # without one Flax says so
-            _single_ms(model)
+            held_adapters(model)
         return grad(*args, **kwargs)
 
     return of_adapters
@@ -72,12 +70,13 @@ def adapter_optimizer(
 
     Raises:
       TypeError: `tx` is not a transformation.
-      ValueError: The model lacks adapters, or has one for each row of a batch.
+      ValueError: The model lacks adapters.
 
     Example: see `value_and_grad`.
     """
     check_transformation(tx)
-    shardings = map(named_sharding, _single_ms(model))
+    held = held_adapters(model).values()
+    shardings = [named_sharding(variable) for _, variable, _ in held]
     if ratio is not None:
         tx = with_ratio(tx, nnx.state(model, MoRAParam), ratio)
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
@@ -104,16 +103,3 @@ class _AdapterOptimizer(nnx.Optimizer[Any]):
                 rule = "grads must be what mora_jax.nnx.value_and_grad gives"
                 raise ValueError(f"{rule}, and differ in {'/'.join(path)!r}")
         return super().update(*args, **kwargs)
-
-
-def _single_ms(model: nnx.Module) -> list[MoRAParam]:
-    """The M's of a model, which must not have one for each row: an index."""
-    found = held_adapters(model)
-    for path, (*_, adapter) in found.items():
-        if isinstance(adapter.m, Selected):
-            name = "/".join(path)
-            raise ValueError(
-                f"model must have one adapter, got one for each row at {name!r}; many "
-                "train at once by gradients by what serving.stack returns"
-            )
-    return [variable for _, variable, _ in found.values()]

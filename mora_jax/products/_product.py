@@ -90,10 +90,6 @@ class Product(abc.ABC):
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         """The output of the layer for its input `x`, if the delta were its kernel."""
 
-    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
-        """The axes of the batch in the input `x` and the output; None without one."""
-        return (0, 0) if x.ndim else None
-
     def factors(self, scale: ArrayLike | float) -> Factors:
         """Factors of input and output that have the effect of scaling the kernel.
 

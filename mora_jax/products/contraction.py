@@ -130,12 +130,6 @@ class Contraction(Product):
         outs = sizes(delta.kernel_shape, self.axes, "o")
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
-    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
-        for letter in self.inputs:
-            if letter not in self.kernel:
-                return self.inputs.index(letter), self.outputs.index(letter)
-        return None
-
     def factors(self, scale: ArrayLike | float) -> Factors:
         scale = jnp.asarray(scale)
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 
-from mora_jax._common.types import ArrayLike
 from mora_jax._trace_check import Claim
 from mora_jax.products._product import KernelDelta, Product
 
@@ -39,9 +38,6 @@ class Convolution(Product):
         steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
         passes = frozenset(steps | {"mul"} if self.masked else steps)
         return Claim(primitive="conv_general_dilated", passes=passes)
-
-    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
-        return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         # With several blocks C(x) is not one vector of q numbers.
