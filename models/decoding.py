@@ -73,32 +73,47 @@ class Programs:
     Args:
         apply: (adapters, variables, ids, at, positions=..., mutable=["cache"]) ->
             (logits, updated): a Llama with adapters, as `linen.wrap` makes it.
-        select: (adapters, indices (rows,)) -> the adapters of these rows.
+        select: (adapters, indices (rows,)) -> the adapters of these rows, with a
+            leading axis; None where all rows have the adapters that are given.
 
     Attributes:
         compiled: The number of programs that have been compiled.
     """
 
-    def __init__(self, apply: Callable[..., Any], select: Select) -> None:
+    def __init__(self, apply: Callable[..., Any], select: Select | None) -> None:
         self.compiled = 0
 
         def run(
             adapters: Any, params: Any, cache: Cache, ids: Any, at: Any, positions: Any
         ) -> tuple[jax.Array, Cache]:
-            self.compiled += 1  # this line runs when a program is traced
             variables = {"params": params, "cache": cache}
             logits, updated = apply(
                 adapters, variables, ids, at, positions=positions, mutable=["cache"]
             )
             return logits[:, 0], updated["cache"]
 
+        def run_rows(
+            stacked: Any, params: Any, cache: Cache, rows: Rows, *inputs: Any
+        ) -> tuple[jax.Array, Cache]:
+            self.compiled += 1  # this line runs when a program is traced
+            if select is None:
+                return run(stacked, params, cache, *inputs)
+
+            def row(adapters: Any, *arrays: Any) -> Any:  # as a batch of one
+                batch = jax.tree.map(lambda x: x[None], arrays)
+                cache, *inputs = batch
+                return jax.tree.map(
+                    lambda y: y[0], run(adapters, params, cache, *inputs)
+                )
+
+            return jax.vmap(row)(select(stacked, rows.adapters), cache, *inputs)
+
         def step(
             stacked: Any, params: Any, cache: Cache, rows: Rows
         ) -> tuple[jax.Array, Cache]:
-            chosen = select(stacked, rows.adapters)
             ids, at = rows.tokens[:, None], jnp.zeros_like(rows.tokens)[:, None]
             positions = rows.positions[:, None]
-            logits, cache = run(chosen, params, cache, ids, at, positions)
+            logits, cache = run_rows(stacked, params, cache, rows, ids, at, positions)
             return sample(logits, rows), cache
 
         def fill(
@@ -110,9 +125,8 @@ class Programs:
             where = jnp.arange(ids.shape[1])[None]
             size = jax.tree.leaves(cache)[0].shape[1]
             positions = jnp.where(where <= one.positions[:, None], where, size)
-            chosen = select(stacked, one.adapters)
             at = one.positions[:, None]
-            logits, part = run(chosen, params, part, ids, at, positions)
+            logits, part = run_rows(stacked, params, part, one, ids, at, positions)
             cache = jax.tree.map(
                 lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 0),
                 cache,

@@ -43,6 +43,7 @@ from jax.core import Tracer
 
 from mora_jax._common import checks
 from mora_jax._layer.adapter import Adapter, is_adapter
+from mora_jax._mesh.placement import explicit_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import (
     check_same_meaning,
@@ -156,9 +157,10 @@ def select(stacked: Tree, index: Any) -> Tree:
     """
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, ndim=1)
-    at = _beyond_if_none(index, number)
+    at, sharding = _beyond_if_none(index, number), explicit_sharding(index)
     for path, adapter in slots.items():
-        chosen = adapter.m.at[at].get(mode="fill", fill_value=0)
+        take = adapter.m.at[at].get
+        chosen = take(mode="fill", fill_value=0, out_sharding=sharding)
         slots[path] = adapter.replace(m=chosen)
     return slots.tree()
 

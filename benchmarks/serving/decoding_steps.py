@@ -60,8 +60,8 @@ def compare(
     apply = linen.wrap(model, plan)
     cache = functools.partial(decoding.new_cache, model.config)
     many = decoding.Programs(apply, serving.select).step
-    alone = decoding.Programs(apply, lambda adapters, _: adapters).step
-    base = decoding.Programs(unadapted(model), lambda *_: None).step
+    alone = decoding.Programs(apply, None).step
+    base = decoding.Programs(unadapted(model), None).step
     copies = [mora_jax.merge(params, each) for each in adapters]
     each, share = rows // count, none[: rows // count]
     contenders: dict[str, Any] = {

@@ -27,7 +27,7 @@ class Copies(decoding.Programs):
     """Programs for which `stacked` is {slot: the params of a copy}."""
 
     def __init__(self, model: smollm2.Llama) -> None:
-        super().__init__(unadapted(model), lambda *_: None)
+        super().__init__(unadapted(model), None)
 
         def one(params: Any, cache: Any, row: Any, rows: decoding.Rows) -> Any:
             own = decoding.Rows(*(jnp.asarray(x)[row][None] for x in rows))

@@ -371,7 +371,8 @@ def test_a_delta_beyond_the_table_is_as_in_the_layer(how):
 
     def by_row(m):
         slots = serving.stack([{"table_mora": Adapter(m, spec)}] * 2)
-        return apply(serving.select(slots, jnp.array([1, 0])), variables, BESIDE)
+        own = serving.select(slots, jnp.array([1, 0]))
+        return jax.vmap(lambda a, row: apply(a, variables, row[None])[0])(own, BESIDE)
 
     def merged(m):
         return look_up(variables["params"]["table"] + delta_kernel(spec, m), BESIDE)
