@@ -1,7 +1,7 @@
 """Many adapters at once: a different one for each row of a batch.
 
 The M's of N adapters of one meaning are one tree of adapters, whose arrays have a
-leading axis of N slots. By an array of integers `select` takes those of the rows of a
+leading axis of N slots. By an array of integers `select` takes one for each row of a
 batch, and `jax.vmap` calls the model with one row and its adapter. So a row cannot get
 the adapter of another one, whatever the model does with a batch. The base's products
 stay products of the whole batch. Slots and index are data: one compiled program serves
@@ -188,7 +188,7 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
 
 
 def _beyond_if_none(index: jax.Array, number: int) -> jax.Array:
-    """Indices, in which those of no adapter are past the last slot."""
+    """Slot of each row; rows without an adapter have a number past the last slot."""
     # JAX would count negative numbers from the end.
     return jnp.where(index < 0, number, index)
 
