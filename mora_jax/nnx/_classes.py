@@ -1,6 +1,7 @@
 """Derived classes: layers whose methods run on a plain copy of the layer."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,47 +13,69 @@ from flax import nnx
 from mora_jax._common.checks import check_kernel
 from mora_jax._flax.calls import LayerCall, adapt_call, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
-from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import folded_kernel
 from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._held import TrainedParam, dropout_key, held, plain_class, set_class
 
-Run = Callable[[nnx.Module, str, Adapter | None, LayerCall], Any]
-"""(layer, name of its kernel, adapter, call of a copy) to what the method returns."""
-
-Read = Callable[[nnx.Module, str, Adapter | None, jax.Array], jax.Array]
-"""(layer, name of its kernel, adapter, the kernel) to what its methods read."""
+MARKED = "marked"
+"""The attribute of a layer whose calls are recorded and not adapted, a `Marked`."""
 
 
-def derived(cls: type, run: Run, read: Read) -> type:
-    """A subclass of `cls` with the same name, whose methods run on plain copies.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Marked:
+    """The survey that records a layer, and the beginning of its kernels' paths."""
 
-    `run` is for methods that have a rule, and `read` for `products.Folded` kernels.
-    """
-    # On a copy without M's, whatever the method does (`nnx.remat` of a part, calls of
-    # other methods) adds no delta a second time, other threads may be in the same
-    # layer, and qwix, which takes an array for a weight if a parameter has its shape,
-    # sees no M.
+    # Not equal to others, so that `nnx.jit` uses no earlier trace.
+    survey: Any
+    prefix: str
+
+
+def adapt(module: nnx.Module) -> None:
+    """Give a layer the class that it has once it is adapted."""
+    set_class(module, adapted_class(plain_class(module)))
+
+
+def adapted_class(cls: type) -> type:
+    """The class that a layer of class `cls` has once it is adapted."""
+    rules = tuple(rules_of(cls).values())
+    return _adapted_class(cls, rules, tuple(folded_kernels(cls).items()))
+
+
+# nnx.jit would compile a program for each of several classes. Other rules need another
+# class, or it would run what it has compiled for the old ones.
+@functools.cache
+def _adapted_class(cls: type, *_: Any) -> type:
+    # A method runs on a copy of its layer without M's. So whatever it does (`nnx.remat`
+    # of a part, calls of other methods) adds no delta a second time, other threads may
+    # be in the same layer, and qwix, which takes an array for a weight if a parameter
+    # has its shape, sees no M.
     rules, folded = rules_of(cls), folded_kernels(cls)
 
     def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         rule = rules.get(name)
         # A method without a rule may call those that have one, so its copy is adapted.
-        inside = read if rule is not None or folded else None
+        plain = rule is not None or bool(folded)
         is_public = name[0] != "_" or name == "__call__"
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            if is_public and inside is None:
+            if is_public and not plain:
                 if any(key.endswith(SUFFIX) for key in vars(self)):
                     raise unknown_use("kernel", cls, name)
-            with _copied(self, inside) as copy:
+            with _copied(self, plain) as copy:
                 own = functools.partial(method, copy)
                 if rule is None:
                     return own(*args, **kwargs)
                 kernel = rule.name(self)
                 called = LayerCall(rule, copy, own, args, kwargs)
-                return run(self, kernel, held(self, kernel), called)
+                adapter, marked = held(self, kernel), vars(self).get(MARKED)
+                if marked is not None:
+                    path = marked.prefix + kernel
+                    return marked.survey.record_call(path, called, adapter)
+                if adapter is None:  # another kernel of the layer is adapted
+                    return own(*args, **kwargs)
+                key = dropout_key(self, kernel, adapter)
+                return adapt_call(called, kernel, lambda: adapter, key)
 
         return call
 
@@ -73,21 +96,19 @@ def subclass(cls: type, wrapped: Callable[[str, Callable[..., Any]], Any]) -> ty
 
 
 @contextlib.contextmanager
-def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
-    """A copy of a layer for one call: plain with `read`, still adapted without it."""
-    cls, attributes = type(module) if read is None else plain_class(module), {}
+def _copied(module: nnx.Module, plain: bool) -> Iterator[Any]:
+    """A copy of a layer for one call, without its adapters if it is `plain`."""
+    cls, attributes = plain_class(module) if plain else type(module), {}
     for name, value in vars(module).items():
         # An array that trains in float32 has the base's dtype in the copy, since the
         # dtype of what a layer computes often follows from its parameters.
         if isinstance(value, TrainedParam) and value.dtype != value.spec.base_dtype:
             value = value.plain()
-        if read is None or not name.endswith(SUFFIX):
+        if not plain or not (name.endswith(SUFFIX) or name == MARKED):
             attributes[name] = value
-    for name in folded_kernels(cls):
-        variable = attributes.get(name)
-        if read is not None and isinstance(variable, nnx.Variable):
-            kernel = read(module, name, held(module, name), variable[...])
-            attributes[name] = variable.replace(kernel)
+    for name in folded_kernels(cls) if plain else ():
+        if isinstance(variable := attributes.get(name), nnx.Variable):
+            attributes[name] = variable.replace(_read(module, name, variable[...]))
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy
@@ -98,38 +119,12 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
         own.pop(name, None)
 
 
-def adapt(module: nnx.Module) -> None:
-    """Give a layer the class that it has once it is adapted."""
-    set_class(module, adapted_class(plain_class(module)))
-
-
-def adapted_class(cls: type) -> type:
-    """The class that a layer of class `cls` has once it is adapted."""
-    rules = tuple(rules_of(cls).values())
-    return _adapted_class(cls, rules, tuple(folded_kernels(cls).items()))
-
-
-# nnx.jit would compile a program for each of several classes. Other rules need another
-# class, or it would run what it has compiled for the old ones.
-@functools.cache
-def _adapted_class(cls: type, *rules: Any) -> type:
-    return derived(cls, _with_adapter, _with_delta)
-
-
-def _with_adapter(
-    module: nnx.Module, kernel: str, adapter: Adapter | None, call: LayerCall
-) -> Any:
-    """The output of a method that has a rule, with the adapter's delta added."""
-    if adapter is None:  # another kernel of the layer is adapted
-        return call.method(*call.args, **call.kwargs)
-    key = dropout_key(module, kernel, adapter)
-    return adapt_call(call, kernel, lambda: adapter, key)
-
-
-def _with_delta(
-    module: nnx.Module, name: str, adapter: Adapter | None, kernel: jax.Array
-) -> jax.Array:
-    """The kernel of a module with the delta of its adapter, if it has one."""
+def _read(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
+    """The kernel as the methods of a module read it, with the delta of its adapter."""
+    adapter, marked = held(module, name), vars(module).get(MARKED)
+    if marked is not None:
+        path, cls = marked.prefix + name, plain_class(module)
+        return marked.survey.record_read(path, cls, kernel, adapter)
     if adapter is None:
         return kernel
     check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized

@@ -19,19 +19,12 @@ from mora_jax._common.checks import as_jax_array, check_seed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import folded_kernels
-from mora_jax._layer.adapter import Adapter, check_adapter
+from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import (
-    Tree,
-    adapters_in,
-    named_leaves,
-    nest,
-    place_of,
-    unboxed,
-)
+from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
 from mora_jax._tree.plan import Plan, refuse_other_kernels
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -202,20 +195,12 @@ def _hash(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * odd, dtype=jnp.uint32)
 
 
-HeldAdapter = tuple[nnx.Module, MoRAParam, Adapter]
-"""A module, its variable, and the adapter there."""
-
-
-def held_adapters(model: nnx.Module) -> dict[Path, HeldAdapter]:
-    """The adapters in a model by paths of the base's arrays, in the order of these."""
-    found: dict[Path, HeldAdapter] = {}
-    for module, path, m in attributes(model, MoRAParam):
-        own = Adapter(unboxed(m), m.spec)
-        kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-        found[kernel] = module, m, check_adapter("/".join(path), own)
-    if not any(isinstance(a.spec, AdapterSpec) for *_, a in found.values()):
+def held_adapters(model: nnx.Module) -> Found:
+    """The adapters in a model, in the order of their paths."""
+    ms = {path: m for _, path, m in attributes(model, MoRAParam)}
+    if not any(isinstance(m.spec, AdapterSpec) for m in ms.values()):
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
-    return dict(sorted(found.items(), key=lambda item: item[0]))
+    return adapters_in(nest(dict(sorted(ms.items()))))
 
 
 def traceable(model: nnx.Module, method: str) -> tuple[Callable[..., Any], Any]:
@@ -241,11 +226,10 @@ def plan_of(model: nnx.Module) -> Plan:
 
     Example: see `wrap`.
     """
-    parts = {path: adapter.spec for path, (*_, adapter) in held_adapters(model).items()}
-    trained = (s for s in parts.values() if not isinstance(s, AdapterSpec))
+    found = held_adapters(model)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    size += sum(spec.parameters for spec in trained)
-    return Plan(parts, size, traced=True)  # `wrap` refused the rest
+    size += sum(spec.parameters for spec in found.trained.specs.values())
+    return Plan(found.specs, size, traced=True)  # `wrap` refused the rest
 
 
 def adapters(model: nnx.Module) -> Tree:
@@ -259,8 +243,7 @@ def adapters(model: nnx.Module) -> Tree:
 
     Example: see `wrap`.
     """
-    found = held_adapters(model).items()
-    return nest({place_of(path, a.spec): a for path, (*_, a) in found})
+    return held_adapters(model).tree()
 
 
 def set_adapters(
@@ -287,42 +270,43 @@ def set_adapters(
 
     Example: see `wrap`.
     """
-    there, found = held_adapters(model), adapters_in(adapters)
+    found = adapters_in(adapters)
     refuse_other_kernels(found.specs, plan_of(model))
     if not any_base:
         check_base(found, named_leaves(parameters(model)))
     # All of them are checked before the first is set.
-    new = {path: _fitting(path, there[path], a) for path, a in found.items()}
-    if any([_set(*there[path], new[path], seed) for path in there]):
+    places, new = list(attributes(model, MoRAParam)), found.placed
+    fitting = [_fitting(*place, new[place[1]]) for place in places]
+    pairs = zip(places, fitting, strict=True)
+    if any([_set(module, m, one, seed) for (module, _, m), one in pairs]):
         warn(
             "the new adapters have dropout, which the old ones lacked: the model drops "
             "until model.eval()"
         )
 
 
-def _fitting(path: Path, there: HeldAdapter, adapter: Adapter) -> Adapter:
+def _fitting(
+    module: nnx.Module, path: Path, variable: MoRAParam, adapter: Adapter
+) -> Adapter:
     """The adapter as its place in a model takes it."""
-    (module, variable, old), spec = there, adapter.spec
-    m = as_jax_array("/".join(place_of(path, spec)), adapter.m)
+    name, spec = "/".join(path), adapter.spec
+    m = as_jax_array(name, adapter.m)
     if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
-        m, spec = m.astype(old.spec.dtype), old.spec
+        m, spec = m.astype(variable.spec.dtype), variable.spec
+    else:  # of one layer where the model has the variable for one
+        spec = spec.with_stack(variable.spec.stack_shape)
     sharding = named_sharding(variable)
     if sharding is not None and not isinstance(m, Tracer) and not m.committed:
         m = jax.device_put(m, sharding)
     if hasattr(module, "plain_class"):  # qwix drops in another way
-        refuse_dropout(module, "/".join(path), spec)
+        refuse_dropout(module, name.removesuffix(SUFFIX), spec)
     return Adapter(m, spec)
 
 
-def _set(
-    module: nnx.Module, variable: MoRAParam, old: Adapter, new: Adapter, seed: int
-) -> bool:
+def _set(module: nnx.Module, variable: MoRAParam, new: Adapter, seed: int) -> bool:
     """Put an adapter into its variable; True if the module begins to drop."""
-    m, spec = new.m, new.spec
-    if spec == old.spec:
-        variable[...] = m  # which keeps the variable of a trace
+    if new.spec == variable.spec:
+        variable[...] = new.m  # which keeps the variable of a trace
         return False
-    # Of one layer where the model has the variable for one.
-    spec = spec.with_stack(variable.spec.stack_shape)
-    variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
-    return hold_dropout(module, spec, seed)
+    variable.copy_from(variable.replace(new.m, spec=new.spec))  # `[...]` sets arrays
+    return hold_dropout(module, new.spec, seed)

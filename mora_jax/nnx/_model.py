@@ -22,7 +22,7 @@ from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _held
-from mora_jax.nnx._classes import adapt, derived, subclass
+from mora_jax.nnx._classes import MARKED, Marked, adapt, subclass
 from mora_jax.nnx._held import Model, plain_class, set_class
 
 
@@ -111,7 +111,8 @@ def program(
         set_class(layer, plain_class(layer))
         if any(isinstance(getattr(layer, n, None), nnx.Variable) for n in names):
             prefix = "".join(f"{key}/" for key in path)
-            set_class(layer, _marked_class(type(layer), prefix, survey))
+            adapt(layer)
+            setattr(layer, MARKED, Marked(survey, prefix))
     for module, (*_, key), m in _held.attributes(twin, _held.MoRAParam):
         if isinstance(m, _held.TrainedParam):
             setattr(module, key, m.plain())
@@ -119,16 +120,6 @@ def program(
     leaves = named_leaves(nnx.to_pure_dict(state))
     survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
     return program_of(call, state, args, kwargs)
-
-
-def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
-    """The class of a layer whose calls `survey` records; `prefix` is its path."""
-    call, read = survey.record_call, survey.record_read
-    return derived(
-        cls,
-        lambda _, name, adapter, called: call(prefix + name, called, adapter),
-        lambda _, name, adapter, kernel: read(prefix + name, cls, kernel, adapter),
-    )
 
 
 def wrap(

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._tree.optim import check_transformation, with_ratio
 from mora_jax._tree.paths import located_leaves
-from mora_jax.nnx._held import MoRAParam, held_adapters, named_sharding
+from mora_jax.nnx._held import MoRAParam, attributes, held_adapters, named_sharding
 
 
 def value_and_grad(
@@ -75,8 +75,8 @@ def adapter_optimizer(
     Example: see `value_and_grad`.
     """
     check_transformation(tx)
-    held = held_adapters(model).values()
-    shardings = [named_sharding(variable) for _, variable, _ in held]
+    held_adapters(model)
+    shardings = (named_sharding(m) for *_, m in attributes(model, MoRAParam))
     if ratio is not None:
         tx = with_ratio(tx, nnx.state(model, MoRAParam), ratio)
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
