@@ -66,6 +66,37 @@ def test_vmap(axes):
     close(by_x(apply), by_x(lambda w, x: x @ w))
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(Product):
+    """Three times as much for each level of `jax.vmap` that maps w and not b."""
+
+    def mapped(self, residuals):
+        assert residuals.keys() == {"b", "w"}
+        more = residuals["w"] and not residuals["b"]
+        return Scaled(3 * self.mark) if more else self
+
+    def forward(self, residuals, operand):
+        return self.mark * (operand @ residuals["w"])
+
+
+def test_a_map_knows_which_residuals_are_mapped():
+    def run(b, w, x):
+        return Scaled()({"b": b, "w": w}, x)
+
+    two, y = jnp.stack([W, W]), X @ W
+    for axes, factor in (((None, 0, None), 3), ((0, 0, None), 1), ((0, None, 0), 1)):
+        args = [jnp.ones(2), two, jnp.stack([X, X])]
+        args = [a if k == 0 else a[0] for a, k in zip(args, axes, strict=True)]
+        function = jax.vmap(run, axes)
+        close(function(*args), factor * jnp.stack([y, y]))
+        back = jax.grad(lambda x, f=function, a=args: jnp.sum(f(*a[:2], x)))(args[2])
+        once = jnp.broadcast_to(W.sum(1), X.shape)
+        copies = 1 if axes[2] == 0 else 2
+        close(back, jnp.broadcast_to(factor * copies * once, back.shape))
+    nested = jax.vmap(jax.vmap(run, (0, 0, None)), (None, 0, None))
+    close(nested(jnp.ones(2), jnp.stack([two, two]), X)[1, 1], 3 * y)
+
+
 def test_the_residual_is_kept_alone():
     """The gradient's program holds w and nothing that was computed from it."""
 

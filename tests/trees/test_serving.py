@@ -327,6 +327,15 @@ def test_no_rows_are_none():
     assert serving.select(stacked, [])["a"]["kernel_mora"].m.shape == (0, 4, 4)
 
 
+def test_a_slot_that_a_compiled_function_does_not_have_is_none():
+    stacked, adapters = serving.stack(several(PLAN)), several(PLAN)
+    chosen = jax.jit(serving.select)(stacked, jnp.array([-7, 3, 1, 99]))
+    zeros = jax.tree.map(jnp.zeros_like, adapters[1])
+    chex.assert_trees_all_equal(
+        chosen, serving.stack([zeros, zeros, adapters[1], zeros])
+    )
+
+
 def test_in_nnx_many_train_by_their_slots():
     """Each gets the gradient that it has alone, on its rows."""
     x, settings = random(0, 3, 8), MoRAConfig(square_rank=4)
