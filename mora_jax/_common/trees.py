@@ -84,9 +84,8 @@ def is_boxed(leaf: Any) -> bool:
     if not isinstance(leaf, nnx.Variable):
         return isinstance(leaf, AxisMetadata)
     # A variable that holds a structure, such as a quantized kernel, is not a box: the
-    # parts of the structure are leaves themselves, unless it counts as a whole.
-    held = leaf.get_raw_value()
-    return jax.tree_util.all_leaves([held]) or isinstance(held, WHOLE)
+    # parts of the structure are leaves themselves.
+    return jax.tree_util.all_leaves([leaf.get_raw_value()])
 
 
 def unboxed(leaf: Any) -> Any:

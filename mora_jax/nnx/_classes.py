@@ -17,7 +17,7 @@ from mora_jax._layer.equation import folded_kernel
 from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._held import TrainedParam, dropout_key, held, plain_class, set_class
 
-MARKED = "marked"
+MARKED = "mora_marked"
 """The attribute of a layer whose calls are recorded and not adapted, a `Marked`."""
 
 
