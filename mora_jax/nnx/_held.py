@@ -289,12 +289,12 @@ def _fitting(
     module: nnx.Module, path: Path, variable: MoRAParam, adapter: Adapter
 ) -> Adapter:
     """The adapter as its place in a model takes it."""
-    name, spec = "/".join(path), adapter.spec
+    name, spec, own = "/".join(path), adapter.spec, variable.spec
     m = as_jax_array(name, adapter.m)
-    if not isinstance(spec, AdapterSpec):  # the model knows its dtypes
-        m, spec = m.astype(variable.spec.dtype), variable.spec
+    if isinstance(own, TrainedArray):  # the model knows its dtypes
+        m, spec = m.astype(own.dtype), own
     else:  # of one layer where the model has the variable for one
-        spec = spec.with_stack(variable.spec.stack_shape)
+        spec = spec.with_stack(own.stack_shape)
     sharding = named_sharding(variable)
     if sharding is not None and not isinstance(m, Tracer) and not m.committed:
         m = jax.device_put(m, sharding)
