@@ -30,7 +30,7 @@ class Quantized(NamedTuple):
         """Variables of the model that qwix never saw, with the adapters in them."""
         from mora_jax.qwix import merge
 
-        return {"params": merge(self.variables["params"], adapters)[0]}
+        return {"params": merge(self.variables["params"], adapters)}
 
 
 def quantized(model: Llama, params: Any, types: str, **settings: Any) -> Quantized:

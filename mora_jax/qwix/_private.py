@@ -3,7 +3,6 @@
 Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differed.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +13,14 @@ from flax import nnx
 
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_boxed, is_end, key_name, reboxed, unboxed
+from mora_jax._tree.paths import is_end, key_name, reboxed
 from mora_jax.nnx._held import named_modules
 
 try:
     import qwix
     from qwix._src.core import numerics
     from qwix._src.providers.ptq import WithAux as WithAux
-    from qwix._src.providers.ptq import flax_util, qarray
+    from qwix._src.providers.ptq import flax_util
 except ImportError as error:
     raise ImportError(
         f"mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]' ({error})"
@@ -128,20 +127,3 @@ def dequantized(parameter: Any) -> Any:
     else:
         values = qwix.dequantize(jax.tree.map(jnp.asarray, array))
     return reboxed(parameter.array.qvalue, values)
-
-
-def requantized(parameter: Any, values: Any) -> Any:
-    """A parameter with other values, boxed and, if it is, quantized as it is."""
-    if not isinstance(parameter, WithAux):
-        return values
-    quantize = functools.partial(qarray.quantize, how=parameter.how)
-    old, values = flax_util.unbox(parameter.array), unboxed(values)
-    for _ in range(values.ndim - 1):
-        new = jax.eval_shape(quantize, values)
-        if jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old):
-            break
-        quantize = jax.vmap(quantize)  # a scanned layer quantizes one kernel of a stack
-    else:
-        raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
-    array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
-    return parameter.replace(array=array)  # type: ignore[attr-defined]
