@@ -3,7 +3,6 @@
 Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differed.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -49,8 +48,11 @@ def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
 
 
 def forget(model: nnx.Module) -> None:
-    """Make a model one that qwix never saw."""
+    """Make a model one that qwix never saw, of arrays."""
     for _, module in named_modules(model):
+        for name, parameter in parameters_of(module).items():
+            if is_quantized(parameter):
+                setattr(module, name, dequantized(parameter))
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
             if name in vars(module):
                 delattr(module, name)
@@ -81,14 +83,6 @@ def named_parameters(model: Any) -> dict[str, Any]:
         for path, module in named_modules(model)
         for name, parameter in parameters_of(module).items()
     }
-
-
-def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
-    """Give an NNX model other parameters: {slash-joined path: parameter}."""
-    modules = {"/".join(path): module for path, module in named_modules(model)}
-    for name, parameter in params.items():
-        path, _, own = name.rpartition("/")
-        setattr(modules[path], own, parameter)
 
 
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:

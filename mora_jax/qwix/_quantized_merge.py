@@ -38,8 +38,7 @@ def dequantize(params: Any) -> Any:
       (8, 16)
     """
     if isinstance(params, nnx.Module):
-        model = nnx.clone(params)
-        _private.set_parameters(model, dequantize(_private.named_parameters(model)))
+        _private.forget(model := nnx.clone(params))
         return nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
@@ -103,9 +102,7 @@ def merge_adapters(model: Model, *, any_base: bool = False) -> Model:
 
     Example: see `MoRAProvider`.
     """
-    params = _private.named_parameters(model)
-    params = merge(params, nnx_adapters(model), any_base=any_base)
-    model = detached(model)
-    _private.set_parameters(model, params)
-    _private.forget(model)
-    return model
+    _private.forget(plain := detached(model))
+    params, adapters = nnx.state(plain, nnx.Param), nnx_adapters(model)
+    nnx.update(plain, tree_merge.merge(params, adapters, any_base=any_base))
+    return plain
