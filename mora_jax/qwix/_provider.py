@@ -262,7 +262,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       TypeError: `model` is not a Flax module.
       ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
-    Example: see `merge`.
+    Example: see `mora_jax.qwix.dequantize`, whose `model` is one.
     """
     if isinstance(model, nnx.Module):
         return nnx_plan_of(model)

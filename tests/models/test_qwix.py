@@ -31,7 +31,6 @@ from mora_jax.qwix import (
     MoRAProvider,
     MoRARule,
     dequantize,
-    merge,
     merge_adapters,
     plan_of,
 )
@@ -50,6 +49,10 @@ TYPES = {
     "fp8": {"weight_qtype": "float8_e4m3fn"},
     "int8 inputs": {"weight_qtype": "int8", "act_qtype": "int8"},
 }
+
+
+def merge(base, adapters, **settings):
+    return mora_jax.merge(dequantize(base), adapters, **settings)
 
 
 class LeftLinen(nn.Module):

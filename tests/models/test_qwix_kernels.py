@@ -11,7 +11,7 @@ from helpers import close, random, random_like
 
 import mora_jax
 from mora_jax import nnx as mora
-from mora_jax.qwix import MoRAProvider, MoRARule, merge, merge_adapters, plan_of
+from mora_jax.qwix import MoRAProvider, MoRARule, dequantize, merge_adapters, plan_of
 
 qwix = pytest.importorskip("qwix")
 # `pytest.warns` hides from filters that they come from qwix.
@@ -19,6 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 KEY, VERSION = jax.random.key(0), version("qwix")
 INT8 = {"weight_qtype": "int8"}
 TYPES = pytest.mark.parametrize("types", [{}, INT8], ids=["none", "int8"])
+
+
+def merge(base, adapters, **settings):
+    return mora_jax.merge(dequantize(base), adapters, **settings)
 
 
 class Own(nn.Module):

@@ -1,11 +1,11 @@
-"""Quantized kernels as arrays, which adapters are merged into."""
+"""Quantized kernels as arrays, which `mora_jax.merge` merges adapters into."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
-from mora_jax._tree import merge as tree_merge
+from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import located_leaves
 from mora_jax.nnx._held import Model, MoRAParam, detached
 from mora_jax.nnx._held import adapters as nnx_adapters
@@ -31,11 +31,14 @@ def dequantize(params: Any) -> Any:
     Example::
 
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
-      >>> rule = qwix.QuantizationRule(weight_qtype="int8")
-      >>> model = qwix.quantize_model(nn.Dense(16), qwix.PtqProvider([rule]))
-      >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
-      >>> mora_jax.qwix.dequantize(params)["kernel"].shape
-      (8, 16)
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
+      >>> params, adapters = mora_jax.split(variables["params"])
+      >>> merged = mora_jax.merge(mora_jax.qwix.dequantize(params), adapters)
+      >>> y = nn.Dense(16).apply({"params": merged}, x)
+      >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
+      True
     """
     if isinstance(params, nnx.Module):
         _private.forget(model := nnx.clone(params))
@@ -55,38 +58,6 @@ def dequantize(params: Any) -> Any:
     return structure.unflatten(map(_private.dequantized, named.values()))
 
 
-def merge(params: Any, adapters: Any, *, any_base: bool = False) -> Any:
-    r"""The dequantized base with its deltas added: :math:`W' = Q(W) + \alpha\, C M D`.
-
-    Args:
-      params: Params that qwix quantized, without adapters: nested dicts.
-      adapters: The adapters, as `mora_jax.split` takes them out of params.
-      any_base: As in `mora_jax.merge`.
-
-    Returns:
-      Params of arrays, for the model that qwix never saw.
-
-    Raises:
-      TypeError, ValueError: As `dequantize` and `mora_jax.merge`.
-
-    Example::
-
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
-      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
-      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
-      >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
-      >>> base, adapters = mora_jax.split(variables["params"])
-      >>> merged = mora_jax.qwix.merge(base, adapters)
-      >>> y = nn.Dense(16).apply({"params": merged}, x)
-      >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
-      True
-    """
-    if isinstance(params, nnx.Module):
-        kind = f"a tree of arrays, got the model {type(params).__name__}"
-        raise TypeError(f"params must be {kind}: write merge_adapters(model)")
-    return tree_merge.merge(dequantize(params), adapters, any_base=any_base)
-
-
 def merge_adapters(model: Model, *, any_base: bool = False) -> Model:
     """An NNX model with its adapters merged into its kernels, which qwix never saw.
 
@@ -98,11 +69,12 @@ def merge_adapters(model: Model, *, any_base: bool = False) -> Model:
       A new model of floating-point kernels, of the class that the base has.
 
     Raises:
-      TypeError, ValueError: As `merge`; `model` is not of NNX, or lacks adapters.
+      TypeError, ValueError: As `mora_jax.merge`; `model` is not of NNX, or lacks
+        adapters.
 
     Example: see `MoRAProvider`.
     """
     _private.forget(plain := detached(model))
     params, adapters = nnx.state(plain, nnx.Param), nnx_adapters(model)
-    nnx.update(plain, tree_merge.merge(params, adapters, any_base=any_base))
+    nnx.update(plain, merge(params, adapters, any_base=any_base))
     return plain
