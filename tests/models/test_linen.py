@@ -31,7 +31,7 @@ from mora_jax import (
     register_layer,
     split,
 )
-from mora_jax._flax.layer_rules import NAMED, LayerRule
+from mora_jax._flax.layer_rules import RULES, LayerRule
 
 KEY = jax.random.key(0)
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
@@ -292,7 +292,7 @@ def test_rules_by_the_name_of_a_class(monkeypatch):
 
     def known(cls, **rule):
         name = f"{cls.__module__}.{cls.__qualname__}"
-        monkeypatch.setitem(NAMED, name, [LayerRule("bti,io->bto", "w", **rule)])
+        monkeypatch.setitem(RULES, name, [LayerRule("bti,io->bto", "w", **rule)])
 
     class Later(Unknown):
         pass
