@@ -30,25 +30,25 @@ def product_of(
     """The product of two operands; the one at `kernel_at` is the kernel."""
     if op == "conv_general_dilated":
         return _convolution(operands, kernel_at, dict(given))
-    ndims = [operand.ndim for operand in operands]
+    lhs, rhs = (operand.ndim for operand in operands)
     if op == "einsum":
         einsum = given["einsum_str"].replace(" ", "")
     else:
-        einsum = dot_general_equation(*ndims, given["dimension_numbers"])
+        einsum = dot_general_equation(lhs, rhs, given["dimension_numbers"])
     # A product has the kernel last, whichever operand of the call it is.
     terms, arrow, outputs = einsum.partition("->")
     x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
-    return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", ndims[1 - kernel_at])
+    return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", lhs if kernel_at else rhs)
 
 
 def _convolution(
     operands: Sequence[Any], kernel_at: int, settings: dict[str, Any]
 ) -> Convolution:
-    shapes, numbers = [a.shape for a in operands], settings.get("dimension_numbers")
-    numbers = jax.lax.conv_dimension_numbers(*shapes, numbers)
+    (lhs, rhs), numbers = operands, settings.get("dimension_numbers")
+    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
     settings["dimension_numbers"] = numbers
     # As Flax stores kernels, (*window, in, out), so that neither is transposed.
-    last = len(shapes[1]) - 1
+    last = rhs.ndim - 1
     if (kernel_at, numbers.rhs_spec[0], numbers.out_spec[1]) != (1, last, last):
         raise ValueError(
             "a convolution has an adapter if its output features are the last axis "

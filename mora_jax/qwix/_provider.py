@@ -20,6 +20,7 @@ from mora_jax._flax.calls import errors_of
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
+from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_m
 from mora_jax._tree.combined import split
@@ -151,15 +152,15 @@ class MoRAProvider(qwix.PtqProvider):
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
         if mistaken or traced.get() is not None:
-            own = partial(getattr(jnp if op == "einsum" else jax.lax, op), *args)
-            y = own(**settings)
-        else:
-            y = own()
+            plain = getattr(jnp if op == "einsum" else jax.lax, op)
+            own = partial(plain, *args, **settings)
+        y = own()
         if kernel is None:
             return y
         name, at = kernel
         product, x = product_of(op, operands, at, given), operands[1 - at]
-        adapter = self._adapter(module, name, operands[at], product, rule)
+        path = (*_private.path_of_call(), name)
+        adapter = _adapter(module, path, operands[at], product, rule.config)
         if adapter is None:
             return y
         spec, key = adapter.spec, None
@@ -167,7 +168,7 @@ class MoRAProvider(qwix.PtqProvider):
             key = dropout_key(module, name, adapter)
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
-        with errors_of("/".join((*_private.path_of_call(), name))):
+        with errors_of("/".join(path)):
             check_product(spec, product)
             precision = given.get("precision")
             return add_delta(y, spec, adapter.m, x, product, key, precision)
@@ -177,31 +178,27 @@ class MoRAProvider(qwix.PtqProvider):
     einsum: Any = partialmethod(_adapted, "einsum")
     conv_general_dilated: Any = partialmethod(_adapted, "conv_general_dilated")
 
-    def _adapter(
-        self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
-    ) -> Adapter | None:
-        """The adapter of a kernel; None in an NNX model without one for it."""
-        path, is_nnx = (*_private.path_of_call(), name), isinstance(module, nnx.Module)
-        found, place = traced.get(), "/".join(path)
-        if is_nnx and found is None:
+
+def _adapter(
+    module: Any, path: Path, kernel: Any, product: Product, config: MoRAConfig
+) -> Adapter | None:
+    """The adapter of a kernel; None in an NNX model without one for it."""
+    name, place = path[-1], "/".join(path)
+    own = config, tuple(kernel.shape), product.axes
+    new = partial(AdapterSpec.from_config, *own, kernel_dtype=kernel.dtype, name=place)
+    if isinstance(module, nnx.Module):
+        if (found := traced.get()) is None:
             return held(module, name)
-        m = None if is_nnx else module.get_variable("params", name + SUFFIX)
-        if m is None:
-            settings: Any = {"name": place, "kernel_dtype": kernel.dtype}
-            own = rule.config, tuple(kernel.shape), product.axes
-            spec = AdapterSpec.from_config(*own, **settings)
-        elif isinstance(m, Adapter):  # as the first product of the kernel had it
-            spec = m.spec
-        else:
-            kind = type(m).__name__
-            raise TypeError(
-                f"{place}{SUFFIX} in params must be an adapter, got {kind}: "
-                "plan_of(model, ...).adapters(tree) makes them of plain arrays"
-            )
-        if is_nnx:
-            found.setdefault(path, spec)
-            return None
-        return running_adapter(module, name, spec)
+        found[path] = found.get(path) or new()
+        return None
+    if (m := module.get_variable("params", name + SUFFIX)) is None:
+        return running_adapter(module, name, new())
+    if not isinstance(m, Adapter):
+        raise TypeError(
+            f"{place}{SUFFIX} in params must be an adapter, got {type(m).__name__}: "
+            "plan_of(model, ...).adapters(tree) makes them of plain arrays"
+        )
+    return running_adapter(module, name, m.spec)
 
 
 def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> None:
@@ -262,7 +259,13 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       TypeError: `model` is not a Flax module.
       ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
-    Example: see `mora_jax.qwix.dequantize`, whose `model` is one.
+    Example::
+
+      >>> import flax.linen as nn, jax.numpy as jnp, mora_jax, qwix
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))["kernel"].shape
+      (8, 8)
     """
     if isinstance(model, nnx.Module):
         return nnx_plan_of(model)

@@ -408,6 +408,13 @@ def test_rules_that_adapt_nothing(api):
         Adapted(api, LAYERS["dense"], rules)
 
 
+def test_rules_for_some_operations():
+    rules = [MoRARule(op_names=("einsum",), rank=1), MoRARule(rank=2)]
+    adapted = Adapted("linen", LAYERS["dense"], rules)
+    (spec,) = adapted.plan.values()
+    assert spec.rank == 2
+
+
 # --- Meshes ---
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import bare, close, random, random_like
 
 import mora_jax
 from mora_jax import nnx as mora
@@ -147,3 +147,14 @@ def test_wrong_rules_are_refused_when_they_are_made(make, error, message):
 @pytest.mark.parametrize("qtype", ["int8", "int4", "int2", "nf4", jnp.float8_e4m3fn])
 def test_rules_of_all_types_of_qwix(qtype):
     assert MoRARule(weight_qtype=qtype).weight_qtype == qtype
+
+
+def test_plain_arrays_in_place_of_adapters_are_refused(adapted):
+    """They do not say which product of their kernel they are meant for."""
+    model, base, adapters = adapted
+    params = {**base, **bare(adapters)}
+    with pytest.raises(TypeError, match="kernel_mora in params must be an adapter"):
+        model.apply({"params": params}, X)
+    made = plan_of(model, X).adapters(bare(adapters))
+    y = model.apply({"params": mora_jax.combine(base, adapters)}, X)
+    close(model.apply({"params": mora_jax.combine(base, made)}, X), y, 0)
