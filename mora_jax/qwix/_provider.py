@@ -184,8 +184,12 @@ def _adapter(
 ) -> Adapter | None:
     """The adapter of a kernel; None in an NNX model without one for it."""
     name, place = path[-1], "/".join(path)
-    own = config, tuple(kernel.shape), product.axes
-    new = partial(AdapterSpec.from_config, *own, kernel_dtype=kernel.dtype, name=place)
+
+    def new() -> AdapterSpec:
+        dtype = getattr(kernel, "dtype", None)  # a quantized one of qwix 0.1.5 lacks it
+        own = config, tuple(kernel.shape), product.axes
+        return AdapterSpec.from_config(*own, kernel_dtype=dtype, name=place)
+
     if isinstance(module, nnx.Module):
         if (found := traced.get()) is None:
             return held(module, name)
