@@ -55,16 +55,12 @@ def plot_delta(
     check_finite(m, "m")
     delta = np.asarray(factor * op.matrix(jnp.asarray(m)), np.float32)
     top = float(abs(delta).max()) or 1.0
-    ax = ax or _axes()
+    if ax is None:
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError("pictures need: pip install matplotlib") from error
+        _, ax = pyplot.subplots(figsize=(4.8, 3.6), layout="constrained")
     ax.imshow(delta, cmap="RdBu_r", vmin=-top, vmax=top)
     ax.set(xlabel="output features", ylabel="input features", title=op.name)
     return ax
-
-
-def _axes() -> Any:
-    """Axes in a new figure."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need: pip install matplotlib") from error
-    return pyplot.subplots(figsize=(4.8, 3.6), layout="constrained")[1]

@@ -20,7 +20,6 @@ from mora_jax._flax.calls import errors_of
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
-from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_m
 from mora_jax._tree.combined import split
@@ -160,7 +159,7 @@ class MoRAProvider(qwix.PtqProvider):
         name, at = kernel
         product, x = product_of(op, operands, at, given), operands[1 - at]
         path = (*_private.path_of_call(), name)
-        adapter = _adapter(module, path, operands[at], product, rule.config)
+        adapter = _adapter(module, path, operands[at], product, rule)
         if adapter is None:
             return y
         spec, key = adapter.spec, None
@@ -180,14 +179,14 @@ class MoRAProvider(qwix.PtqProvider):
 
 
 def _adapter(
-    module: Any, path: Path, kernel: Any, product: Product, config: MoRAConfig
+    module: Any, path: Path, kernel: Any, product: Product, rule: MoRARule
 ) -> Adapter | None:
     """The adapter of a kernel; None in an NNX model without one for it."""
     name, place = path[-1], "/".join(path)
 
     def new() -> AdapterSpec:
         dtype = getattr(kernel, "dtype", None)  # a quantized one of qwix 0.1.5 lacks it
-        own = config, tuple(kernel.shape), product.axes
+        own = rule, tuple(kernel.shape), product.axes
         return AdapterSpec.from_config(*own, kernel_dtype=dtype, name=place)
 
     if isinstance(module, nnx.Module):
