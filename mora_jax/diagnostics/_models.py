@@ -14,7 +14,6 @@ from flax import nnx
 from mora_jax._common.checks import check_number, check_seed
 from mora_jax._flax.calls import unchecked
 from mora_jax._layer.adapter import Adapter, delta_of
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import checked_adapters, init
 from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.paths import adapters_in, replace_adapters, replace_leaves
@@ -75,7 +74,10 @@ def check(
     items = enumerate(with_kernels(params, checked_adapters(zeros)))
     for number, (path, adapter, place, kernel) in items:
         name = "/".join(path)
-        own = _as_large_as(kernel, adapter.spec, jax.random.fold_in(key, number))
+        spec, own_key = adapter.spec, jax.random.fold_in(key, number)
+        own = Adapter(jax.random.normal(own_key, spec.shape, spec.param_dtype), spec)
+        factor = (norm(kernel) or 1.0) / norm(delta_of(own))
+        own = own.replace(m=spec.operator.scaled(own.m, factor))
         merged = merged_kernel(own, kernel, rounding="dither")
         what = f"outputs with a delta of {name!r} that is as large as its kernel"
         left = _floats(adapted(replace_adapters(zeros, {path: own})), what)
@@ -133,13 +135,6 @@ def _floats(outputs: Any, what: str) -> list[jax.Array]:
         got = "NaN or infinity" if ys else "no floating-point output"
         raise ValueError(f"the model must give finite {what}, got {got}; try float32")
     return ys
-
-
-def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> Adapter:
-    """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
-    m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    factor = (norm(kernel) or 1.0) / norm(delta_of(Adapter(m, spec)))
-    return Adapter(spec.operator.scaled(m, factor), spec)
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

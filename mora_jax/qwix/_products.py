@@ -1,4 +1,4 @@
-"""Products that qwix sees as a model runs: of which kernel, and which product it is."""
+"""Products that qwix sees as a model runs, and the kernels in them."""
 
 import inspect
 from collections.abc import Mapping, Sequence
