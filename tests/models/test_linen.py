@@ -325,6 +325,24 @@ class TiedNet(nn.Module):
         return self.tied.attend(self.tied(x))
 
 
+class TiedKnown(Tied):
+    """Its own method is registered, and the base class's is known as before."""
+
+
+class TiedKnownNet(TiedNet):
+    def setup(self):
+        self.tied = TiedKnown(6)
+
+
+def test_a_registered_method_leaves_the_rules_of_base_classes():
+    register_layer(TiedKnown, equation="...o,io->...i", method="attend")
+    variables, apply, _ = made(TiedKnownNet())
+    assert {path: spec.axes for path, spec in apply.plan.items()} == {
+        "tied/kernel": "io"
+    }
+    assert_merged_is_adapted(TiedKnownNet(), apply, variables)
+
+
 def test_layers_that_do_otherwise_are_refused():
     """An adapter that would have no effect is an error, not a silence."""
     model, config = Unknown((12, 6), "bti,io->bto"), MoRAConfig(rank=2, targets="w")
