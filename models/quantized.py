@@ -28,9 +28,10 @@ class Quantized(NamedTuple):
 
     def merged(self, adapters: Any) -> dict[str, Any]:
         """Variables of the model that qwix never saw, with the adapters in them."""
-        from mora_jax.qwix import merge
+        from mora_jax.qwix import dequantize
 
-        return {"params": merge(self.variables["params"], adapters)[0]}
+        base = dequantize(self.variables["params"])
+        return {"params": mora_jax.merge(base, adapters)}
 
 
 def quantized(model: Llama, params: Any, types: str, **settings: Any) -> Quantized:

@@ -1,5 +1,6 @@
 """Rules for layer classes: the products that methods compute, to be adapted."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -22,7 +23,7 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 class LayerRule:
     """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    The attributes are as in `register_layer`; `method` is "" for `products.Folded`.
+    The attributes are as in `register_layer`.
     """
 
     equation: Equation
@@ -31,6 +32,11 @@ class LayerRule:
     argument: str | None = None
     dot_general: bool = False
     scale: Scale | None = None
+
+    @property
+    def folded(self) -> bool:
+        """True if all methods read the kernel with its delta in it."""
+        return isinstance(self.equation, Folded)
 
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
@@ -79,10 +85,8 @@ class LayerRule:
         return Contraction.parse(product, ndim) if isinstance(product, str) else product
 
 
-_RULES: dict[type, dict[str, LayerRule]] = {}
-"""The rules of each class by method, or by kernel where all methods read it."""
-NAMED: dict[str, list[LayerRule]] = {}
-"""Rules of classes that nobody has imported yet, by the full names of the classes."""
+RULES: dict[type | str, list[LayerRule]] = {}
+"""The rules of each class; by its full name, of one that nobody has imported yet."""
 
 
 def register_layer(
@@ -137,23 +141,20 @@ def register_layer(
       >>> mora_jax.register_layer(Transposed, equation="...i,oi->...o", kernel="w")
     """
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    key, rule = check_rule(cls, rule)
-    folded = isinstance(equation, Folded)
-    own = _RULES.setdefault(cls, {})  # from here rules by the name of `cls` do not hold
+    check_rule(cls, rule)
+    own = RULES.setdefault(cls, [])  # from here rules by its name do not hold
     _registered.cache_clear()
-    if rules_of(cls) if folded else folded_kernels(cls):
+    if rules_of(cls) if rule.folded else folded_kernels(cls):
         raise ValueError(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
             f"for none, got {equation!r} for {kernel!r}"
         )
-    # All kernels of a class are folded or none, so the base class's rules stay.
-    known = _registered(cls) if folded else own
-    _RULES[cls] = {**known, key: rule}
+    own.append(rule)
     _registered.cache_clear()
 
 
-def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
-    """Raise unless `rule` may be of `cls`; the rule with its method or kernel."""
+def check_rule(cls: type, rule: LayerRule) -> None:
+    """Raise unless `rule` may be of `cls`."""
     equation, kernel, method = rule.equation, rule.kernel, rule.method
     if not isinstance(cls, type):
         raise TypeError(f"cls must be a class, got {cls!r}")
@@ -178,51 +179,48 @@ def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {rule.argument!r}"
         )
-    if not isinstance(equation, Folded):
-        return method, rule
+    if not rule.folded:
+        return
     if issubclass(cls, nn.Module):
         raise TypeError(f"products.Folded is for NNX, got {cls.__name__} of Linen")
     if not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
-    return kernel, dataclasses.replace(rule, method="")
-
-
-def _own_rules(cls: type) -> Mapping[str, LayerRule]:
-    """The rules that are registered for exactly this class, or else for its name."""
-    if cls in _RULES:
-        return _RULES[cls]
-    named = NAMED.get(f"{cls.__module__}.{cls.__qualname__}", ())
-    try:
-        return dict(check_rule(cls, rule) for rule in named)
-    except TypeError:  # another version, whose class is as one without a rule
-        return {}
 
 
 @functools.cache  # a trace asks for every module, again and again
 def _registered(cls: type) -> Mapping[str, LayerRule]:
-    """The rules of `cls`, or of a base class for the methods that it inherits."""
+    """The rules of `cls`, and of its base classes for the methods that it inherits.
+
+    They are by method, or by kernel where all methods read it.
+    """
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
-    base = next((base for base in cls.__mro__ if _own_rules(base)), cls)
+    found: dict[str, LayerRule] = {}
     # Statically, since a bound method is a new object each time it is asked for.
     static = inspect.getattr_static
-    return {
-        key: rule
-        for key, rule in _own_rules(base).items()
-        if not rule.method or static(cls, rule.method) is static(base, rule.method)
-    }
+    for base in reversed(cls.__mro__):
+        own = RULES.get(base, RULES.get(f"{base.__module__}.{base.__qualname__}", []))
+        with contextlib.suppress(TypeError):  # of a version that has another class
+            for rule in own:
+                check_rule(base, rule)
+            for rule in own:
+                if rule.folded:
+                    found[rule.name(cls)] = rule
+                elif static(cls, rule.method) is static(base, rule.method):
+                    found[rule.method] = rule
+    return found
 
 
 def folded_kernels(cls: type) -> Mapping[str, Product]:
     """{kernel: its product} of a class whose methods read the kernels themselves."""
     rules = _registered(cls).items()
-    return {key: rule.equation for key, rule in rules if not rule.method}  # type: ignore[misc]
+    return {key: rule.equation for key, rule in rules if rule.folded}  # type: ignore[misc]
 
 
 def rules_of(cls: type) -> Mapping[str, LayerRule]:
     """{method: its rule} of a class."""
-    return {key: rule for key, rule in _registered(cls).items() if rule.method}
+    return {key: rule for key, rule in _registered(cls).items() if not rule.folded}
 
 
 def planning_rules(module: Any) -> Mapping[str, LayerRule]:

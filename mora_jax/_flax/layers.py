@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.layer_rules import NAMED, LayerRule, check_rule, register_layer
+from mora_jax._flax.layer_rules import RULES, LayerRule, check_rule, register_layer
 from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Product
 from mora_jax.products.contraction import dot_general_equation
 
@@ -114,24 +114,24 @@ _TUNIX = {
     + _folded(_EXPERTS, "linear")
     + _folded(_LEFT_OUT, "router_logits"),
 }
-NAMED.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
-NAMED["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
+RULES.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
+RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
     LayerRule("...i,oi->...o")
 ]
 # Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
 # and an `Embedder`, whose table is also their head.
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
-    NAMED[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
-    NAMED[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]
+    RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
+    RULES[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]
 
 
 def lacking(package: str) -> dict[str, str]:
     """{class of a package that has rules here: why this version does not fit them}."""
     reasons = {}
-    for path, rules in NAMED.items():
-        module, _, name = path.rpartition(".")
-        if not path.startswith(f"{package}."):
+    for path, rules in RULES.items():
+        if not isinstance(path, str) or not path.startswith(f"{package}."):
             continue
+        module, _, name = path.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module), name)
             for rule in rules:

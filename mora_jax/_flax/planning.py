@@ -62,14 +62,18 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
 
 def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     """`plan` for a model that is known by a survey."""
-    model = Candidates(named_leaves(params), config, survey)
+    leaves = dict(sorted(named_leaves(params).items(), key=lambda item: item[1][0]))
+    model = Candidates(leaves, config, survey)
     targets = model.targets()
     trained = model.trained(targets)
-    model.refuse_idle_overrides(targets, trained)
-    taken = {*targets, *trained}
-    refuse_shared(model.shared(), sorted(taken))
+    _refuse_idle_overrides(config, targets, trained)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, (_, leaf) in leaves.items():
+        if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
+            owners[id(leaf)].append(name)
+    refuse_shared(owners.values(), sorted({*targets, *trained}))
     parts = {name: model.adapter(name) for name in targets} | trained
-    left_out = model.left_out(taken)
+    left_out = model.left_out(parts)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
     if surprising and model.by_default:
         # Whoever named no targets may not know of them.
@@ -83,8 +87,8 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     if idle:
         warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
     return Plan(
-        {model.leaves[name][0]: spec for name, spec in parts.items()},
-        base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
+        {leaves[name][0]: spec for name, spec in parts.items()},
+        base_parameters=sum(math.prod(a.shape) for _, a in leaves.values()),
         traced=survey.traced,
         left_out=left_out,
         unproven=unproven,
@@ -104,10 +108,6 @@ def axes_by_name(name: str, shape: Shape) -> str:
         "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
         f"overrides={{{name!r}: {{'axes': ...}}}}"
     )
-
-
-NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
-"""Names of arrays that rarely multiply inputs, for models that were not traced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,42 +134,39 @@ class Candidates:
         return matching("exclude", self.config.exclude, self.leaves)
 
     def targets(self) -> list[str]:
-        """The names of the kernels to adapt, in the order of their paths."""
+        """The names of the kernels to adapt."""
         kernels = [name for name in self.arrays if not self.survey.no_kernel(name)]
         if self.by_default:
-            names = self._default_targets(kernels)
+            names = set(filter(self._is_default, kernels))
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
             kind += "whose product is known, in NNX held by an nnx.Param)"
             names = matching("targets", self.config.targets, kernels, kind, self.leaves)
-        targets = self._in_order(names - self.excluded)
-        if not targets:
+        if not names:
+            why = "no array has two or more axes"
+            if not self.survey.by_names and (left_out := self.left_out(())):
+                why = "; ".join(map(str, left_out))
+            elif self.arrays:
+                why = (
+                    "it is arrays that are called 'kernel' and are no head or "
+                    f"embedding, got {patterns(kernels)!r}; name yours, as in "
+                    "targets='.*/w'"
+                )
+            told = "targets: the default matches no path of a kernel that can be "
+            raise ValueError(f"{told}adapted: {why}")
+        names -= self.excluded
+        if not names:
             raise ValueError("exclude leaves no kernel to adapt")
-        return targets
+        return [name for name in kernels if name in names]
 
-    def _default_targets(self, kernels: Sequence[str]) -> set[str]:
-        pattern, dense = DEFAULT_TARGETS[0], kernels
-        if not self.survey.by_names:
-            # The layers tell which arrays are kernels, whatever they are called.
-            pattern, products = default_targets("[^/]+"), self.survey.products
-            dense = [
-                name
-                for name in kernels
-                if (product := products.get(name)) and product.adapted_by_default
-                if not self._too_narrow(name)
-            ]
-        if names := {name for name in dense if re.fullmatch(pattern, name)}:
-            return names
-        why = "no array has two or more axes"
-        if not self.survey.by_names and (left_out := self.left_out(())):
-            why = "; ".join(map(str, left_out))
-        elif self.arrays:
-            why = (
-                "it is arrays that are called 'kernel' and are no head or embedding, "
-                f"got {patterns(kernels)!r}; name yours, as in targets='.*/w'"
-            )
-        told = "targets: the default matches no path of a kernel that can be adapted"
-        raise ValueError(f"{told}: {why}")
+    def _is_default(self, name: str) -> bool:
+        if self.survey.by_names:
+            return re.fullmatch(DEFAULT_TARGETS[0], name) is not None
+        # The layers tell which arrays are kernels, whatever they are called.
+        product = self.survey.products.get(name)
+        if product is None or not product.adapted_by_default or self._too_narrow(name):
+            return False
+        return re.fullmatch(default_targets("[^/]+"), name) is not None
 
     def _too_narrow(self, name: str) -> bool:
         # As is a head of one number: the default operator's M cannot be as narrow, and
@@ -178,7 +175,7 @@ class Candidates:
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
-        _, leaf = self.leaves[name]
+        leaf, product = self.arrays[name], self.survey.products.get(name)
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         with errors_of(name):
@@ -187,12 +184,11 @@ class Candidates:
                 config, tuple(leaf.shape), axes, kernel_dtype=leaf.dtype, name=name
             )
             # An unknown layer's kernel has axes by an override, taken at its word.
-            if name in self.survey.products:
-                if fault := self.survey.fault(name):
-                    raise ValueError(fault)
-                is_table = self.survey.products[name].takes_indices
-                if is_table and not spec.operator.linear and spec.init == "zeros":
-                    spec = dataclasses.replace(spec, init="embedding")
+            if product is not None and (fault := self.survey.fault(name)):
+                raise ValueError(fault)
+        is_table = product is not None and product.takes_indices
+        if is_table and not spec.operator.linear and spec.init == "zeros":
+            spec = dataclasses.replace(spec, init="embedding")
         return spec
 
     def _axes(self, name: str) -> str:
@@ -206,7 +202,7 @@ class Candidates:
         return "s" * (len(shape) - len(axes)) + axes
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
-        """The arrays that `config.train` names, in the order of their paths."""
+        """The arrays that `config.train` names."""
         names = matching("train", self.config.train, self.leaves)
         for name in sorted(names):
             if name in targets:
@@ -217,25 +213,10 @@ class Candidates:
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
         return {
-            name: TrainedArray.of(
-                name, self.leaves[name][1], self.config.settings(name)[0].param_dtype
-            )
-            for name in self._in_order(names)
+            name: TrainedArray.of(name, leaf, self.config.settings(name)[0].param_dtype)
+            for name, (_, leaf) in self.leaves.items()
+            if name in names
         }
-
-    def refuse_idle_overrides(
-        self, targets: Sequence[str], trained: Iterable[str]
-    ) -> None:
-        """Raise if an override matches nothing, or has settings without an effect."""
-        names = [*targets, *trained]
-        matching("overrides", self.config.overrides, names, "path that is adapted")
-        for pattern, settings in self.config.overrides.items():
-            idle = sorted(settings.keys() - {"param_dtype"})
-            if idle and not any(re.fullmatch(pattern, name) for name in targets):
-                raise ValueError(
-                    f"overrides[{pattern!r}] matches arrays that train themselves "
-                    f"alone, whose only setting is param_dtype, got {idle}"
-                )
 
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""
@@ -253,27 +234,25 @@ class Candidates:
 
     def _why_left_out(self, name: str) -> tuple[str, bool]:
         """The reason why an array gets no adapter, and if it multiplies inputs."""
+        survey, product = self.survey, self.survey.products.get(name)
+        named = self.by_default
+        named |= any(re.fullmatch(pattern, name) for pattern in self.config.targets)
         if name in self.excluded:
             return "excluded", False
         if name.rpartition("/")[0] in self._quantized:
             return "quantized; see mora_jax.qwix", True
-        survey, targets = self.survey, self.config.targets
-        named = any(re.fullmatch(pattern, name) for pattern in targets)
-        if survey.by_names or not (self.by_default or named):
+        if survey.by_names or not named:
             return "no target", False
-        if product := survey.products.get(name):
-            why = product.label or "a head, router or embedding by its name"
-            why += "; targets may name it"
-            if product.adapted_by_default and self._too_narrow(name):
-                why = "too narrow for a square; targets and operator may name it"
-            return why, False
+        if product and product.adapted_by_default and self._too_narrow(name):
+            return "too narrow for a square; targets and operator may name it", False
+        if product:
+            label = product.label or "a head, router or embedding by its name"
+            return f"{label}; targets may name it", False
         if survey.no_kernel(name):
             return "never multiplied with an input", False
-        # Without a trace it is a guess, by shape (not of a token or a row of scales)
-        # and by name.
+        # Without a trace it may be multiplied, unless it is a token or a row of scales.
         matrix = sum(size > 1 for size in self.arrays[name].shape) > 1
-        guess = matrix and not NO_KERNEL.fullmatch(name)
-        return survey.why_unknown(name), survey.traced or guess
+        return survey.why_unknown(name), survey.traced or matrix
 
     @functools.cached_property
     def _quantized(self) -> set[str]:
@@ -282,16 +261,20 @@ class Candidates:
         integers = [n for n, a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
         return {name.rpartition("/")[0] for name in integers}
 
-    def _in_order(self, names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: self.leaves[name][0])
 
-    def shared(self) -> list[list[str]]:
-        """The paths of each array that is at several."""
-        owners: dict[int, list[str]] = defaultdict(list)
-        for name, (_, leaf) in self.leaves.items():
-            if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
-                owners[id(leaf)].append(name)
-        return [names for names in owners.values() if len(names) > 1]
+def _refuse_idle_overrides(
+    config: MoRAConfig, targets: Sequence[str], trained: Iterable[str]
+) -> None:
+    """Raise if an override matches nothing, or has settings without an effect."""
+    names = [*targets, *trained]
+    matching("overrides", config.overrides, names, "path that is adapted")
+    for pattern, settings in config.overrides.items():
+        idle = sorted(settings.keys() - {"param_dtype"})
+        if idle and not any(re.fullmatch(pattern, name) for name in targets):
+            raise ValueError(
+                f"overrides[{pattern!r}] matches arrays that train themselves "
+                f"alone, whose only setting is param_dtype, got {idle}"
+            )
 
 
 def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> None:
@@ -300,7 +283,8 @@ def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> N
     # one at the other.
     for names in shared:
         for array in arrays:
-            if any(array == name or array.startswith(f"{name}/") for name in names):
+            inside = (array == name or array.startswith(f"{name}/") for name in names)
+            if len(names) > 1 and any(inside):
                 raise ValueError(
                     f"{array} is shared: the model holds {names[0]!r} also as "
                     f"{names[1]!r}; exclude it, take it out of train, or copy it"

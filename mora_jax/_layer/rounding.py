@@ -8,7 +8,7 @@ cancel in a sum over many inputs, which is what a layer computes.
 """
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,24 +70,6 @@ def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
     """`part / whole`, and 0 where the whole is zero; an array in a trace."""
     quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
     return quotient if isinstance(quotient, Tracer) else float(quotient)
-
-
-class MergeLoss(NamedTuple):
-    """Loss of a delta when a kernel is stored.
-
-    Attributes:
-      share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
-      error: norm(stored - base - delta) / norm(delta); 0 for a delta of zeros.
-    """
-
-    share: float | jax.Array
-    error: float | jax.Array
-
-    @classmethod
-    def of(cls, change: jax.Array, delta: jax.Array) -> "MergeLoss":
-        """The loss where a stored kernel differs from the base's by `change`."""
-        missing, size = (jnp.linalg.norm(a.ravel()) for a in (change - delta, delta))
-        return cls(share_lost(change, delta), ratio(missing, size))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))

@@ -14,7 +14,6 @@ Models::
 Pictures, for which matplotlib must be installed::
 
   plot_delta            an operator's pattern, or a trained delta
-  plot_training         what a training loop recorded: losses, norms of each delta
 
 Example::
 
@@ -42,4 +41,3 @@ from mora_jax.diagnostics._measures import relative_norm as relative_norm
 from mora_jax.diagnostics._measures import spectrum as spectrum
 from mora_jax.diagnostics._models import check as check
 from mora_jax.diagnostics._plots import plot_delta as plot_delta
-from mora_jax.diagnostics._plots import plot_training as plot_training

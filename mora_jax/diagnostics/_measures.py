@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -128,11 +129,16 @@ def relative_norm(params: Any, adapters: Any) -> dict[str, float]:
     Raises:
       TypeError, ValueError: As `merge`.
     """
-    norms, shares = spectrum(adapters), {}
-    for path, _, _, kernel in with_kernels(params, checked_adapters(adapters)):
-        name = "/".join(path)
-        delta_norm = float(np.linalg.norm(norms[name]))
-        # In float32, since squares of a float16 kernel overflow.
-        kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
-        shares[name] = delta_norm / kernel_norm if kernel_norm else math.inf
+    shares = {}
+    for path, adapter, _, kernel in with_kernels(params, checked_adapters(adapters)):
+        kernel_norm, delta_norm = norm(kernel), norm(delta_of(adapter))
+        shares["/".join(path)] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
+
+
+def norm(array: jax.Array) -> float:
+    """The Frobenius norm of an array."""
+    # In float32 or wider, and divided first: squares may be zero or infinite there.
+    array = wide(array)
+    top = float(jnp.abs(array).max())
+    return top * float(jnp.linalg.norm(array.ravel() / top)) if top else 0.0

@@ -13,12 +13,12 @@ from flax import nnx
 
 from mora_jax._common.checks import check_number, check_seed
 from mora_jax._flax.calls import unchecked
-from mora_jax._layer.adapter import Adapter, delta_of, wide
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._layer.adapter import Adapter, delta_of
 from mora_jax._tree.adapters import checked_adapters, init
 from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.paths import adapters_in, replace_adapters, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
+from mora_jax.diagnostics._measures import norm
 from mora_jax.linen._bound import params_of
 from mora_jax.linen._model import wrap as wrap_linen
 from mora_jax.nnx._held import set_adapters
@@ -64,12 +64,7 @@ def check(
     check_seed(seed)
     if tolerance is not None and check_number("tolerance", tolerance) < 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    if isinstance(model, nnx.Module):
-        params, adapted, plain = _nnx_models(model, plan, inputs, kwargs)
-    elif isinstance(model, nn.Module):
-        params, adapted, plain = _linen_models(model, variables, plan, inputs, kwargs)
-    else:
-        raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
+    params, adapted, plain = _models(model, variables, plan, inputs, kwargs)
     key, ratios = jax.random.key(seed), {}
     # An adapter may start at random, and each layer is to be the only one adapted.
     start = init(plan, key, params=params)
@@ -79,7 +74,10 @@ def check(
     items = enumerate(with_kernels(params, checked_adapters(zeros)))
     for number, (path, adapter, place, kernel) in items:
         name = "/".join(path)
-        own = _as_large_as(kernel, adapter.spec, jax.random.fold_in(key, number))
+        spec, own_key = adapter.spec, jax.random.fold_in(key, number)
+        own = Adapter(jax.random.normal(own_key, spec.shape, spec.param_dtype), spec)
+        factor = (norm(kernel) or 1.0) / norm(delta_of(own))
+        own = own.replace(m=spec.operator.scaled(own.m, factor))
         merged = merged_kernel(own, kernel, rounding="dither")
         what = f"outputs with a delta of {name!r} that is as large as its kernel"
         left = _floats(adapted(replace_adapters(zeros, {path: own})), what)
@@ -99,30 +97,23 @@ def check(
     return ratios
 
 
-def _linen_models(
-    model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
+def _models(
+    model: Any, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
     """Params, and the model's outputs as functions of adapters and of params."""
-    params, apply = params_of(variables), wrap_linen(model, plan)
-    settings = {"adapter_deterministic": True, **kwargs}
-
-    @jax.jit
-    def adapted(adapters: Any, variables: Any, inputs: Any) -> Any:
-        return apply(adapters, variables, *inputs, **settings)
-
-    @jax.jit
-    def plain(params: Any, variables: Any, inputs: Any) -> Any:
-        return model.apply({**variables, "params": params}, *inputs, **kwargs)
-
     # Arrays are arguments. As constants XLA would copy them, and try to compute them.
-    given = variables, inputs
-    return params, lambda ms: adapted(ms, *given), lambda params: plain(params, *given)
-
-
-def _nnx_models(
-    model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
-) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
-    """Params, and the model's outputs as functions of adapters and of params."""
+    if isinstance(model, nn.Module):
+        params, apply = params_of(variables), wrap_linen(model, plan)
+        given = {"adapter_deterministic": True, **kwargs}
+        adapted = jax.jit(lambda ms, v, inputs: apply(ms, v, *inputs, **given))
+        plain = jax.jit(lambda v, inputs: model.apply(v, *inputs, **kwargs))
+        return (
+            params,
+            lambda adapters: adapted(adapters, variables, inputs),
+            lambda params: plain({**variables, "params": params}, inputs),
+        )
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     run = nnx.jit(lambda model, inputs: model(*inputs, **kwargs))
 
     def outputs(model: nnx.Module, put: Callable[..., None], trained: Any) -> Any:
@@ -132,8 +123,8 @@ def _nnx_models(
         return run(copy, inputs)
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    adapted = functools.partial(outputs, wrap_nnx(model, plan), set_adapters)
-    return params, adapted, functools.partial(outputs, model, nnx.update)
+    wrapped = functools.partial(outputs, wrap_nnx(model, plan), set_adapters)
+    return params, wrapped, functools.partial(outputs, model, nnx.update)
 
 
 def _floats(outputs: Any, what: str) -> list[jax.Array]:
@@ -144,14 +135,6 @@ def _floats(outputs: Any, what: str) -> list[jax.Array]:
         got = "NaN or infinity" if ys else "no floating-point output"
         raise ValueError(f"the model must give finite {what}, got {got}; try float32")
     return ys
-
-
-def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> Adapter:
-    """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
-    m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    arrays = wide(kernel), delta_of(Adapter(m, spec))
-    size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
-    return Adapter(spec.operator.scaled(m, (size or 1.0) / delta_size), spec)
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

@@ -6,17 +6,13 @@ Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
   MoRAProvider          what `qwix.apply_lora_to_model` takes
   MoRARule              the settings of the modules that match a pattern
   plan_of               the plan that a model follows
-  merge                 a base with adapters merged into it, quantized again or not
-  merge_adapters        the same for an NNX model
-  MergeLoss             what of a delta is lost
-  dequantize            the base as floating-point arrays
+  dequantize            the base as floating-point arrays, for `mora_jax.merge`
+  merge_adapters        an NNX model with its adapters merged into it
 """
 
-from mora_jax._layer.rounding import MergeLoss as MergeLoss
 from mora_jax.qwix import _private  # first: its error says what to install
+from mora_jax.qwix._dequantized import dequantize as dequantize
+from mora_jax.qwix._dequantized import merge_adapters as merge_adapters
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
 from mora_jax.qwix._provider import plan_of as plan_of
-from mora_jax.qwix._quantized_merge import dequantize as dequantize
-from mora_jax.qwix._quantized_merge import merge as merge
-from mora_jax.qwix._quantized_merge import merge_adapters as merge_adapters
 from mora_jax.qwix._rule import MoRARule as MoRARule

@@ -3,8 +3,6 @@
 Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differed.
 """
 
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,14 +12,14 @@ from flax import nnx
 
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_boxed, is_end, key_name, reboxed, unboxed
+from mora_jax._tree.paths import is_end, key_name, reboxed
 from mora_jax.nnx._held import named_modules
 
 try:
     import qwix
     from qwix._src.core import numerics
     from qwix._src.providers.ptq import WithAux as WithAux
-    from qwix._src.providers.ptq import flax_util, qarray
+    from qwix._src.providers.ptq import flax_util
 except ImportError as error:
     raise ImportError(
         f"mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]' ({error})"
@@ -50,8 +48,11 @@ def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
 
 
 def forget(model: nnx.Module) -> None:
-    """Make a model one that qwix never saw."""
+    """Make a model one that qwix never saw, of arrays."""
     for _, module in named_modules(model):
+        for name, parameter in parameters_of(module).items():
+            if is_quantized(parameter):
+                setattr(module, name, dequantized(parameter))
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
             if name in vars(module):
                 delattr(module, name)
@@ -82,14 +83,6 @@ def named_parameters(model: Any) -> dict[str, Any]:
         for path, module in named_modules(model)
         for name, parameter in parameters_of(module).items()
     }
-
-
-def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
-    """Give an NNX model other parameters: {slash-joined path: parameter}."""
-    modules = {"/".join(path): module for path, module in named_modules(model)}
-    for name, parameter in params.items():
-        path, _, own = name.rpartition("/")
-        setattr(modules[path], own, parameter)
 
 
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:
@@ -128,20 +121,3 @@ def dequantized(parameter: Any) -> Any:
     else:
         values = qwix.dequantize(jax.tree.map(jnp.asarray, array))
     return reboxed(parameter.array.qvalue, values)
-
-
-def requantized(parameter: Any, values: Any) -> Any:
-    """A parameter with other values, boxed and, if it is, quantized as it is."""
-    if not isinstance(parameter, WithAux):
-        return values
-    quantize = functools.partial(qarray.quantize, how=parameter.how)
-    old, values = flax_util.unbox(parameter.array), unboxed(values)
-    for _ in range(values.ndim - 1):
-        new = jax.eval_shape(quantize, values)
-        if jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old):
-            break
-        quantize = jax.vmap(quantize)  # a scanned layer quantizes one kernel of a stack
-    else:
-        raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
-    array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
-    return parameter.replace(array=array)  # type: ignore[attr-defined]

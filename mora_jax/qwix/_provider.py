@@ -1,7 +1,7 @@
 """Adapters in models that qwix intercepts."""
 
+import itertools
 import re
-import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import partial, partialmethod
@@ -9,13 +9,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jax.experimental.xla_metadata import set_xla_metadata
 
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
-from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, fresh_shapes, relation_of
+from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -27,15 +29,14 @@ from mora_jax.linen._bound import running_adapter
 from mora_jax.nnx._held import dropout_key, held, hold_adapter, named_modules, traceable
 from mora_jax.nnx._held import plan_of as nnx_plan_of
 from mora_jax.products import Product
-from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
+from mora_jax.qwix._products import arguments_of, find_kernel, product_of
 from mora_jax.qwix._rule import MoRARule, check_rules
 
-Planned = dict[tuple[Path, Shape], tuple[MoRARule, AdapterSpec]]
-"""{(path of a kernel, its shape): its rule and its adapter}."""
+traced: ContextVar[dict[Path, AdapterSpec] | None] = ContextVar("traced", default=None)
+"""The adapters that a `trace` finds in an NNX model; None outside of a trace."""
 
-traced: ContextVar[Planned | None] = ContextVar("traced", default=None)
-"""The adapters of the kernels that a `trace` finds; None outside of one."""
+_NUMBERS = itertools.count()
 
 
 class MoRAProvider(qwix.PtqProvider):
@@ -67,9 +68,8 @@ class MoRAProvider(qwix.PtqProvider):
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> mora_jax.nnx.adapters(model)
       {'kernel_mora': Adapter(rotation, float32[8, 8])}
-      >>> merged, losses = mora_jax.qwix.merge_adapters(model)
-      >>> type(merged) is nnx.Linear, losses
-      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
+      >>> type(mora_jax.qwix.merge_adapters(model)) is nnx.Linear
+      True
     """
 
     def __init__(
@@ -81,22 +81,16 @@ class MoRAProvider(qwix.PtqProvider):
             raise ValueError(f"rules and settings exclude each other, got {settings}")
         check_rules(rules)
         super().__init__(rules=rules)
-        # qwix makes a class for each model, whose methods may share kernels.
-        self.planned: dict[type, Planned] = {}
-        self.running: dict[int, Planned] = {}  # by thread
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        if (planned := traced.get()) is None:
-            planned = self.planned.setdefault(type(model), {})
-            if first := _private.first_call_of(model):
-                method, rngs = first
-                call, state = traceable(model, method)
-                _, specs = trace(call, state, model_args, model_kwargs)
-                _hold_new(model, specs, rngs)
-        self.running[threading.get_ident()] = planned
+        if traced.get() is None and (first := _private.first_call_of(model)):
+            method, rngs = first
+            call, state = traceable(model, method)
+            _, specs = trace(call, state, model_args, model_kwargs)
+            _hold_new(model, specs, rngs)
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
@@ -104,33 +98,45 @@ class MoRAProvider(qwix.PtqProvider):
         model = _private.module_of_call()
         is_init = isinstance(model, nn.Module) and model.is_initializing()
         if is_init or traced.get() is not None:
-            self._check_planned(model)
+            self._check_adapted(model)
         return super().process_model_output(method_name, model_output)
 
-    def _check_planned(self, model: Any) -> None:
+    def _check_adapted(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
-        planned = self.running[threading.get_ident()]
-        used = {id(rule) for rule, _ in planned.values()}  # two may be equal
+        named = _private.named_parameters(model)
+        adapted = {"/".join(path) for path in traced.get() or ()}
+        ms = {name for name in named if name.endswith(SUFFIX)}  # of a Linen model
+        adapted |= {name.removesuffix(SUFFIX) for name in ms}
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
+        used = {id(rule) for name in adapted for rule in self._matching(name)}
         unused = [rule.module_path for rule in ours if id(rule) not in used]
-        if not used:
+        if not adapted:
             raise ValueError(f"no kernel is multiplied in module_path={unused}")
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
-        left, adapted = [], {"/".join(path) for path, _ in planned}
-        for name, parameter in _private.named_parameters(model).items():
-            module, _, own = name.rpartition("/")
-            matching = (r for r in self._rules if re.fullmatch(r.module_path, module))
-            is_ours = isinstance(next(matching, None), MoRARule) and name not in adapted
-            is_kernel = _private.first_array(parameter).ndim > 1 and "bias" not in own
-            if is_ours and is_kernel and not own.endswith(SUFFIX):
-                left.append(name)
+        left = [
+            name
+            for name in sorted(named.keys() - adapted - ms)
+            if isinstance(next(iter(self._matching(name)), None), MoRARule)
+            if _private.first_array(named[name]).ndim > 1
+            if "bias" not in name.rpartition("/")[2]
+        ]
         if left:
             warn(
-                f"{', '.join(sorted(left))}: no product that qwix sees multiplies by "
-                "it, so that it has no adapter; leave its module out of module_path",
+                f"{', '.join(left)}: no product that qwix sees multiplies by it, so "
+                "that it has no adapter; leave its module out of module_path",
                 LeftOutWarning,
             )
+
+    def _matching(self, name: str) -> list[qwix.QuantizationRule]:
+        """The rules that operations with a parameter go by: one, if it is of all."""
+        module, found = name.rpartition("/")[0], []
+        for rule in self._rules:
+            if re.fullmatch(rule.module_path, module):
+                found.append(rule)
+                if not rule.op_names:
+                    break
+        return found
 
     def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
         """The output of qwix's operation `op`, with the delta if a kernel is in it."""
@@ -139,18 +145,21 @@ class MoRAProvider(qwix.PtqProvider):
         if not isinstance(rule, MoRARule):
             return own()
         module: Any = _private.module_of_call()
-        operation = Operation(op, args, settings)
-        operands = operation.operands
-        kernel = _find_kernel(module, operands, rule.module_path)
+        given, operands = arguments_of(op, args, settings)
+        kernel = find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
-        y = operation() if mistaken or traced.get() is not None else own()
+        if mistaken or traced.get() is not None:
+            plain = getattr(jnp if op == "einsum" else jax.lax, op)
+            own = partial(plain, *args, **settings)
+        y = own()
         if kernel is None:
             return y
         name, at = kernel
-        product, x = operation.product(at), operands[1 - at]
-        adapter = self._adapter(module, name, operands[at], product, rule)
+        product, x = product_of(op, operands, at, given), operands[1 - at]
+        path = (*_private.path_of_call(), name)
+        adapter = _adapter(module, path, operands[at], product, rule)
         if adapter is None:
             return y
         spec, key = adapter.spec, None
@@ -158,9 +167,9 @@ class MoRAProvider(qwix.PtqProvider):
             key = dropout_key(module, name, adapter)
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
-        precision = operation.arguments.get("precision")
-        with errors_of("/".join((*_private.path_of_call(), name))):
+        with errors_of("/".join(path)):
             check_product(spec, product)
+            precision = given.get("precision")
             return add_delta(y, spec, adapter.m, x, product, key, precision)
 
     # The operations that qwix hands to its provider.
@@ -168,22 +177,31 @@ class MoRAProvider(qwix.PtqProvider):
     einsum: Any = partialmethod(_adapted, "einsum")
     conv_general_dilated: Any = partialmethod(_adapted, "conv_general_dilated")
 
-    def _adapter(
-        self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
-    ) -> Adapter | None:
-        """The adapter of a kernel; None in an NNX model without one for it."""
-        path, is_nnx = (*_private.path_of_call(), name), isinstance(module, nnx.Module)
-        if is_nnx and traced.get() is None:
+
+def _adapter(
+    module: Any, path: Path, kernel: Any, product: Product, rule: MoRARule
+) -> Adapter | None:
+    """The adapter of a kernel; None in an NNX model without one for it."""
+    name, place = path[-1], "/".join(path)
+
+    def new() -> AdapterSpec:
+        dtype = getattr(kernel, "dtype", None)  # a quantized one of qwix 0.1.5 lacks it
+        own = rule, tuple(kernel.shape), product.axes
+        return AdapterSpec.from_config(*own, kernel_dtype=dtype, name=place)
+
+    if isinstance(module, nnx.Module):
+        if (found := traced.get()) is None:
             return held(module, name)
-        # A Linen module has adapters as the first product of each kernel had it.
-        planned = self.running[threading.get_ident()]
-        key = path, tuple(kernel.shape)
-        if key not in planned:
-            settings: Any = {"name": "/".join(path), "kernel_dtype": kernel.dtype}
-            own = rule.config, key[1], product.axes
-            planned[key] = rule, AdapterSpec.from_config(*own, **settings)
-        _, spec = planned[key]
-        return None if is_nnx else running_adapter(module, name, spec)
+        found[path] = found.get(path) or new()
+        return None
+    if (m := module.get_variable("params", name + SUFFIX)) is None:
+        return running_adapter(module, name, new())
+    if not isinstance(m, Adapter):
+        raise TypeError(
+            f"{place}{SUFFIX} in params must be an adapter, got {type(m).__name__}: "
+            "plan_of(model, ...).adapters(tree) makes them of plain arrays"
+        )
+    return running_adapter(module, name, m.spec)
 
 
 def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> None:
@@ -206,57 +224,29 @@ def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> N
         hold_adapter(module, name, Adapter(init_m(spec, path, key), spec), 0)
 
 
-def _find_kernel(module: Any, operands: Any, pattern: str) -> tuple[str, int] | None:
-    """The name of the kernel that is an operand, and the position of the operand."""
-    # qwix's own `find_param` also takes an operand for a parameter if operations of one
-    # input make it of that, or if it has the same shape. This is a guess: an input has
-    # a kernel's shape if it has as many rows as features, and a delta of the wrong
-    # product would go unseen. So an operand counts as a kernel here only if it is the
-    # unchanged kernel, perhaps in another dtype; what may be made of one is an error.
-    found: list[tuple[int, int, str]] = []
-    for name, parameter in _private.parameters_of(module).items():
-        is_quantized = _private.is_quantized(parameter)
-        for at, operand in enumerate(operands):
-            if is_quantized != _private.is_quantized(operand):
-                continue
-            relation = relation_of(*map(_private.first_array, (parameter, operand)))
-            if relation is None or (relation == ALIKE and operand.ndim == 1):
-                continue  # as are biases
-            if is_quantized:  # a module can read it, and make nothing else of it
-                relation = min(relation, ITSELF)
-            found.append((relation, at, name))
-    if not found:
-        return None
-    relation, at, name = max(found)  # the last operand, if all else is equal
-    if len(operands) != 2:
-        why = f"an einsum with {len(operands)} operands has no adapter"
-    elif relation == ITSELF:
-        return name, at
-    elif relation == DERIVED:
-        why = "its module multiplies by what it makes of the kernel, not by itself"
-    else:
-        why = (
-            "its module multiplies by an array of this shape that is not the kernel "
-            "itself and may be what it makes of the kernel; in a function that JAX "
-            "compiles for itself, as x @ kernel is, nothing tells: use jnp.dot or "
-            "jnp.einsum of the kernel"
-        )
-    place = "/".join((*_private.path_of_call(), name))
-    raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
-
-
 def trace(
     function: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, dict[Path, AdapterSpec]]:
-    """The shapes that a call returns, and the adapters of the kernels it multiplies."""
-    # In the trace nothing is quantized, and each operand is known by what made it.
-    planned: Planned = {}
-    token = traced.set(planned)
+    """The shapes that a call returns, and the adapters that an NNX model is to have.
+
+    In the trace nothing is quantized, and each operand is known by what made it.
+    """
+    arrays, join = split_static((args, kwargs))
+    found: dict[Path, AdapterSpec] = {}
+
+    def call(arrays: list[Any]) -> Any:
+        args, kwargs = join(arrays)
+        return function(*args, **kwargs)
+
+    token = traced.set(found)
     try:
-        shapes = fresh_shapes(function, *args, **kwargs)
+        # JAX keeps traces of inner functions that it compiles, such as `x @ y`, and
+        # does not run them again. It keeps them by context, which includes the metadata
+        # of operations; so a new value of it makes new traces.
+        with set_xla_metadata(mora_jax_trace=str(next(_NUMBERS))):
+            return jax.eval_shape(call, arrays), found
     finally:
         traced.reset(token)
-    return shapes, {path: spec for (path, _), (_, spec) in planned.items()}
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -272,18 +262,24 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       TypeError: `model` is not a Flax module.
       ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
-    Example: see `merge`.
+    Example::
+
+      >>> import flax.linen as nn, jax.numpy as jnp, mora_jax, qwix
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))["kernel"].shape
+      (8, 8)
     """
     if isinstance(model, nnx.Module):
         return nnx_plan_of(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    shapes, found = trace(model.init, rngs, *args, **kwargs)
-    if not found:
-        raise ValueError("model has no adapters: give qwix a MoRAProvider")
+    shapes, _ = trace(model.init, rngs, *args, **kwargs)
     # The trace saw one layer, and nn.scan stacks M's: their shapes tell.
     base, adapters = split(shapes["params"])
+    if not adapters:
+        raise ValueError("model has no adapters: give qwix a MoRAProvider")
     specs = adapters_in(adapters).kernels.specs
     size = sum(leaf.size for _, leaf in named_leaves(base).values())
     return Plan(dict(sorted(specs.items())), size, traced=True)

@@ -1,7 +1,6 @@
 """Rules of a provider: settings for the modules that match a pattern."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,22 +22,17 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
 
       >>> import mora_jax
       >>> rule = mora_jax.qwix.MoRARule(module_path=".*mlp", rank=4, weight_qtype="nf4")
-      >>> rule.config == mora_jax.MoRAConfig(rank=4)
-      True
+      >>> rule.rank, rule.operator
+      (4, 'auto')
     """
 
     # qwix computes the products, so a rule lacks this setting.
     execution: ClassVar[str] = "auto"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        _ = self.config
+        super().__post_init__()
+        MoRAConfig(alpha=self.alpha)  # warns of an alpha as LoRA has it
         check_rule(self)
-
-    @functools.cached_property
-    def config(self) -> MoRAConfig:
-        """The same settings as a config."""
-        names = [field.name for field in dataclasses.fields(KernelConfig)]
-        return MoRAConfig(**{name: getattr(self, name) for name in names})
 
 
 def check_rules(rules: Any) -> None:

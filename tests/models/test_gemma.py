@@ -1,6 +1,5 @@
 """What `mora_jax.gemma` does without gemma; the rest is in tests/with_gemma."""
 
-import re
 import sys
 from types import ModuleType
 
@@ -13,7 +12,7 @@ from helpers import close, random, trained
 
 import mora_jax.gemma
 from mora_jax import MoRAConfig, linen
-from mora_jax._flax.layer_rules import NAMED, rules_of
+from mora_jax._flax.layer_rules import RULES, rules_of
 
 KEY, X = jax.random.key(0), random(0, 4, 16)
 
@@ -64,7 +63,7 @@ class Embedder(nn.Module):
 def gemma(monkeypatch):
     """Modules in the place of those of gemma 9.9."""
     found = {}
-    for path in filter(re.compile("gemma[.]").match, NAMED):
+    for path in [key for key in RULES if str(key).startswith("gemma.")]:
         name, _, cls = path.rpartition(".")
         cls = {"Einsum": Einsum, "Embedder": Embedder}[cls]
         found[name] = module = ModuleType(name)

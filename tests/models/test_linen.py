@@ -31,7 +31,7 @@ from mora_jax import (
     register_layer,
     split,
 )
-from mora_jax._flax.layer_rules import NAMED, LayerRule
+from mora_jax._flax.layer_rules import RULES, LayerRule
 
 KEY = jax.random.key(0)
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
@@ -292,7 +292,7 @@ def test_rules_by_the_name_of_a_class(monkeypatch):
 
     def known(cls, **rule):
         name = f"{cls.__module__}.{cls.__qualname__}"
-        monkeypatch.setitem(NAMED, name, [LayerRule("bti,io->bto", "w", **rule)])
+        monkeypatch.setitem(RULES, name, [LayerRule("bti,io->bto", "w", **rule)])
 
     class Later(Unknown):
         pass
@@ -323,6 +323,24 @@ class TiedNet(nn.Module):
 
     def __call__(self, x):
         return self.tied.attend(self.tied(x))
+
+
+class TiedKnown(Tied):
+    """Its own method is registered, and the base class's is known as before."""
+
+
+class TiedKnownNet(TiedNet):
+    def setup(self):
+        self.tied = TiedKnown(6)
+
+
+def test_a_registered_method_leaves_the_rules_of_base_classes():
+    register_layer(TiedKnown, equation="...o,io->...i", method="attend")
+    variables, apply, _ = made(TiedKnownNet())
+    assert {path: spec.axes for path, spec in apply.plan.items()} == {
+        "tied/kernel": "io"
+    }
+    assert_merged_is_adapted(TiedKnownNet(), apply, variables)
 
 
 def test_layers_that_do_otherwise_are_refused():

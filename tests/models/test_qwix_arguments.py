@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import bare, close, random, random_like
 
 import mora_jax
 from mora_jax import nnx as mora
@@ -14,7 +14,6 @@ from mora_jax.qwix import (
     MoRAProvider,
     MoRARule,
     dequantize,
-    merge,
     merge_adapters,
     plan_of,
 )
@@ -23,6 +22,10 @@ qwix = pytest.importorskip("qwix")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 KEY, X = jax.random.key(0), random(0, 3, 16)
 NF4 = {"weight_qtype": "nf4", "tile_size": 8}
+
+
+def merge(base, adapters, **settings):
+    return mora_jax.merge(dequantize(base), adapters, **settings)
 
 
 class Net(nn.Module):
@@ -54,24 +57,16 @@ def adapted():
     return model, base, random_like(zeros)
 
 
-@pytest.mark.parametrize("onto", ["dequantized", "requantized"])
-def test_merging_in_jit(adapted, onto):
+def test_merging_in_jit(adapted):
     _, base, adapters = adapted
-    merged, losses = merge(base, adapters, onto=onto)
-    jitted, arrays = jax.jit(lambda b, a: merge(b, a, onto=onto))(base, adapters)
-    assert jax.tree.structure(jitted) == jax.tree.structure(merged)
-    close(dequantize(jitted), dequantize(merged))
-    close(jax.tree.map(float, arrays), losses, 1e-5)
-    zeros = jax.tree.map(jnp.zeros_like, adapters)
-    _, arrays = jax.jit(lambda a: merge(base, a, onto=onto))(zeros)
-    assert jax.tree.leaves(arrays) == [0, 0]
+    close(jax.jit(lambda b, a: merge(b, a))(base, adapters), merge(base, adapters))
 
 
 def test_params_on_the_host_and_shapes(adapted):
     model, base, adapters = adapted
     host = jax.device_get(base)
     close(dequantize(host), dequantize(base), 0)
-    close(merge(host, adapters)[0], merge(base, adapters)[0], 0)
+    close(merge(host, adapters), merge(base, adapters), 0)
     params = mora_jax.combine(host, adapters)
     y = model.apply({"params": mora_jax.combine(base, adapters)}, X)
     close(model.apply({"params": params}, X), y, 0)
@@ -96,22 +91,16 @@ def test_the_base_of_an_nnx_model(tmp_path):
     )
     assert shapes == expected
     y = model(X)
-    for merged in (
-        mora_jax.merge(base, adapters),
-        merge(base, adapters)[0],
-    ):
-        nnx.update(plain, merged)
-        close(plain(X), y)
+    nnx.update(plain, mora_jax.merge(base, adapters))
+    close(plain(X), y)
     mora_jax.save(tmp_path / "a", adapters, params=base)
     found = mora_jax.load(tmp_path / "a")
     other = jax.tree.map(lambda a: a + 1, base)
     with pytest.raises(ValueError, match="other weights than the base"):
         mora_jax.merge(other, found)
-    close(merge_adapters(model)[0](X), y)  # the model stays as it is
+    close(merge_adapters(model)(X), y)  # the model stays as it is
     with pytest.raises(TypeError, match="kernel 'layers/0/kernel', .*dequantize.model"):
         dequantize(nnx.state(model, nnx.Param))
-    with pytest.raises(TypeError, match=r"write merge_adapters\(model\)"):
-        merge(model, adapters)
 
 
 @pytest.mark.parametrize("params", [None, 3, nn.Dense(4)])
@@ -158,3 +147,14 @@ def test_wrong_rules_are_refused_when_they_are_made(make, error, message):
 @pytest.mark.parametrize("qtype", ["int8", "int4", "int2", "nf4", jnp.float8_e4m3fn])
 def test_rules_of_all_types_of_qwix(qtype):
     assert MoRARule(weight_qtype=qtype).weight_qtype == qtype
+
+
+def test_plain_arrays_in_place_of_adapters_are_refused(adapted):
+    """They do not say which product of their kernel they are meant for."""
+    model, base, adapters = adapted
+    params = {**base, **bare(adapters)}
+    with pytest.raises(TypeError, match="kernel_mora in params must be an adapter"):
+        model.apply({"params": params}, X)
+    made = plan_of(model, X).adapters(bare(adapters))
+    y = model.apply({"params": mora_jax.combine(base, adapters)}, X)
+    close(model.apply({"params": mora_jax.combine(base, made)}, X), y, 0)

@@ -11,7 +11,7 @@ from helpers import close, random, random_like
 
 import mora_jax
 from mora_jax import nnx as mora
-from mora_jax.qwix import MoRAProvider, MoRARule, merge, merge_adapters, plan_of
+from mora_jax.qwix import MoRAProvider, MoRARule, dequantize, merge_adapters, plan_of
 
 qwix = pytest.importorskip("qwix")
 # `pytest.warns` hides from filters that they come from qwix.
@@ -19,6 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 KEY, VERSION = jax.random.key(0), version("qwix")
 INT8 = {"weight_qtype": "int8"}
 TYPES = pytest.mark.parametrize("types", [{}, INT8], ids=["none", "int8"])
+
+
+def merge(base, adapters, **settings):
+    return mora_jax.merge(dequantize(base), adapters, **settings)
 
 
 class Own(nn.Module):
@@ -76,7 +80,7 @@ def test_a_provider_of_two_models_keeps_them_apart():
     base, zeros = mora_jax.split(models[2].init(KEY, x)["params"])
     models[3].init(KEY, x)
     adapters = random_like(zeros)
-    merged, _ = merge(base, adapters)
+    merged = merge(base, adapters)
     y = models[2].apply({"params": mora_jax.combine(base, adapters)}, x)
     close(y, x @ merged["kernel"])
 
@@ -103,7 +107,7 @@ def test_an_nnx_model_computes_as_its_variables_say(types):
     nnx.update(second, nnx.state(first, mora.MoRAParam))
     assert plan_of(second).specs == plan_of(first).specs
     close(second(x), first(x))
-    close(merge_adapters(second)[0](x), second(x))
+    close(merge_adapters(second)(x), second(x))
 
 
 def test_a_model_that_has_adapters_gets_no_others():
@@ -111,9 +115,9 @@ def test_a_model_that_has_adapters_gets_no_others():
     adapted = adapted_nnx(base, x)
     with pytest.raises(ValueError, match="^kernel: model has an M there already: give"):
         adapted_nnx(adapted, x, operator="permutation")
-    merged, _ = merge_adapters(adapted, "requantized")
+    merged = merge_adapters(adapted)
     again = adapted_nnx(merged, x, operator="permutation")
-    close(merge_adapters(again)[0](x), again(x))
+    close(merge_adapters(again)(x), again(x))
 
 
 # --- Which operand is a kernel ---
@@ -156,13 +160,13 @@ def test_kernels_are_told_from_other_operands(function, rows, api, types):
         adapted = adapted_nnx(OwnNNX(function), x, **types)
         assert list(plan_of(adapted)) == ["kernel"]
         y = adapted(x)
-        close(merge_adapters(adapted)[0](x), y)
+        close(merge_adapters(adapted)(x), y)
         close(nnx.jit(lambda model, x: model(x))(adapted, x), y)
         return
     wrapped = jax.jit if api == "jit" else lambda f: f
     model, plan, base, adapters = adapted_linen(function, x, wrapped, **types)
     assert list(plan) == ["kernel"]
-    merged, _ = merge(base, adapters)
+    merged = merge(base, adapters)
     params = {"params": mora_jax.combine(base, adapters)}
     close(wrapped(model.apply)(params, x), Own(function).apply({"params": merged}, x))
 
@@ -201,7 +205,7 @@ def test_two_methods_of_a_model_share_a_kernel(wrapped):
     model = Both(qwix.quantize_model(Coder(), provider, methods=methods))
     base, zeros = mora_jax.split(wrapped(model.init)(KEY, x)["params"])
     adapters = random_like(zeros)
-    merged, _ = merge(base, adapters)
+    merged = merge(base, adapters)
     params = mora_jax.combine(base, adapters)
     y = wrapped(model.apply)({"params": params}, x)
     close(y, Both(Coder()).apply({"params": merged}, x))
@@ -273,7 +277,7 @@ def test_kernels_of_one_shape_in_one_module():
     assert list(plan_of(adapted)) == ["a", "b"]
     y = adapted(x)
     close(nnx.jit(lambda model, x: model(x))(adapted, x), y, 0.02)
-    close(merge_adapters(adapted)[0](x), y, 0.02)
+    close(merge_adapters(adapted)(x), y, 0.02)
 
 
 def test_kernels_inside_of_nnx_transformations_are_refused():

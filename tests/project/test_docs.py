@@ -20,7 +20,7 @@ from processes import ROOT, python
 
 import mora_jax
 from mora_jax import MoRAConfig
-from mora_jax._flax.layer_rules import _RULES
+from mora_jax._flax.layer_rules import RULES
 from mora_jax.io.peft._export import RANKS
 from mora_jax.operators import OPERATORS
 
@@ -177,10 +177,10 @@ def test_table_of_layers_is_the_registry():
     rows = re.findall(rf"^\| (?:{kinds}) \| (.*?) \| (.*?) \|", text, re.MULTILINE)
     for api, cells in zip((nn, nnx), zip(*rows, strict=True), strict=True):
         known = {
-            f"{cls.__name__}.{method}".removesuffix(".__call__")
-            for cls, methods in _RULES.items()
-            for method in methods
-            if getattr(api, cls.__name__, None) is cls
+            f"{cls.__name__}.{rule.method}".removesuffix(".__call__")
+            for cls, rules in RULES.items()
+            for rule in rules
+            if isinstance(cls, type) and getattr(api, cls.__name__, None) is cls
         }
         assert set(re.findall(r"`([\w.]+)`", "".join(cells))) == known
 

@@ -1,4 +1,4 @@
-"""Pictures show the numbers: of the delta, and of what a loop recorded."""
+"""Pictures show the numbers of the delta."""
 
 import sys
 
@@ -13,7 +13,7 @@ from helpers import random
 
 import mora_jax
 from mora_jax import Adapter, AdapterSpec
-from mora_jax.diagnostics import plot_delta, plot_training
+from mora_jax.diagnostics import plot_delta
 
 
 @pytest.fixture(autouse=True)
@@ -58,24 +58,6 @@ def test_an_m_of_16_bits_and_one_of_zeros():
     assert not shown(plot_delta(op, jnp.zeros((4, 4)))).any()
 
 
-def test_training_is_drawn_as_recorded():
-    norms = {"a": 0.1, "b": jnp.float32(0.2)}
-    records = [
-        {"step": 0, "loss": jnp.bfloat16(2)},
-        {"step": 5, "loss": float("nan"), "norms": norms},
-        {"step": 10, "loss": np.float32(1), "norms": norms},
-    ]
-    losses, by_path = plot_training(iter(records))
-    assert [ax.get_ylabel() for ax in (losses, by_path)] == ["loss", "norms"]
-    (line,) = losses.lines
-    np.testing.assert_array_equal(line.get_xydata(), [[0, 2], [5, np.nan], [10, 1]])
-    first, last = by_path.lines
-    np.testing.assert_allclose(last.get_xydata(), [[5, 0.2], [10, 0.2]])
-    assert sum(first.get_color()) < sum(last.get_color())
-    again = plot_training(records, axes=(losses, by_path))
-    assert again == [losses, by_path] and len(losses.lines) == 2
-
-
 def test_bad_input_is_refused():
     op = mora_jax.make_operator("sharing", 8, 6, 4)
     for operator, m, kind, message in (
@@ -93,20 +75,6 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(kind, match=message):
             plot_delta(operator, m)
-    for records, message in (
-        ([], "records must each have"),
-        ([{"step": 1}], "records must each have"),
-        ([{"loss": 1.0}], "records must each have"),
-        ([{"step": 1, "loss": "low"}], "loss must be numbers, got 'low'"),
-        ([{"step": 1, "loss": np.ones(2)}], "loss must be numbers"),
-        ([{"step": 1, "norms": {"a": None}}], "norms must be numbers, got None"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plot_training(records)
-    with pytest.raises(
-        ValueError, match=r"axes must be one for each of \['loss'\], got 0"
-    ):
-        plot_training([{"step": 1, "loss": 1.0}], axes=[])
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

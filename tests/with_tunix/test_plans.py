@@ -29,9 +29,9 @@ def unregistered(monkeypatch):
 
     Nor are layers known by their names, as those of a package that is new to us.
     """
-    flax = {cls: r for cls, r in layer_rules._RULES.items() if "flax" in cls.__module__}
-    monkeypatch.setattr(layer_rules, "_RULES", flax)
-    monkeypatch.setattr(layer_rules, "NAMED", {})
+    classes = [cls for cls in layer_rules.RULES if isinstance(cls, type)]
+    flax = {c: layer_rules.RULES[c] for c in classes if "flax" in c.__module__}
+    monkeypatch.setattr(layer_rules, "RULES", flax)
 
 
 def tunix_model(name, **settings):
