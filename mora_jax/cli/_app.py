@@ -15,10 +15,15 @@ from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
 from mora_jax.diagnostics._measures import effective_rank, spectrum
-from mora_jax.io._files import CONFIG, AdapterFileError, PathLike, as_path
+from mora_jax.io._files import (
+    CONFIG,
+    TENSORS,
+    AdapterFileError,
+    PathLike,
+    as_path,
+    check_free,
+)
 from mora_jax.io._json import read_json
-from mora_jax.io.native._adapter import is_ours, replace_adapter
-from mora_jax.io.peft._export import Server
 
 app = typer.Typer(
     name="mora-jax",
@@ -30,7 +35,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def options(version: opt.Version = False) -> None:
-    """Look at MoRA adapters, merge them into a base, and convert them."""
+    """Look at MoRA adapters, merge them into a base, and write them for others."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
@@ -38,12 +43,12 @@ def options(version: opt.Version = False) -> None:
 
 def format_of(directory: PathLike) -> str:
     """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
-    path = as_path("directory", directory)
-    if is_ours(path):
+    config = as_path("directory", directory) / CONFIG
+    if not config.exists():
         return "mora"
-    config = read_json(path / CONFIG)
-    if isinstance(config, dict) and config.get("peft_type") == "LORA":
-        return "peft-mora" if config.get("use_mora") else "peft-lora"
+    content = read_json(config)
+    if isinstance(content, dict) and content.get("peft_type") == "LORA":
+        return "peft-mora" if content.get("use_mora") else "peft-lora"
     raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
 
 
@@ -157,62 +162,43 @@ def _most(lost: dict[str, float]) -> str:
 
 
 @app.command()
-def convert(
-    adapter: opt.Adapter,
-    out: opt.Out,
-    to: Annotated[opt.Format, typer.Option(help="The format to write.")],
-    base: opt.Base = None,
-    names: opt.Family = None,
-    rank: opt.Rank = None,
-    max_error: opt.MaxError = 0.1,
-    force: opt.Force = False,
-) -> None:
-    """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    adapters = read_adapter(adapter, base, names)
-    # In its own format an adapter may be written over itself: it is in memory by now.
-    path, same = as_path("out", out), format_of(adapter) == to
-    if not same:
-        opt.check_apart(out, adapter)
-    if path.exists() and not force:
-        raise FileExistsError(f"out must not exist, got {out}; force=True replaces it")
-    if to == "mora":
-        kept = io.read_metadata(adapter) if same else {}  # others have none
-        replace_adapter(path, adapters, kept)
-    elif to == "peft-mora":
-        io.save_peft_mora(path, adapters, names, force=force)
-    else:
-        accepted = {"rank": rank, "max_error": max_error}
-        lost = io.save_peft_lora(path, adapters, names, force=force, **accepted)
-        if any(lost.values()):
-            say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    typer.echo(f"{out}: {len(adapters_in(adapters).kernels)} adapters as {to}")
-
-
-@app.command()
 def export(
     adapter: opt.Adapter,
     out: opt.Out,
-    server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
+    target: opt.Target,
     base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[str, typer.Option(help="The base that it loads.")] = "",
+    rank: opt.Rank = None,
     max_error: opt.MaxError = 0.1,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA, or the base into which it is merged."""
+    """Write what a program loads: an adapter, or the base into which it is merged."""
     adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
-    settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
-    settings |= {"max_error": max_error, "any_base": any_base}
-    with progress("writing", base) as advance:
-        done = io.export(out, adapters, server, names, progress=advance, **settings)
-    number = len(adapters_in(adapters).kernels)
-    if done.rank is None:
-        what, lost = f"the base with {number} adapters merged in", "rounding lost"
+    if rank is not None and target != "peft":
+        raise ValueError(f"rank is of a LoRA for PEFT, and not --for {target}")
+    told = f"{out}: {len(adapters_in(adapters).kernels)} adapters"
+    kwargs: dict[str, Any] = {"base_model": base_model, "force": force}
+    kwargs["max_error"] = max_error
+    if target == "mora":
+        check_free("out", out, [TENSORS], force)
+        # Other formats have none.
+        kept = io.read_metadata(adapter) if format_of(adapter) == "mora" else None
+        io.save(out, adapters, kept)
+    elif target == "peft":
+        lost = io.save_peft_lora(out, adapters, names, rank=rank, **kwargs)
+        told += f" as a LoRA\nit lacks {_most(lost)}"
     else:
-        what, lost = f"{number} adapters as a LoRA of rank {done.rank}", "it lacks"
-    typer.echo(f"{out}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
+        kwargs |= {"base": base, "any_base": any_base}
+        with progress("writing", base) as kwargs["progress"]:
+            done = io.export(out, adapters, target, names, **kwargs)
+        form, lost = f"as a LoRA of rank {done.rank}", "it lacks"
+        if done.rank is None:
+            form, lost = "merged into the base", "rounding lost"
+        told += f" {form}\n{lost} {_most(done.lost)}\n{done.command}"
+    typer.echo(told)
 
 
 def run() -> None:

@@ -72,7 +72,10 @@ Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")
 AnyBase = Annotated[bool, typer.Option(help="Merge into any weights of that shape.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
-Format = Literal["mora", "peft-mora", "peft-lora"]
+Target = Annotated[
+    Literal["mora", "peft", "vllm", "sglang"],
+    typer.Option("--for", help="This library, PEFT, or the server that loads it."),
+]
 
 
 def check_apart(out: str, adapter: str) -> None:

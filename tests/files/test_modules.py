@@ -21,7 +21,6 @@ from mora_jax.io import (
     merge_checkpoint,
     save,
     save_peft_lora,
-    save_peft_mora,
 )
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"
@@ -178,14 +177,6 @@ def test_a_missing_module_is_named(tmp_path, base):
     mapping = {"k{layer}": "layers/{layer}/attn/kv_einsum/w[0]"}
     with pytest.raises(ValueError, match=r"no module for the kernel"):
         save_peft_lora(tmp_path / "lora", adapters, mapping, rank=8)
-
-
-def test_the_reference_has_no_parts_of_an_m(tmp_path):
-    params = in_flax(torch_state("float32", fused=False), "tunix", fused=False)
-    adapters = adapted(params, "sharing")
-    with pytest.raises(ValueError, match="k_proj is a part of this kernel"):
-        save_peft_mora(tmp_path / "mora", adapters, "tunix")
-    assert not (tmp_path / "mora").exists()
 
 
 def test_axes_that_do_not_fit_are_refused(base):

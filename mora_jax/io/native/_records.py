@@ -140,7 +140,12 @@ def _fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def signed(content: Record) -> dict[str, Any]:
+def text_of(found: Mapping[Path, Adapter], more: Record) -> str:
+    """The record of {path: adapter} with `more` in it, as text."""
+    return dump(_signed(record_of(found, PARTS) | more)).decode()
+
+
+def _signed(content: Record) -> dict[str, Any]:
     """A record with the SHA-256 of all else in it."""
     others = {key: value for key, value in content.items() if key != "sha256"}
     return others | {"sha256": hashlib.sha256(dump(others)).hexdigest()}
@@ -151,8 +156,8 @@ def signed(content: Record) -> dict[str, Any]:
 
 def parse_record(
     text: str, name: str, more: Fields, where: str, hint: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A record of adapters in the format `name`, as written and with defaults.
+) -> dict[str, Any]:
+    """A record of adapters in the format `name`, with defaults.
 
     It also holds `more` fields. Messages call it `where`, and `hint` says what else to
     do with others.
@@ -171,15 +176,14 @@ def parse_record(
         )
     fields = {"format": Field(str), **PARTS, **more, "sha256": Field(str)}
     record = read_record(content, fields, where, content.get("library_version"))
-    if content != signed(content):
+    if content != _signed(content):
         raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")
-    return content, record
+    return record
 
 
-class Source(NamedTuple):
-    """A file, as in `restore`, and the version of the library that wrote it."""
+class Reading(NamedTuple):
+    """A file that is read, as in `restore`, and the version that wrote it."""
 
-    where: str
     base: Mapping[str, Any] | None
     arrays: dict[str, np.ndarray] | None
     writer: str
@@ -217,30 +221,30 @@ def restore(
     any. `arrays` are the file's, until they are taken; without them each adapter
     has None for its own, as in a plan.
     """
-    source = Source(where, base, arrays, content["library_version"])
+    file = Reading(base, arrays, content["library_version"])
     found: dict[Path, Adapter] = {}
     for key, fields, undo in (
         ("layers", LAYER, _kernel_adapter),
         ("trained", TRAINED, _trained_array),
     ):
         for number, written in enumerate(content[key]):
-            here = f"{key}[{number}] of {source.where}"
-            record = read_record(written, fields, here, source.writer)
+            here = f"{key}[{number}] of {where}"
+            record = read_record(written, fields, here, file.writer)
             path = _path(record["path"], here)
             name = "/".join(path)
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
-                found[path] = undo(record, name, source)
+                found[path] = undo(record, name, file)
                 own = record_of((path, found[path]), fields)
                 _check_same(record, own, found[path].spec)
             except (TypeError, ValueError, OverflowError) as error:
-                raise AdapterFileError(f"{name} of {source.where}: {error}") from error
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
     for one, other in itertools.pairwise(places):
         if other.startswith(one):
             raise AdapterFileError(
-                f"{source.where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
+                f"{where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
             )
     return found
 
@@ -262,23 +266,23 @@ def _shape(name: str, values: list[Any], least: int) -> Shape:
     return tuple(values)
 
 
-def _kernel_adapter(record: Record, name: str, source: Source) -> Adapter:
+def _kernel_adapter(record: Record, name: str, file: Reading) -> Adapter:
     """The adapter of a kernel. A subspace takes its arrays out of the file's, too."""
-    m = source.take(name + SUFFIX)
+    m = file.take(name + SUFFIX)
     shape = _shape("kernel_shape", record["kernel_shape"], least=1)
-    source.check_base(name, "kernel", shape, LEAVE_OUT)
+    file.check_base(name, "kernel", shape, LEAVE_OUT)
     axes, q, rank = record["axes"], record["square_rank"], record["rank"]
     widths, stack = features(shape, axes), sizes(shape, axes, "s")
-    _check_sizes(record["operator"], (*widths, q), source.base is None, m is None)
+    _check_sizes(record["operator"], (*widths, q), file.base is None, m is None)
     if rank is not None:
         _shape("rank", [rank], least=1)
     spec = AdapterSpec(
-        _operator(record["operator"], (*widths, q), name, source),
+        _operator(record["operator"], (*widths, q), name, file),
         kernel_shape=shape,
         axes=axes,
         base_digest=_digests(record["base_digest"], math.prod(stack)),
         rank=rank,
-        **read_record(record["settings"], SETTINGS, "settings", source.writer),
+        **read_record(record["settings"], SETTINGS, "settings", file.writer),
     )
     if m is not None:
         check_leaf(m, "M", spec.shape)
@@ -323,26 +327,26 @@ def _digests(digests: list[Any] | None, stack: int) -> tuple[str, ...] | None:
 
 
 def _operator(
-    record: Record, widths: tuple[int, int, int], name: str, source: Source
+    record: Record, widths: tuple[int, int, int], name: str, file: Reading
 ) -> Operator:
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
         place = name + SUFFIX
-        given: Any = {key: source.take(f"{place}/{key}") for key in Subspace.arrays}
+        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
         return Subspace(*widths, **given)
     seed = settings.pop("seed", 0)
     try:
         return make_operator(settings, *widths, seed=seed)
     except ValueError as error:
-        hint = f"the file is of mora_jax {short(source.writer)}, which may know more"
+        hint = f"the file is of mora_jax {short(file.writer)}, which may know more"
         raise ValueError(f"{error} ({hint})") from None
 
 
-def _trained_array(record: Record, name: str, source: Source) -> Adapter:
+def _trained_array(record: Record, name: str, file: Reading) -> Adapter:
     """The copy of an array that trains itself."""
-    array, shape = source.take(name), _shape("shape", record["shape"], least=0)
-    source.check_base(name, "array", shape)
+    array, shape = file.take(name), _shape("shape", record["shape"], least=0)
+    file.check_base(name, "array", shape)
     if array is not None:
         check_leaf(array, f"{name} in the file", shape)
     return Adapter(array, TrainedArray(shape, record["dtype"], record["base_dtype"]))

@@ -1,6 +1,5 @@
-"""Writing PEFT directories: MoRA as plain LoRA, and the reference's."""
+"""Writing PEFT directories: MoRA as plain LoRA."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +10,6 @@ import numpy as np
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import refuse_trained
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
@@ -19,8 +17,7 @@ from mora_jax.io._json import dump
 from mora_jax.io._names import Module, Names
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
-from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
-from mora_jax.operators import LowRank, Rotation, Sharing
+from mora_jax.operators import LowRank
 from mora_jax.operators.low_rank import nearest_factors
 
 Rank = int | Literal["auto"] | None
@@ -147,95 +144,14 @@ def _factors(
     return a.astype(np.float32), b.astype(np.float32), factor, lost, enough
 
 
-def save_peft_mora(
-    directory: PathLike,
-    adapters: Any,
-    names: Names = None,
-    *,
-    base_model: str = "",
-    task_type: str | None = "CAUSAL_LM",
-    force: bool = False,
-) -> None:
-    """Write adapters so that the paper's authors' code (peft-mora) loads them.
-
-    That code computes q from a rank, has only sharing and rotation, and ignores alpha.
-    So alpha and the normalisation are multiplied into M, and other adapters are
-    refused.
-
-    Args:
-      directory: As in `save_peft_lora`.
-      adapters: As in `save_peft_lora`.
-      names: As in `save_peft_lora`.
-      base_model: As in `save_peft_lora`.
-      task_type: As in `save_peft_lora`.
-      force: As in `save_peft_lora`.
-
-    Raises:
-      FileExistsError, NotADirectoryError: As `save_peft_lora`.
-      ValueError: The reference lacks an operator or a square rank, a kernel is an
-        embedding's, or as `save_peft_lora`.
-    """
-    path = check_free("directory", directory, ADAPTER, force)
-    refuse_trained(
-        adapters_in(adapters),
-        "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
-    )
-    squares, settings = [], set()
-    for module, kernel, adapter in modules(adapters, names):
-        m, spec = adapter.m, adapter.spec
-        if module.table or module.outputs != slice(0, spec.out_features):
-            kind = "an embedding" if module.table else "a part of this kernel"
-            raise ValueError(
-                f"{kernel}: the reference has no squares for embeddings or parts of "
-                f"kernels, and {module.name} is {kind}; io.save_peft_lora writes it as "
-                "a LoRA, and io.merge_checkpoint merges it"
-            )
-        mora_type, rank, scale = _reference(kernel, spec)
-        settings.add((mora_type, spec.dropout))
-        m = spec.operator.scaled(m.astype(np.float32), spec.factor)
-        m = np.asarray(scale * m, np.float32)
-        # PEFT multiplies by lora_alpha / r, which is 1: alpha is in M.
-        squares.append(MatrixPair(module.name, False, m, m, rank, 1, module.axes))
-    if len(settings) > 1:
-        rule = "the reference has one mora_type and dropout for all layers"
-        raise ValueError(f"{rule}, got {sorted(settings)}")
-    ((mora_type, dropout),) = settings
-    special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
-    write_peft(path, squares, base_model, task_type, **special)
-
-
-def _reference(kernel: str, spec: AdapterSpec) -> tuple[int, int, float]:
-    """The reference's type and rank, and a factor of alpha M."""
-    op, scale = spec.operator, 1.0
-    ins, outs, q = op.in_features, op.out_features, op.square_rank
-    if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
-        mora_type = 6
-    elif type(op) is Sharing:  # not with signs
-        groups = op.compress_groups, op.decompress_groups
-        mora_type = {v: k for k, v in REFERENCE_GROUPS.items()}[groups]
-        scale = math.sqrt(q / ins * q / outs) if op.normalised else 1.0
-    else:
-        raise ValueError(
-            f"{kernel}: the reference has sharing and truncated rotation, got {op}"
-        )
-    # sqrt((in + out) r) rounds to q or more from (q - 1/2)^2 = q^2 - q + 1/4 on.
-    rank = -(-(q * q - q + 1) // (ins + outs))
-    near = [reference_square_rank(mora_type, ins, outs, rank - k) for k in (1, 0)]
-    if near[1] != q:
-        rule = f"no rank gives the reference a square_rank of {q}"
-        raise ValueError(f"{kernel}: {rule}; the nearest are {near}")
-    return mora_type, rank, scale
-
-
 def write_peft(
     path: _files.Location,
     matrices: Sequence[MatrixPair],
     base_model: str,
     task_type: str | None,
     whole: Mapping[str, np.ndarray] | None = None,
-    **special: Any,
 ) -> None:
-    """Write a directory, its config last, in which `special` settings prevail.
+    """Write a directory, its config last.
 
     `whole` are {tensor: numbers} of modules that were trained themselves.
     """
@@ -264,7 +180,6 @@ def write_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": "io" in axes,
-        **special,
     }
     if whole:
         config["modules_to_save"] = sorted({n.rpartition(".")[0] for n in whole})
