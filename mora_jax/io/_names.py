@@ -1,17 +1,14 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
-import dataclasses
 import difflib
 import functools
 import itertools
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
 from mora_jax.io._families import FAMILIES, LIBRARIES, Pair
@@ -20,23 +17,6 @@ FIELD = r"\{(\w+)\}"
 
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A module, and its part of a kernel.
-
-    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
-    of that. It belongs to the layer `index` of the kernel's stack, and has the slice
-    `outputs` of the kernel's. Messages call the part `place`.
-    """
-
-    name: str
-    axes: str
-    table: bool
-    index: Shape
-    outputs: slice
-    place: str
 
 
 class Bijection:
@@ -66,26 +46,46 @@ class Bijection:
             module = parent.replace("/", ".") + ".bias" * (last == "bias")
             yield Pair(module, path, *_LEAVES[last])
 
-    def modules(self, path: str, shape: Shape, axes: str) -> Iterator[Module]:
-        """The modules of a kernel; one that the templates lack is called ""."""
-        outs, inner = sizes(shape, axes, "o"), axes.replace("s", "")
-        # Tables are as they are here, but with one axis where a kernel has heads.
-        table_axes = re.sub(r"(.)\1+", r"\1", inner)
-        for index in np.ndindex(sizes(shape, axes, "s")):
-            places = [join_index(path, index)]
-            if len(outs) > 1 and inner.startswith("o") and not self._has(places):
-                # The first axis may tell modules apart.
-                parts = [join_index(path, (*index, k)) for k in range(outs[0])]
-                places = parts if self._has(parts) else places
-            width = math.prod(outs) // len(places)
-            for k, place in enumerate(places):
-                pair = next(self.of_kernel(place), Pair("", ""))
-                order = table_axes if pair.is_table else pair.axes
-                outputs = slice(k * width, (k + 1) * width)
-                yield Module(pair.module, order, pair.is_table, index, outputs, place)
+    def layers(
+        self,
+        path: str,
+        shape: Shape,
+        axes: str = "",
+        there: Callable[[Pair], object] = lambda pair: True,
+    ) -> dict[Shape, Pair | None]:
+        """{index in an array's stack: its pair that is there}, None where none is.
 
-    def _has(self, paths: Iterable[str]) -> bool:
-        return any(pair for path in paths for pair in self.of_kernel(path))
+        A kernel with `axes`, its stack's first, has pairs of templates alone, in the
+        order of its axes. Of several outputs its first axis may tell modules apart: it
+        then belongs to the index.
+        """
+        first, inner = axes.count("s"), axes.lstrip("s")
+        several = inner[:1] == "o" and inner.count("o") > 1
+        depths = range(first, first + 1 + several) if axes else range(len(shape) + 1)
+
+        def find(index: Shape) -> Pair | None:
+            pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
+            return next(filter(there, pairs), None)
+
+        # No more is known of a stack's depth than that the first layer has a pair.
+        depth = next((k for k in depths if find((0,) * k)), depths[0])
+        found = {index: find(index) for index in np.ndindex(shape[:depth])}
+        if not axes:
+            return found
+        own = axes[depth:]
+        # Tables are as they are here, but with one axis where a kernel has heads.
+        table = re.sub(r"(.)\1+", r"\1", own)
+        for index, pair in found.items():
+            if pair is not None:
+                order = table if pair.is_table else pair.axes
+                found[index] = pair._replace(axes=order, kernel_axes=own)
+        return found
+
+
+def stack_first(shape: Shape, axes: str) -> tuple[Shape, str]:
+    """A kernel's shape and axes, those of its stack before the others."""
+    order = sorted(range(len(axes)), key=lambda k: axes[k] != "s")
+    return tuple(shape[k] for k in order), "".join(axes[k] for k in order)
 
 
 _LEAVES = {"kernel": ("oi", "io"), "embedding": ("io", "io")}

@@ -144,23 +144,23 @@ class Source:
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
-        """{index in a leaf's stack: its tensor}; others are noted as missing."""
-        # Without a stack the index is (). No more is known of its depth than that the
-        # first layer has a tensor.
-        depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
-        depth, stack = next(depths, 0), {}
-        if 0 in shape[:depth]:
+    def stack(self, leaf: str, shape: Shape, axes: str = "") -> dict[Shape, Part]:
+        """{index in a leaf's stack: its tensor}; others are noted as missing.
+
+        The `axes` of a kernel are as in `Bijection.layers`.
+        """
+        pairs = self.known.layers(leaf, shape, axes, lambda p: self.named(p.tensor))
+        stack: dict[Shape, Part] = {}
+        if not pairs:
             self.missing.append(leaf)
-        for index in np.ndindex(shape[:depth]):
-            name, found = join_index(leaf, index), self._find(leaf, index)
-            if found is None:
+        for index, pair in pairs.items():
+            name = join_index(leaf, index)
+            if pair is None:
                 self.missing.append(name)
                 continue
-            tensor, pair = found
-            self.take(tensor, name)
+            self.take(tensor := self.named(pair.tensor), name)
             file = self.checkpoint.place[tensor]
-            part = Part.of(file, tensor, pair, shape[depth:])
+            part = Part.of(file, tensor, pair, shape[len(index) :])
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
                 raise AdapterFileError(
@@ -171,16 +171,15 @@ class Source:
             stack[index] = part
         return stack
 
-    def own_name(self, path: Path) -> str | None:
-        """The tensor that is named as an array's path is, if there is one."""
-        names = (separator.join(path) for separator in "/.")
-        return next((name for name in names if name in self.checkpoint.place), None)
-
-    def _find(self, leaf: str, index: Shape) -> tuple[str, Pair] | None:
-        """The tensor of one layer of a leaf, as the files call it, and its pair."""
-        pairs = self.known.of_leaf(join_index(leaf, index))
-        found = ((name, pair) for pair in pairs if (name := self.named(pair.tensor)))
-        return next(found, None)
+    def own_name(self, path: Path, shape: Shape) -> str | None:
+        """The tensor that is named as an array's path is, if one of its shape is."""
+        for name in (separator.join(path) for separator in "/."):
+            file = self.checkpoint.place.get(name)
+            # A bias with axes for heads may have the name of its tensor by chance.
+            if file and file.entries[name].shape == shape:
+                self.take(name, "/".join(path))
+                return name
+        return None
 
     def named(self, tensor: str) -> str:
         """The name that the files have for a tensor; "" if they lack it."""

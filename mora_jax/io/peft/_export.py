@@ -10,7 +10,7 @@ from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
 from mora_jax.io._merge_files import merge_checkpoint
-from mora_jax.io._names import Names, bijection
+from mora_jax.io._names import Names, bijection, stack_first
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.peft._write import make_lora, write_peft
@@ -118,9 +118,9 @@ def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
     """True if an adapted embedding is the head, too, which a LoRA would miss."""
     known, tables = bijection(names), []
     for path, adapter in adapters_in(adapters).kernels.items():
-        kernel = "/".join(path), adapter.spec.kernel_shape, adapter.spec.axes
-        modules = known.modules(*kernel)
-        tables += [f"{module.name}.weight" for module in modules if module.table]
+        shape, axes = stack_first(adapter.spec.kernel_shape, adapter.spec.axes)
+        pairs = known.layers("/".join(path), shape, axes).values()
+        tables += [pair.tensor for pair in pairs if pair and pair.is_table]
     # A base that nothing is merged into need not be of safetensors.
     source = Source(Checkpoint(base), names) if tables else None
     return source is not None and any(map(source.stands_for_two, tables))

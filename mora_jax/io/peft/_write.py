@@ -1,5 +1,6 @@
 """Writing PEFT directories: MoRA as plain LoRA."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -7,14 +8,15 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.axes import sizes
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
-from mora_jax.io import _files, _names
+from mora_jax.io import _files
+from mora_jax.io._families import Pair
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump
-from mora_jax.io._names import Module, Names
+from mora_jax.io._names import Names, bijection, join_index, stack_first, suggestion
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
 from mora_jax.operators import LowRank
@@ -84,17 +86,15 @@ def make_lora(
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
     matrices, lost, full, enough = [], {}, None, 1
-    for module, kernel, adapter in modules(adapters, names):
-        spec = adapter.spec
-        args = spec, adapter.m, module.outputs, rank, max_error
-        a, b, factor, lost[module.name], own = _factors(*args)
+    for pair, kernel, spec, m, outputs in modules(adapters, names):
+        name, table = pair.module, pair.is_table
+        a, b, factor, lost[name], own = _factors(spec, m, outputs, rank, max_error)
         enough = max(enough, own)
         full = (kernel, spec) if rank is None and spec.operator.block else full
-        if module.table:
+        if table:
             also = "io.merge_checkpoint changes both"
-            a, b = rows_looked_up(kernel, spec.axes, module.name, a, b, also)
-        name, table, axes = module.name, module.table, module.axes
-        matrices.append(MatrixPair(name, table, a, b, len(b), factor, axes))
+            a, b = rows_looked_up(kernel, spec.axes, name, a, b, also)
+        matrices.append(MatrixPair(name, table, a, b, len(b), factor, pair.axes))
     advice = f"rank={enough} keeps every module within {max_error:.1%}, and "
     advice += "max_error=1 accepts any loss"
     if full is not None:
@@ -187,9 +187,14 @@ def write_peft(
     _files.write_directory(path, files)
 
 
-def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
-    """PyTorch's modules with their kernels' paths and adapters; no convolutions."""
-    known, items, unknown = _names.bijection(names), [], []
+def modules(
+    adapters: Any, names: Names
+) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
+    """PyTorch's modules, each with the path and the spec of its kernel, M and outputs.
+
+    Convolutions are refused.
+    """
+    known, items, unknown = bijection(names), [], []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -203,15 +208,20 @@ def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named = [*known.modules(kernel, spec.kernel_shape, spec.axes)]
-        m = to_numpy(kernel, adapter.m)
-        own = ((module, adapter.replace(m=m[module.index])) for module in named)
-        items += [(module, kernel, layer) for module, layer in own]
-        unknown += [module.place for module in named if not module.name]
-    if not items:
+        found = known.layers(kernel, *stack_first(spec.kernel_shape, spec.axes))
+        stack, m = sizes(spec.kernel_shape, spec.axes, "s"), to_numpy(kernel, adapter.m)
+        width = spec.out_features * math.prod(stack) // len(found)
+        for number, (index, pair) in enumerate(found.items()):
+            if pair is None:
+                unknown.append(join_index(kernel, index))
+                continue
+            start = number * width % spec.out_features
+            outputs = slice(start, start + width)
+            items.append((pair, kernel, spec, m[index[: len(stack)]], outputs))
+    if not items and not unknown:
         raise ValueError("adapters must hold one of a kernel to write, got none")
     if unknown:
-        hint = _names.suggestion(unknown, ())
+        hint = suggestion(unknown, ())
         raise ValueError(f"names have no module for the kernel {unknown[0]!r}; {hint}")
     return items
 
@@ -221,7 +231,7 @@ def whole_modules(adapters: Any, names: Names) -> dict[str, np.ndarray]:
 
     PEFT calls their modules `modules_to_save`.
     """
-    known, whole = _names.bijection(names), {}
+    known, whole = bijection(names), {}
     for path, adapter in adapters_in(adapters).trained.items():
         name, shape = "/".join(path), adapter.spec.shape
         pair = next(known.of_leaf(name), None)
