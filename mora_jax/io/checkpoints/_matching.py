@@ -15,10 +15,18 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax.io._families import BUFFERS, TIED, Pair, canonical
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, bijection, join_index, suggestion
+from mora_jax.io._names import (
+    BUFFERS,
+    TIED,
+    Names,
+    Pair,
+    bijection,
+    canonical,
+    join_index,
+    suggestion,
+)
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 

@@ -13,10 +13,16 @@ from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files
-from mora_jax.io._families import Pair
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump
-from mora_jax.io._names import Names, bijection, join_index, stack_first, suggestion
+from mora_jax.io._names import (
+    Names,
+    Pair,
+    bijection,
+    join_index,
+    stack_first,
+    suggestion,
+)
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
 from mora_jax.operators import LowRank
