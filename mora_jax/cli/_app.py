@@ -9,11 +9,11 @@ import numpy as np
 import typer
 
 from mora_jax import io
-from mora_jax._common.suggestions import alike, shown
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
+from mora_jax._tree.plan import summary
 from mora_jax.cli import _output as opt
-from mora_jax.cli._output import as_options, progress, say_table
+from mora_jax.cli._output import as_options, progress
 from mora_jax.diagnostics._measures import effective_rank, spectrum
 from mora_jax.io._files import (
     CONFIG,
@@ -71,65 +71,39 @@ def inspect(
     all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
-    report = describe(adapter, base, names)
+    """Show an adapter: its layers and settings, the norms and ranks of its deltas."""
+    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
+    metadata = io.read_metadata(adapter) if kind == "mora" else {}
+    layers, trained = describe(adapters)
     if as_json:
+        report = {"format": kind, "metadata": metadata, "adapters": len(layers)}
+        report["parameters"] = sum(row["parameters"] for row in (*layers, *trained))
+        report |= {"layers": layers, "trained": trained}
         typer.echo(json.dumps(report, indent=1))
         return
-    layers, trained = report.pop("layers"), report.pop("trained")
-    for key, value in report.items():
-        typer.echo(f"{key.replace('_', ' ')}: {value}")
-    rows = layers if all_layers else grouped(layers)
-    say_table(rows)
-    for array in trained:
-        shape, size = " x ".join(map(str, array["shape"])), array["parameters"]
-        typer.echo(f"{array['path']} ({shape}) is trained itself: {size} parameters")
-    if len(rows) < len(layers):
-        told = "sums of parameters, and else the smallest and largest numbers"
-        typer.echo(f"Rows of several layers have {told}; --all shows each layer.")
+    typer.echo(f"format: {kind}\nmetadata: {metadata}")
+    typer.echo(summary(adapters, collapse=not all_layers))
+    for key in ("norm", "effective_rank"):
+        rows = sorted(layers, key=itemgetter(key))
+        ends = (f"{row[key]:.4g} of {row['path']}" for row in (rows[0], rows[-1]))
+        typer.echo(f"{key.replace('_', ' ')} of the deltas: {' to '.join(ends)}")
 
 
-def describe(adapter: str, base: str | None, names: io.Names) -> dict[str, Any]:
-    """An adapter's format, metadata and size, and a row for each of its layers."""
-    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
+def describe(adapters: Tree) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each kernel's adapter, and one for each array that trains itself."""
     spectra, layers, trained = spectrum(adapters), [], []
     for path, found in adapters_in(adapters).items():
         name, spec = "/".join(path), found.spec
-        row: dict[str, Any] = {"path": name}
-        if name in spectra:
-            row |= {"in": spec.in_features, "out": spec.out_features}
-            row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
-            row["parameters"] = spec.parameters
-            row["norm"] = float(np.linalg.norm(spectra[name]))
-            row["effective_rank"] = float(np.mean(effective_rank(spectra[name])))
-            layers.append(row)
-        else:
-            row |= {"shape": list(spec.shape), "parameters": spec.parameters}
-            trained.append(row)
-    return {
-        "format": kind,
-        "metadata": io.read_metadata(adapter) if kind == "mora" else {},
-        "adapters": len(layers),
-        "parameters": sum(row["parameters"] for row in (*layers, *trained)),
-        "layers": layers,
-        "trained": trained,
-    }
-
-
-def grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all layers that differ only in the numbers of their paths."""
-    # It has the sum of their parameters, which are what one pays for, and the smallest
-    # and largest of the numbers that training has made.
-    kind = itemgetter("path", "in", "out", "operator", "q")
-    rows = []
-    for pattern, group in alike(layers, kind):
-        row = group[0] | {"path": shown(pattern, len(group))}
-        row["parameters"] = sum(layer["parameters"] for layer in group)
-        for key in ("norm", "effective_rank"):
-            values = [layer[key] for layer in group]
-            row[key] = min(values), max(values)
-        rows.append(row)
-    return rows
+        row: dict[str, Any] = {"path": name, "parameters": spec.parameters}
+        if (values := spectra.get(name)) is None:
+            trained.append(row | {"shape": list(spec.shape)})
+            continue
+        row |= {"in": spec.in_features, "out": spec.out_features}
+        row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
+        row |= {"norm": float(np.linalg.norm(values))}
+        row |= {"effective_rank": float(np.mean(effective_rank(values)))}
+        layers.append(row)
+    return layers, trained
 
 
 @app.command()

@@ -128,7 +128,7 @@ class Bijection:
 
 
 def stack_first(shape: Shape, axes: str) -> tuple[Shape, str]:
-    """A kernel's shape and axes, those of its stack before the others."""
+    """A kernel's shape and axes, its stack's axes before the others."""
     order = sorted(range(len(axes)), key=lambda k: axes[k] != "s")
     return tuple(shape[k] for k in order), "".join(axes[k] for k in order)
 

@@ -56,8 +56,11 @@ def test_inspect(tmp_path):
         norm = np.linalg.norm(values[layer["path"]])
         np.testing.assert_allclose(layer["norm"], norm, rtol=1e-5)
     table = run("inspect", tmp_path)
-    for spec in PLAN.values():
-        assert spec.operator.name in table
+    assert mora_jax.summary(made(PLAN)) in table and "{'task': 'x'}" in table
+    for key in ("norm", "effective_rank"):
+        lowest, *_, highest = sorted(report["layers"], key=lambda row: row[key])
+        ends = (f"{row[key]:.4g} of {row['path']}" for row in (lowest, highest))
+        assert " of the deltas: {} to {}".format(*ends) in table
     report = json.loads(run("inspect", TYPE6, "--base", BASE, "--json"))
     assert report["format"] == "peft-mora"
     assert len(report["layers"]) == 14
@@ -271,15 +274,12 @@ def test_inspect_has_a_row_for_layers_that_differ_in_numbers_alone(demo):
     report = json.loads(run("inspect", directory, "--json"))
     assert [layer["path"] for layer in report["layers"]] == list(plan)
     told = run("inspect", directory)
+    assert mora_jax.summary(plan.adapters(mora_jax.init(plan))).splitlines()[0] in told
     rows = [line for line in told.splitlines() if line.startswith("layers_")]
     assert len(rows) == 3
-    assert all(re.search(r"\d to \d", row) for row in rows)
-    assert "smallest and largest" in told and "--all" in told
     (row,) = [r for r in rows if r.startswith("layers_*/self_attn/q_proj/kernel (3)")]
     q = [layer for layer in report["layers"] if "q_proj" in layer["path"]]
-    norms = [layer["norm"] for layer in q]
-    assert f"{min(norms):.4g} to {max(norms):.4g}" in row
-    assert f"  {sum(layer['parameters'] for layer in q)}  " in row
+    assert f"  {sum(layer['parameters'] for layer in q)}" in row
 
 
 def test_paths_stay_in_one_piece(demo, monkeypatch):
@@ -289,7 +289,7 @@ def test_paths_stay_in_one_piece(demo, monkeypatch):
     lora = ["export", directory, f"{directory}-lora", "--for", "peft"]
     told = run("inspect", directory, "--all")
     rows = [line for line in told.splitlines() if line.startswith("layers_")]
-    assert len(rows) == len(plan) and "--all" not in told
+    assert len(rows) == len(plan)
     assert all(any(path in row for row in rows) for path in plan)
     assert len(run(*lora, code=1).splitlines()) == 1
     assert f"{directory}-lora" in run(*lora, "--names", TEMPLATES)

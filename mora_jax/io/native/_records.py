@@ -223,10 +223,8 @@ def restore(
     """
     file = Reading(base, arrays, content["library_version"])
     found: dict[Path, Adapter] = {}
-    for key, fields, undo in (
-        ("layers", LAYER, _kernel_adapter),
-        ("trained", TRAINED, _trained_array),
-    ):
+    tables = ("layers", LAYER, _kernel_spec), ("trained", TRAINED, _trained_spec)
+    for key, fields, spec_of in tables:
         for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
             record = read_record(written, fields, here, file.writer)
@@ -235,9 +233,13 @@ def restore(
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
-                found[path] = undo(record, name, file)
+                spec = spec_of(record, name, file)
+                array = file.take("/".join(place_of(path, spec)))
+                if array is not None:
+                    check_leaf(array, "M" if key == "layers" else "it", spec.shape)
+                found[path] = Adapter(array, spec)
                 own = record_of((path, found[path]), fields)
-                _check_same(record, own, found[path].spec)
+                _check_same(record, own, spec)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
@@ -266,47 +268,38 @@ def _shape(name: str, values: list[Any], least: int) -> Shape:
     return tuple(values)
 
 
-def _kernel_adapter(record: Record, name: str, file: Reading) -> Adapter:
-    """The adapter of a kernel. A subspace takes its arrays out of the file's, too."""
-    m = file.take(name + SUFFIX)
+def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
+    """The meaning of a kernel's adapter; a subspace takes its arrays from the file."""
     shape = _shape("kernel_shape", record["kernel_shape"], least=1)
     file.check_base(name, "kernel", shape, LEAVE_OUT)
     axes, q, rank = record["axes"], record["square_rank"], record["rank"]
-    widths, stack = features(shape, axes), sizes(shape, axes, "s")
-    _check_sizes(record["operator"], (*widths, q), file.base is None, m is None)
+    widths, stack = (*features(shape, axes), q), math.prod(sizes(shape, axes, "s"))
+    _check_sizes(record["operator"], widths, file)
     if rank is not None:
         _shape("rank", [rank], least=1)
-    spec = AdapterSpec(
-        _operator(record["operator"], (*widths, q), name, file),
+    return AdapterSpec(
+        _operator(record["operator"], widths, name, file),
         kernel_shape=shape,
         axes=axes,
-        base_digest=_digests(record["base_digest"], math.prod(stack)),
+        base_digest=_digests(record["base_digest"], stack),
         rank=rank,
         **read_record(record["settings"], SETTINGS, "settings", file.writer),
     )
-    if m is not None:
-        check_leaf(m, "M", spec.shape)
-    return Adapter(m, spec)
 
 
-def _check_sizes(
-    settings: Record, widths: tuple[int, int, int], alone: bool, bare: bool
-) -> None:
-    """Raise if a file asks for arrays that are larger than any model has.
-
-    It stands `alone` without a model, and `bare` without an M.
-    """
+def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
+    """Raise if a file asks for arrays that are larger than any model has."""
     ins, outs, q = widths
     kind, limit = OPERATORS.get(str(settings.get("name")), Operator), LARGEST_ARRAY
-    if not alone:  # its kernel is in memory, or could be
+    if file.base is not None:  # its kernel is in memory, or could be
         limit = max(limit, 4 * ins * outs)
     elif (side := max(ins, outs)) > LARGEST_WIDTH:
         must = f"sides must have at most {LARGEST_WIDTH:,} features"
         raise ValueError(f"{must}, got {side:,}")
-    # Random maps have q rows of the wider side. To check an M that the file lacks takes
-    # one of that size, and a few copies.
+    # Random maps have q rows of the wider side. To check a plan, which lacks its M's,
+    # takes one of that size, and a few copies.
     numbers = q * max(ins, outs) if hasattr(kind, "seed") else 0
-    if bare:
+    if file.arrays is None:
         numbers = max(numbers, 4 * q * (q if kind.linear else ins + outs))
     if numbers > limit:
         raise ValueError(
@@ -343,13 +336,11 @@ def _operator(
         raise ValueError(f"{error} ({hint})") from None
 
 
-def _trained_array(record: Record, name: str, file: Reading) -> Adapter:
-    """The copy of an array that trains itself."""
-    array, shape = file.take(name), _shape("shape", record["shape"], least=0)
+def _trained_spec(record: Record, name: str, file: Reading) -> TrainedArray:
+    """The meaning of the copy of an array that trains itself."""
+    shape = _shape("shape", record["shape"], least=0)
     file.check_base(name, "array", shape)
-    if array is not None:
-        check_leaf(array, f"{name} in the file", shape)
-    return Adapter(array, TrainedArray(shape, record["dtype"], record["base_dtype"]))
+    return TrainedArray(shape, record["dtype"], record["base_dtype"])
 
 
 def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
