@@ -220,26 +220,22 @@ def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
     `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
     may be the kernels. If none of them is like a kernel, names are guessed.
     """
-
-    def numbers(name: str) -> list[str]:
-        return re.findall(r"\d+", name)
-
-    found, guesses = {}, {kernel: _guess(kernel) for kernel in kernels}
-    for kernel, guess in guesses.items():
-        alike = [m for m in modules if sorted(numbers(m)) == sorted(numbers(guess))]
-        ends = {m: sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike}
-        alike = [m for m, (short, long) in ends.items() if long.startswith(short)]
-        if close := difflib.get_close_matches(guess, alike, n=1, cutoff=0.0):
-            found[kernel] = close[0]
-    # All layers of a model have one template.
-    templates: dict[str, str] = {}
-    for kernel, module in (found or guesses).items():
-        fields = iter("nmk")
-        for number in dict.fromkeys(numbers(module)):
-            texts, whole = (module, kernel), rf"(?<!\d){number}(?!\d)"
-            once = all(len(re.findall(whole, text)) == 1 for text in texts)
-            if once and (field := next(fields, "")):
-                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+    numbers, templates = re.compile(r"\d+"), {}
+    for kernel in kernels:
+        guess = _guess(kernel)
+        alike = [m for m in modules if numbers.findall(m) == numbers.findall(guess)]
+        # Of the last names one may be short for the other, as up for up_proj.
+        ends = [sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike]
+        pairs = zip(alike, ends, strict=True)
+        alike = [m for m, (short, long) in pairs if long.startswith(short)]
+        module = next(iter(difflib.get_close_matches(guess, alike, 1, 0.0)), guess)
+        if numbers.findall(module) == numbers.findall(kernel):
+            # All layers of a model have one template.
+            fields = {text: iter(("{n}", "{m}", "{k}")) for text in (module, kernel)}
+            module, kernel = (
+                numbers.sub(lambda number, own=own: next(own, number[0]), text)
+                for text, own in fields.items()
+            )
         templates.setdefault(module, kernel)
     shown = json.dumps(dict(list(templates.items())[:8]))
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"

@@ -298,10 +298,10 @@ def test_inspect_shows_them(tmp_path):
     assert [one["path"] for one in report["trained"]] == [*PLAN.trained]
     text = run("inspect", tmp_path / "a")
     (row,) = [line for line in text.splitlines() if line.startswith("lm_head/kernel")]
-    assert "8, 20" in row and "trained" in row and "160" in row
+    assert "8 x 20" in row and "trained" in row and "160" in row
 
 
-def test_convert_keeps_or_refuses_them(tmp_path):
+def test_export_keeps_them(tmp_path):
     save(tmp_path / "a", ADAPTERS)
     run("export", tmp_path / "a", tmp_path / "b", "--for", "mora")
     for name in ("a", "b"):
