@@ -162,7 +162,8 @@ def export(
         kept = io.read_metadata(adapter) if format_of(adapter) == "mora" else None
         io.save(out, adapters, kept)
     elif target == "peft":
-        lost = io.save_peft_lora(out, adapters, names, rank=rank, **kwargs)
+        kwargs["rank"] = rank
+        lost = io.save_peft_lora(out, adapters, names, **kwargs)
         told += f" as a LoRA\nit lacks {_most(lost)}"
     else:
         kwargs |= {"base": base, "any_base": any_base}

@@ -37,6 +37,6 @@ from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
+from mora_jax.io.peft._export import save_peft_lora as save_peft_lora
 from mora_jax.io.peft._read import load_peft as load_peft
 from mora_jax.io.peft._reference import reference_operator as reference_operator
-from mora_jax.io.peft._write import save_peft_lora as save_peft_lora

@@ -71,14 +71,8 @@ def is_local(path: Location) -> TypeGuard[Path]:
 
 def holds(directory: Location, path: Location) -> bool:
     """True if `path` is `directory` or lies in it, by the names that lead to both."""
-
-    def names(place: Location) -> tuple[str, ...]:
-        if is_local(place):
-            return place.resolve().parts
-        return tuple(filter(None, os.fspath(place).split("/")))
-
-    outer = names(directory)
-    return names(path)[: len(outer)] == outer
+    outer, inner = (p.resolve() if is_local(p) else p for p in (directory, path))
+    return is_local(outer) == is_local(inner) and inner.is_relative_to(outer)
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:

@@ -15,18 +15,10 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
+from mora_jax.io import _names
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import (
-    BUFFERS,
-    TIED,
-    Names,
-    Pair,
-    bijection,
-    canonical,
-    join_index,
-    suggestion,
-)
+from mora_jax.io._names import Names, Pair, bijection, join_index
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
@@ -148,7 +140,7 @@ class Source:
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
-            self._by_canonical[canonical(name)].append(name)
+            self._by_canonical[_names.canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
@@ -194,7 +186,7 @@ class Source:
         if tensor in self.checkpoint.place:
             return tensor
         twins = _tied_to(tensor) if self.tied else ()
-        for name in (canonical(tensor), *twins):
+        for name in (_names.canonical(tensor), *twins):
             if len(names := self._by_canonical.get(name, ())) == 1:
                 return names[0]
         return ""
@@ -224,7 +216,7 @@ class Source:
         others = (name for name in self.missing if not name.endswith("/bias"))
         if unknown := [name for name in others if not any(self.known.of_kernel(name))]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {suggestion(unknown, free)}"
+            text += f"; {_names.suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
@@ -251,7 +243,7 @@ class Source:
             equal = (a == b for a, b in zip(*pieces, strict=True))
             if one[:2] == other[:2] and all(equal):
                 return True
-        return BUFFERS.fullmatch(name) is not None
+        return _names.BUFFERS.fullmatch(name) is not None
 
     def stands_for_two(self, tensor: str) -> bool:
         """True if a tensor is there, and also for one that is tied to it."""
@@ -261,8 +253,10 @@ class Source:
 
 def _tied_to(name: str) -> tuple[str, ...]:
     """The canonical names of the tensors that may be tied to one."""
-    name = canonical(name)
-    return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
+    name = _names.canonical(name)
+    return tuple(
+        twin for pair in _names.TIED if name in pair for twin in pair if twin != name
+    )
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:

@@ -140,7 +140,7 @@ def _fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def text_of(found: Mapping[Path, Adapter], more: Record) -> str:
+def text_of(found: Mapping[Path, Adapter], more: dict[str, Any]) -> str:
     """The record of {path: adapter} with `more` in it, as text."""
     return dump(_signed(record_of(found, PARTS) | more)).decode()
 
