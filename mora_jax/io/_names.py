@@ -108,12 +108,14 @@ class Bijection:
         several = inner[:1] == "o" and inner.count("o") > 1
         depths = range(first, first + 1 + several) if axes else range(len(shape) + 1)
 
-        def find(index: Shape) -> Pair | None:
+        def find(index: Shape, there: Callable[[Pair], object] = there) -> Pair | None:
             pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
             return next(filter(there, pairs), None)
 
-        # No more is known of a stack's depth than that the first layer has a pair.
-        depth = next((k for k in depths if find((0,) * k)), depths[0])
+        # No more is known of a stack's depth than that the first layer has a pair; or
+        # would have one, so that it is what messages call missing.
+        tried = [(k, test) for test in (there, lambda pair: True) for k in depths]
+        depth = next((k for k, test in tried if find((0,) * k, test)), depths[0])
         found = {index: find(index) for index in np.ndindex(shape[:depth])}
         if not axes:
             return found
