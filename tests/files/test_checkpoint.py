@@ -227,7 +227,10 @@ def test_refuses(tmp_path, base):
     huge = jax.tree.map(lambda m: m * 1e6, adapters)
     nan = jax.tree.map(lambda m: m * jnp.nan, adapters)
     named = {"model.layers.0.mlp.up_proj": "fc/kernel"}
+    other = tmp_path / "half" / "other.safetensors"
+    save_file({"fc.kernel": np.ones((24, 41), np.float32)}, other)
     for source, adapted, names, error, match in (
+        (other, fc(24, 40), None, AdapterFileError, r"another shape, \(24, 41\)"),
         (base, fc(24, 40), None, AdapterFileError, "no tensor for .* 'fc/kernel'"),
         (base, fc(40, 24), named, AdapterFileError, "does not fit .* transposed"),
         (half, huge, None, AdapterFileError, "overflows float16"),

@@ -213,6 +213,8 @@ class Source:
             text += ", or has it only as another one, and here no tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
+        for own in {leaf, leaf.replace("/", ".")} & place.keys():
+            text += f"; {own!r} has another shape, {place[own].entries[own].shape}"
         others = (name for name in self.missing if not name.endswith("/bias"))
         if unknown := [name for name in others if not any(self.known.of_kernel(name))]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
