@@ -235,8 +235,8 @@ async def hang_ups(
 
 
 def damage(path: Path, how: str) -> None:
-    """Do to an adapter's files what happens to files."""
-    tensors, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    """Do to an adapter's file what happens to files."""
+    tensors = path / "adapter_model.safetensors"
     with contextlib.suppress(FileNotFoundError):
         whole = tensors.read_bytes()
         if how == "corrupted":
@@ -244,7 +244,7 @@ def damage(path: Path, how: str) -> None:
         elif how == "half-written":
             tensors.write_bytes(whole[: len(whole) // 2])
         elif how == "half a config":
-            config.write_bytes(config.read_bytes()[:-99])
+            tensors.write_bytes(whole[:999] + whole[1099:])
         elif how == "deleted":
             shutil.rmtree(path)
 

@@ -7,7 +7,6 @@ version with which it began, since a new version gets another slot.
 """
 
 import asyncio
-import contextlib
 import os
 import re
 import time
@@ -22,13 +21,13 @@ from mora_jax import io
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that an adapter may have; none of them leads out of the directory."""
-FILES = "adapter_config.json", "adapter_model.safetensors"
-"""A copy of the settings for people, and the file that is the adapter."""
+FILE = "adapter_model.safetensors"
+"""The file that is an adapter, in its directory."""
 SETTLED = 1.0
 """The age in seconds from which on a refused version is not read again."""
 
-Version = tuple[Path, tuple[tuple[int, ...], ...]]
-"""The directory, without links, and of each file device, inode, size and times."""
+Version = tuple[Path, tuple[int, ...]]
+"""The directory, without links, and device, inode, size and times of the file."""
 
 
 class Changed(Exception):
@@ -103,7 +102,7 @@ class Adapters:
                 entry.name
                 for entry in found
                 if NAME.fullmatch(entry.name)
-                and os.path.exists(os.path.join(entry.path, FILES[1]))
+                and os.path.exists(os.path.join(entry.path, FILE))
             )
 
     async def acquire(self, name: str) -> Held:
@@ -153,18 +152,12 @@ class Adapters:
             raise UnknownAdapter(name)
         path = Path(os.path.realpath(self.directory / name))
         try:
-            found = [os.stat(path / FILES[1])]
-            with contextlib.suppress(FileNotFoundError):  # saving removes it first
-                found.append(os.stat(path / FILES[0]))
+            s = os.stat(path / FILE)
         except (FileNotFoundError, NotADirectoryError):
-            if os.path.exists(path / FILES[0]):
-                raise UnusableAdapter(f"there is no {FILES[1]}") from None
             raise UnknownAdapter(name) from None
         except OSError as error:
             raise UnusableAdapter(error.strerror) from error
-        return path, tuple(
-            (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found
-        )
+        return path, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
     def _begin(self, name: str, version: Version) -> Held:
         """Begin to load a version, once for all requests that will wait for it."""
@@ -207,7 +200,7 @@ class Adapters:
 
     async def _read_version(self, name: str, version: Version) -> Any:
         """The adapters in the files of a version, if it is that to the end."""
-        path, files = version
+        path, times = version
         loop = asyncio.get_running_loop()
         try:
             adapters = await loop.run_in_executor(self._reader, self._read, path)
@@ -216,8 +209,7 @@ class Adapters:
         except (UnusableAdapter, io.AdapterFileError) as error:
             # Clients need not know where the directory is.
             why = str(error).replace(str(path), name)
-            changed = max(times[-1] for times in files) / 1e9
-            if time.time() > changed + SETTLED:
+            if time.time() > times[-1] / 1e9 + SETTLED:
                 self._refuse(name, version, why)
             raise UnusableAdapter(why) from error
         if await asyncio.to_thread(self._version, name) != version:
@@ -225,10 +217,10 @@ class Adapters:
         return adapters
 
     def _read(self, path: Path) -> Any:
-        size = os.path.getsize(path / FILES[1])
+        size = os.path.getsize(path / FILE)
         if size > self._largest:
             raise UnusableAdapter(
-                f"{FILES[1]} must have at most {self._largest:,} bytes, got {size:,}"
+                f"{FILE} must have at most {self._largest:,} bytes, got {size:,}"
             )
         adapters = mora_jax.load(path, self.params)
         try:

@@ -9,16 +9,21 @@ import numpy as np
 import typer
 
 from mora_jax import io
-from mora_jax._common.suggestions import alike, shown
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
+from mora_jax._tree.plan import summary
 from mora_jax.cli import _output as opt
-from mora_jax.cli._output import as_options, progress, say_table
+from mora_jax.cli._output import as_options, progress
 from mora_jax.diagnostics._measures import effective_rank, spectrum
-from mora_jax.io._files import CONFIG, AdapterFileError, PathLike, as_path
+from mora_jax.io._files import (
+    CONFIG,
+    TENSORS,
+    AdapterFileError,
+    PathLike,
+    as_path,
+    check_free,
+)
 from mora_jax.io._json import read_json
-from mora_jax.io.native._adapter import is_ours, replace_adapter
-from mora_jax.io.peft._export import Server
 
 app = typer.Typer(
     name="mora-jax",
@@ -30,7 +35,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def options(version: opt.Version = False) -> None:
-    """Look at MoRA adapters, merge them into a base, and convert them."""
+    """Look at MoRA adapters, merge them into a base, and write them for others."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
@@ -38,12 +43,12 @@ def options(version: opt.Version = False) -> None:
 
 def format_of(directory: PathLike) -> str:
     """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
-    path = as_path("directory", directory)
-    if is_ours(path):
+    config = as_path("directory", directory) / CONFIG
+    if not config.exists():
         return "mora"
-    config = read_json(path / CONFIG)
-    if isinstance(config, dict) and config.get("peft_type") == "LORA":
-        return "peft-mora" if config.get("use_mora") else "peft-lora"
+    content = read_json(config)
+    if isinstance(content, dict) and content.get("peft_type") == "LORA":
+        return "peft-mora" if content.get("use_mora") else "peft-lora"
     raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
 
 
@@ -66,65 +71,39 @@ def inspect(
     all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
-    report = describe(adapter, base, names)
+    """Show an adapter: its layers and settings, the norms and ranks of its deltas."""
+    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
+    metadata = io.read_metadata(adapter) if kind == "mora" else {}
+    layers, trained = describe(adapters)
     if as_json:
+        report = {"format": kind, "metadata": metadata, "adapters": len(layers)}
+        report["parameters"] = sum(row["parameters"] for row in (*layers, *trained))
+        report |= {"layers": layers, "trained": trained}
         typer.echo(json.dumps(report, indent=1))
         return
-    layers, trained = report.pop("layers"), report.pop("trained")
-    for key, value in report.items():
-        typer.echo(f"{key.replace('_', ' ')}: {value}")
-    rows = layers if all_layers else grouped(layers)
-    say_table(rows)
-    for array in trained:
-        shape, size = " x ".join(map(str, array["shape"])), array["parameters"]
-        typer.echo(f"{array['path']} ({shape}) is trained itself: {size} parameters")
-    if len(rows) < len(layers):
-        told = "sums of parameters, and else the smallest and largest numbers"
-        typer.echo(f"Rows of several layers have {told}; --all shows each layer.")
+    typer.echo(f"format: {kind}\nmetadata: {metadata}")
+    typer.echo(summary(adapters, collapse=not all_layers))
+    for key in ("norm", "effective_rank"):
+        rows = sorted(layers, key=itemgetter(key))
+        ends = (f"{row[key]:.4g} of {row['path']}" for row in (rows[0], rows[-1]))
+        typer.echo(f"{key.replace('_', ' ')} of the deltas: {' to '.join(ends)}")
 
 
-def describe(adapter: str, base: str | None, names: io.Names) -> dict[str, Any]:
-    """An adapter's format, metadata and size, and a row for each of its layers."""
-    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
+def describe(adapters: Tree) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each kernel's adapter, and one for each array that trains itself."""
     spectra, layers, trained = spectrum(adapters), [], []
     for path, found in adapters_in(adapters).items():
         name, spec = "/".join(path), found.spec
-        row: dict[str, Any] = {"path": name}
-        if name in spectra:
-            row |= {"in": spec.in_features, "out": spec.out_features}
-            row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
-            row["parameters"] = spec.parameters
-            row["norm"] = float(np.linalg.norm(spectra[name]))
-            row["effective_rank"] = float(np.mean(effective_rank(spectra[name])))
-            layers.append(row)
-        else:
-            row |= {"shape": list(spec.shape), "parameters": spec.parameters}
-            trained.append(row)
-    return {
-        "format": kind,
-        "metadata": io.read_metadata(adapter) if kind == "mora" else {},
-        "adapters": len(layers),
-        "parameters": sum(row["parameters"] for row in (*layers, *trained)),
-        "layers": layers,
-        "trained": trained,
-    }
-
-
-def grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all layers that differ only in the numbers of their paths."""
-    # It has the sum of their parameters, which are what one pays for, and the smallest
-    # and largest of the numbers that training has made.
-    kind = itemgetter("path", "in", "out", "operator", "q")
-    rows = []
-    for pattern, group in alike(layers, kind):
-        row = group[0] | {"path": shown(pattern, len(group))}
-        row["parameters"] = sum(layer["parameters"] for layer in group)
-        for key in ("norm", "effective_rank"):
-            values = [layer[key] for layer in group]
-            row[key] = min(values), max(values)
-        rows.append(row)
-    return rows
+        row: dict[str, Any] = {"path": name, "parameters": spec.parameters}
+        if (values := spectra.get(name)) is None:
+            trained.append(row | {"shape": list(spec.shape)})
+            continue
+        row |= {"in": spec.in_features, "out": spec.out_features}
+        row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
+        row |= {"norm": float(np.linalg.norm(values))}
+        row |= {"effective_rank": float(np.mean(effective_rank(values)))}
+        layers.append(row)
+    return layers, trained
 
 
 @app.command()
@@ -157,62 +136,44 @@ def _most(lost: dict[str, float]) -> str:
 
 
 @app.command()
-def convert(
-    adapter: opt.Adapter,
-    out: opt.Out,
-    to: Annotated[opt.Format, typer.Option(help="The format to write.")],
-    base: opt.Base = None,
-    names: opt.Family = None,
-    rank: opt.Rank = None,
-    max_error: opt.MaxError = 0.1,
-    force: opt.Force = False,
-) -> None:
-    """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    adapters = read_adapter(adapter, base, names)
-    # In its own format an adapter may be written over itself: it is in memory by now.
-    path, same = as_path("out", out), format_of(adapter) == to
-    if not same:
-        opt.check_apart(out, adapter)
-    if path.exists() and not force:
-        raise FileExistsError(f"out must not exist, got {out}; force=True replaces it")
-    if to == "mora":
-        kept = io.read_metadata(adapter) if same else {}  # others have none
-        replace_adapter(path, adapters, kept)
-    elif to == "peft-mora":
-        io.save_peft_mora(path, adapters, names, force=force)
-    else:
-        accepted = {"rank": rank, "max_error": max_error}
-        lost = io.save_peft_lora(path, adapters, names, force=force, **accepted)
-        if any(lost.values()):
-            say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    typer.echo(f"{out}: {len(adapters_in(adapters).kernels)} adapters as {to}")
-
-
-@app.command()
 def export(
     adapter: opt.Adapter,
     out: opt.Out,
-    server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
+    target: opt.Target,
     base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[str, typer.Option(help="The base that it loads.")] = "",
+    rank: opt.Rank = None,
     max_error: opt.MaxError = 0.1,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA, or the base into which it is merged."""
+    """Write what a program loads: an adapter, or the base into which it is merged."""
     adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
-    settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
-    settings |= {"max_error": max_error, "any_base": any_base}
-    with progress("writing", base) as advance:
-        done = io.export(out, adapters, server, names, progress=advance, **settings)
-    number = len(adapters_in(adapters).kernels)
-    if done.rank is None:
-        what, lost = f"the base with {number} adapters merged in", "rounding lost"
+    if rank is not None and target != "peft":
+        raise ValueError(f"rank is of a LoRA for PEFT, and not --for {target}")
+    told = f"{out}: {len(adapters_in(adapters).kernels)} adapters"
+    kwargs: dict[str, Any] = {"base_model": base_model, "force": force}
+    kwargs["max_error"] = max_error
+    if target == "mora":
+        check_free("out", out, [TENSORS], force)
+        # Other formats have none.
+        kept = io.read_metadata(adapter) if format_of(adapter) == "mora" else None
+        io.save(out, adapters, kept)
+    elif target == "peft":
+        kwargs["rank"] = rank
+        lost = io.save_peft_lora(out, adapters, names, **kwargs)
+        told += f" as a LoRA\nit lacks {_most(lost)}"
     else:
-        what, lost = f"{number} adapters as a LoRA of rank {done.rank}", "it lacks"
-    typer.echo(f"{out}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
+        kwargs |= {"base": base, "any_base": any_base}
+        with progress("writing", base) as kwargs["progress"]:
+            done = io.export(out, adapters, target, names, **kwargs)
+        form, lost = f"as a LoRA of rank {done.rank}", "it lacks"
+        if done.rank is None:
+            form, lost = "merged into the base", "rounding lost"
+        told += f" {form}\n{lost} {_most(done.lost)}\n{done.command}"
+    typer.echo(told)
 
 
 def run() -> None:

@@ -1,11 +1,11 @@
-"""Options, tables, progress and errors of the command line."""
+"""Options, progress and errors of the command line."""
 
 import contextlib
 import functools
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -72,7 +72,10 @@ Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")
 AnyBase = Annotated[bool, typer.Option(help="Merge into any weights of that shape.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
-Format = Literal["mora", "peft-mora", "peft-lora"]
+Target = Annotated[
+    Literal["mora", "peft", "vllm", "sglang"],
+    typer.Option("--for", help="This library, PEFT, or the server that loads it."),
+]
 
 
 def check_apart(out: str, adapter: str) -> None:
@@ -95,22 +98,6 @@ def as_options(text: str) -> str:
 
     arguments = r"\b(any_base|base|force|max_error|names|rank|rounding)"
     return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
-
-
-def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows, a line each, under the names of their keys."""
-    # Rich's tables wrap and cut at the width of a terminal. Paths must stay whole.
-    cells = [[name.replace("_", " ") for name in rows[0]]]
-    cells += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, tuple):  # a range, which may be of one number
-        return " to ".join(dict.fromkeys(map(_cell, value)))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 This library's format::
 
-  save                  write adapters and their plan to a directory
+  save                  write adapters, and what they mean, to a directory
   load                  read them again, everything checked
   read_metadata         the metadata that `save` was given
   plan_to_json          a plan as text, for checkpoints that other libraries write
@@ -12,7 +12,6 @@ This library's format::
 PEFT's formats::
 
   load_peft             read a LoRA of PEFT, or the paper's authors' adapters
-  save_peft_mora        write adapters for that code
   save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
   export                the same or a merged checkpoint, with the command that serves it
   Export                the result of `export`
@@ -38,7 +37,6 @@ from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
+from mora_jax.io.peft._export import save_peft_lora as save_peft_lora
 from mora_jax.io.peft._read import load_peft as load_peft
 from mora_jax.io.peft._reference import reference_operator as reference_operator
-from mora_jax.io.peft._write import save_peft_lora as save_peft_lora
-from mora_jax.io.peft._write import save_peft_mora as save_peft_mora

@@ -71,14 +71,8 @@ def is_local(path: Location) -> TypeGuard[Path]:
 
 def holds(directory: Location, path: Location) -> bool:
     """True if `path` is `directory` or lies in it, by the names that lead to both."""
-
-    def names(place: Location) -> tuple[str, ...]:
-        if is_local(place):
-            return place.resolve().parts
-        return tuple(filter(None, os.fspath(place).split("/")))
-
-    outer = names(directory)
-    return names(path)[: len(outer)] == outer
+    outer, inner = (p.resolve() if is_local(p) else p for p in (directory, path))
+    return is_local(outer) == is_local(inner) and inner.is_relative_to(outer)
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
@@ -107,7 +101,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
 
 
 ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-"""The files in an adapter's directory, in PEFT's format and in this library's."""
+"""The files in the directory of an adapter of PEFT. This library has the second."""
 
 TEMPORARY = ".mora-jax-"
 """The beginning of the names of unfinished files and directories."""
@@ -174,29 +168,23 @@ def check_free(
     return path
 
 
-def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
-    """Replace an adapter by one rename, and the copy of its config around it."""
-    # The directory itself is not replaced, since it may hold files of the user.
+def replace_file(path: Location, data: bytes) -> None:
+    """Replace a file by one rename, and leave the others in its directory alone."""
+    directory = path.parent
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
     with _naming(directory), locked(directory) as sync, contextlib.ExitStack() as left:
         # Listed before anything is written: clients of object stores keep a listing
         # until they write, and this listing will soon be out of date.
-        for path in entries(directory):
-            if path.name.startswith(TEMPORARY):  # of a process that was killed
-                left.callback(_remove, path)
-        new, copy = (directory / f"{TEMPORARY}{uuid.uuid4().hex}" for _ in range(2))
-        for path, data in ((new, tensors), (copy, config)):
-            left.callback(_remove, path)
-            _write(path, [data])
-        # From here to the end there is either no copy or the one of the adapter there,
-        # on a disk that loses its power, too.
-        (directory / CONFIG).unlink(missing_ok=True)
+        for entry in entries(directory):
+            if entry.name.startswith(TEMPORARY):  # of a process that was killed
+                left.callback(_remove, entry)
+        new = directory / f"{TEMPORARY}{uuid.uuid4().hex}"
+        left.callback(_remove, new)
+        _write(new, [data])
+        new.replace(path)
         sync()
-        for path, name in ((new, TENSORS), (copy, CONFIG)):
-            path.replace(directory / name)
-            sync()
 
 
 def _remove(path: Location) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,30 +18,27 @@ from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files
 from mora_jax.io._files import AdapterFileError, PathLike, as_path
-from mora_jax.io._names import Names, join_index
+from mora_jax.io._names import Names, join_index, stack_first
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Tensors of the base that are a kernel together, and the adapter of that."""
+class Layer(NamedTuple):
+    """A layer of an adapted kernel, and the tensors of the base that it is."""
 
-    # The tensors have as many outputs each. The kernel `name` is number `layer` in the
-    # stack that the adapter was made for.
-    name: str
+    # Each tensor has as many of the outputs, and the spec the axes of all of them.
+    kernel: str
+    number: int
     spec: AdapterSpec
     m: np.ndarray
-    tensors: tuple[str, ...]
-    layer: int = 0
+    tensors: list[str]
 
     def add(
         self, name: str, tensor: np.ndarray, rounding: Rounding
     ) -> tuple[np.ndarray, float]:
         """A merged tensor, and the share of its delta that is lost."""
-        part = self.tensors.index(name)
-        dtype = jnp.promote_types(tensor.dtype, jnp.float32)
+        part, dtype = self.tensors.index(name), jnp.promote_types(tensor.dtype, "f4")
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
         # adds arrays of different orders slowly.
         delta = np.asarray(delta_kernel(self.spec, self.m))
@@ -67,73 +64,48 @@ class Site:
         kernel = np.concatenate([read(name) for name in self.tensors], axis)
         try:
             digests = kernel_digests(self.spec, kernel)
-            check_digests(self.name, self.spec, digests, self.layer)
+            check_digests(self.kernel, self.spec, digests, self.number)
         except ValueError as error:
             raise AdapterFileError(str(error)) from None
 
 
-def sites_of(source: Source, adapters: Any) -> dict[str, Site]:
-    """{tensor: its site} for all tensors that adapters change, checked."""
-    sites = {}
-    for path, adapter in adapters_in(adapters).kernels.items():
-        kernel = "/".join(path)
-        m = to_numpy(kernel, adapter.m)
-        m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-        for site in _sites(source, path, adapter.spec, m):
-            shape, axis = list(site.spec.kernel_shape), site.spec.axes.index("o")
-            shape[axis] //= len(site.tensors)
-            wanted = tuple(shape)
-            for name in filter(None, site.tensors):
-                source.take(name, kernel)
-                if (found := source.checkpoint.entry(name).shape) != wanted:
-                    raise AdapterFileError(
-                        f"{name!r} in the base must have shape {wanted}, got {found}"
-                    )
-                sites[name] = site
-    return sites
-
-
-def _sites(
-    source: Source, path: Path, spec: AdapterSpec, m: np.ndarray
-) -> Iterator[Site]:
-    """The sites of a kernel. What the base lacks is "", and noted as missing."""
-    kernel = "/".join(path)
-    if own := source.own_name(path):
-        yield Site(kernel, spec, m, (own,))
+def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
+    """The layers of a kernel. Tensors that the base lacks are noted as missing."""
+    kernel, spec = "/".join(path), adapter.spec
+    m = to_numpy(kernel, adapter.m)
+    m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
+    if own := source.own_name(path, spec.kernel_shape):
+        yield Layer(kernel, 0, spec, m, [own])
         return
-    known = source.known.modules(kernel, spec.kernel_shape, spec.axes)
-    layers = itertools.groupby(known, lambda module: module.index)
-    for layer, (index, group) in enumerate(layers):
-        modules = list(group)
-        tensors = tuple(source.named(f"{module.name}.weight") for module in modules)
-        pairs = zip(modules, tensors, strict=True)
-        source.missing += [module.place for module, tensor in pairs if not tensor]
+    shape, axes = stack_first(spec.kernel_shape, spec.axes)
+    depth, parts = axes.count("s"), source.stack(kernel, shape, axes)
+    layers = itertools.groupby(parts.items(), lambda item: item[0][:depth])
+    for number, (index, group) in enumerate(layers):
+        found = [part for _, part in group]
+        if not found[0].columns:
+            raise AdapterFileError(f"{found[0].name!r} must have two axes, got one")
+        inner = axes[len(next(iter(parts))) :]
+        letters = "".join(inner[group[0]] for group in found[0][2:])
         sizes = {"i": spec.in_features, "o": spec.out_features}
-        axes = modules[0].axes
-        shape = tuple(sizes[letter] for letter in axes)
+        own_shape = tuple(sizes[letter] for letter in letters)
         # One layer at a time: the delta of a whole stack may not fit in memory.
-        alone = {"kernel_shape": shape, "axes": axes, "layout": None}
-        one = dataclasses.replace(spec, **alone)
-        yield Site(kernel, one, m[index], tensors, layer)
+        changes = {"kernel_shape": own_shape, "axes": letters, "layout": None}
+        one = dataclasses.replace(spec, **changes)
+        yield Layer(kernel, number, one, m[index], [part.name for part in found])
 
 
-def replacements(
-    source: Source, trained: dict[Path, Adapter]
+def _trained(
+    source: Source, path: Path, adapter: Adapter
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """{tensor: name and numbers of the trained array for it}."""
-    replaced = {}
-    for path, adapter in trained.items():
-        name, shape = "/".join(path), adapter.spec.shape
-        numbers, own = to_numpy(name, adapter.m), source.own_name(path)
-        # A bias with axes for heads may have the name of its tensor by chance.
-        if own and source.checkpoint.entry(own).shape == shape:
-            source.take(own, name)
-            replaced[own] = name, numbers
-            continue
-        for index, part in source.stack(name, shape).items():
-            layer = part.in_rows(numbers[index])
-            replaced[part.name] = join_index(name, index), layer
-    return replaced
+    """{tensor: name and numbers of a trained array that replaces it}."""
+    name, shape = "/".join(path), adapter.spec.shape
+    numbers = to_numpy(name, adapter.m)
+    if own := source.own_name(path, shape):
+        return {own: (name, numbers)}
+    return {
+        part.name: (join_index(name, index), part.in_rows(numbers[index]))
+        for index, part in source.stack(name, shape).items()
+    }
 
 
 def merge_checkpoint(
@@ -187,8 +159,13 @@ def merge_checkpoint(
     written += [path.name for path in checkpoint.beside]
     _files.check_free("out", target, written, force)
     tensors = Source(checkpoint, names, tied=False)
-    sites = sites_of(tensors, adapters)
-    trained = replacements(tensors, adapters_in(adapters).trained)
+    sites, trained = {}, {}
+    for path, adapter in adapters_in(adapters).items():
+        if isinstance(adapter.spec, AdapterSpec):
+            layers = _layers(tensors, path, adapter)
+            sites |= {name: layer for layer in layers for name in layer.tensors}
+        else:
+            trained |= _trained(tensors, path, adapter)
     tensors.check_missing()
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged

@@ -1,20 +1,17 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
-import dataclasses
 import difflib
 import functools
 import itertools
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
-from mora_jax.io._families import FAMILIES, LIBRARIES, Pair
 
 FIELD = r"\{(\w+)\}"
 
@@ -22,21 +19,49 @@ Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A module, and its part of a kernel.
+class Pair(NamedTuple):
+    """A module in PyTorch and its kernel here.
 
-    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
-    of that. It belongs to the layer `index` of the kernel's stack, and has the slice
-    `outputs` of the kernel's. Messages call the part `place`.
+    A family has templates of both, whose `{fields}` stand for the same texts.
+
+    Attributes:
+      module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
+      kernel: The kernel's path here, such as "layers_{layer}/mlp/{name}/kernel". An
+        index in a stack, as in "layers/{name}/kernel[{n}]", may also be one on a first
+        axis that tells several modules apart.
+      axes: The order of the axes of PyTorch's weight, "io" in GPT-2's `Conv1D`, and "o"
+        of what is a vector.
+      kernel_axes: The order of the kernel's axes. If it is "io" or "oi", each letter
+        may stand for several axes; Gemma's "oio" is (heads, in, width).
     """
 
-    name: str
-    axes: str
-    table: bool
-    index: Shape
-    outputs: slice
-    place: str
+    module: str
+    kernel: str
+    axes: str = "oi"
+    kernel_axes: str = "io"
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that is the kernel: the module's weight, unless it names one."""
+        named = self.module.endswith((".weight", ".bias"))
+        return self.module if named else f"{self.module}.weight"
+
+    @property
+    def is_table(self) -> bool:
+        """True if the module looks up rows of its weight."""
+        path, _, _ = self.kernel.partition("[")
+        return self.module.rpartition(".")[2] in TABLES or path.endswith("embedding")
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weight has the axes of its outputs elsewhere than the kernel."""
+        return self.axes != self.kernel_axes
+
+    def filled(self, fields: dict[str, str]) -> "Pair":
+        module, kernel = (template.format(**fields) for template in self[:2])
+        pair = self._replace(module=module, kernel=kernel)
+        # Embeddings have the same axes everywhere, whatever a template says.
+        return pair._replace(axes="io", kernel_axes="io") if pair.is_table else pair
 
 
 class Bijection:
@@ -66,26 +91,48 @@ class Bijection:
             module = parent.replace("/", ".") + ".bias" * (last == "bias")
             yield Pair(module, path, *_LEAVES[last])
 
-    def modules(self, path: str, shape: Shape, axes: str) -> Iterator[Module]:
-        """The modules of a kernel; one that the templates lack is called ""."""
-        outs, inner = sizes(shape, axes, "o"), axes.replace("s", "")
-        # Tables are as they are here, but with one axis where a kernel has heads.
-        table_axes = re.sub(r"(.)\1+", r"\1", inner)
-        for index in np.ndindex(sizes(shape, axes, "s")):
-            places = [join_index(path, index)]
-            if len(outs) > 1 and inner.startswith("o") and not self._has(places):
-                # The first axis may tell modules apart.
-                parts = [join_index(path, (*index, k)) for k in range(outs[0])]
-                places = parts if self._has(parts) else places
-            width = math.prod(outs) // len(places)
-            for k, place in enumerate(places):
-                pair = next(self.of_kernel(place), Pair("", ""))
-                order = table_axes if pair.is_table else pair.axes
-                outputs = slice(k * width, (k + 1) * width)
-                yield Module(pair.module, order, pair.is_table, index, outputs, place)
+    def layers(
+        self,
+        path: str,
+        shape: Shape,
+        axes: str = "",
+        there: Callable[[Pair], object] = lambda pair: True,
+    ) -> dict[Shape, Pair | None]:
+        """{index in an array's stack: its pair that is there}, None where none is.
 
-    def _has(self, paths: Iterable[str]) -> bool:
-        return any(pair for path in paths for pair in self.of_kernel(path))
+        A kernel with `axes`, its stack's first, has pairs of templates alone, in the
+        order of its axes. Of several outputs its first axis may tell modules apart: it
+        then belongs to the index.
+        """
+        first, inner = axes.count("s"), axes.lstrip("s")
+        several = inner[:1] == "o" and inner.count("o") > 1
+        depths = range(first, first + 1 + several) if axes else range(len(shape) + 1)
+
+        def find(index: Shape, there: Callable[[Pair], object] = there) -> Pair | None:
+            pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
+            return next(filter(there, pairs), None)
+
+        # No more is known of a stack's depth than that the first layer has a pair; or
+        # would have one, so that it is what messages call missing.
+        tried = [(k, test) for test in (there, lambda pair: True) for k in depths]
+        depth = next((k for k, test in tried if find((0,) * k, test)), depths[0])
+        found = {index: find(index) for index in np.ndindex(shape[:depth])}
+        if not axes:
+            return found
+        own = axes[depth:]
+        # Tables are as they are here, but with one axis where a kernel has heads.
+        table = re.sub(r"(.)\1+", r"\1", own)
+        for index, pair in found.items():
+            if pair is not None:
+                order = table if pair.is_table else pair.axes
+                found[index] = pair._replace(axes=order, kernel_axes=own)
+        return found
+
+
+def stack_first(shape: Shape, axes: str) -> tuple[Shape, str]:
+    """A kernel's shape and axes, its stack's axes before the others."""
+    order = sorted(range(len(axes)), key=lambda k: axes[k] != "s")
+    return tuple(shape[k] for k in order), "".join(axes[k] for k in order)
 
 
 _LEAVES = {"kernel": ("oi", "io"), "embedding": ("io", "io")}
@@ -175,26 +222,22 @@ def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
     `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
     may be the kernels. If none of them is like a kernel, names are guessed.
     """
-
-    def numbers(name: str) -> list[str]:
-        return re.findall(r"\d+", name)
-
-    found, guesses = {}, {kernel: _guess(kernel) for kernel in kernels}
-    for kernel, guess in guesses.items():
-        alike = [m for m in modules if sorted(numbers(m)) == sorted(numbers(guess))]
-        ends = {m: sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike}
-        alike = [m for m, (short, long) in ends.items() if long.startswith(short)]
-        if close := difflib.get_close_matches(guess, alike, n=1, cutoff=0.0):
-            found[kernel] = close[0]
-    # All layers of a model have one template.
-    templates: dict[str, str] = {}
-    for kernel, module in (found or guesses).items():
-        fields = iter("nmk")
-        for number in dict.fromkeys(numbers(module)):
-            texts, whole = (module, kernel), rf"(?<!\d){number}(?!\d)"
-            once = all(len(re.findall(whole, text)) == 1 for text in texts)
-            if once and (field := next(fields, "")):
-                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+    numbers, templates = re.compile(r"\d+"), {}
+    for kernel in kernels:
+        guess = _guess(kernel)
+        alike = [m for m in modules if numbers.findall(m) == numbers.findall(guess)]
+        # Of the last names one may be short for the other, as up for up_proj.
+        ends = [sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike]
+        pairs = zip(alike, ends, strict=True)
+        alike = [m for m, (short, long) in pairs if long.startswith(short)]
+        module = next(iter(difflib.get_close_matches(guess, alike, 1, 0.0)), guess)
+        if numbers.findall(module) == numbers.findall(kernel):
+            # All layers of a model have one template.
+            fields = {text: iter(("{n}", "{m}", "{k}")) for text in (module, kernel)}
+            module, kernel = (
+                numbers.sub(lambda number, own=own: next(own, number[0]), text)
+                for text, own in fields.items()
+            )
         templates.setdefault(module, kernel)
     shown = json.dumps(dict(list(templates.items())[:8]))
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
@@ -208,3 +251,122 @@ def _guess(kernel: str) -> str:
     name, known = ".".join(parts), bijection(None)
     rooted = (f"{root}.{name}" for root in ("model", "transformer", "bert"))
     return next((name for name in rooted if any(known.of_module(name))), name)
+
+
+# --- The names of well-known models ---
+
+_BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
+"""The last names of modules in PyTorch whose weights are embeddings."""
+
+
+def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
+    """Pairs for transformers, which has the same names in both libraries.
+
+    Modules may have the root before their names or not.
+    """
+    pairs = []
+    for module in (*(f"{root}.{name}" for name in names), *names):
+        leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
+        kernel = (module + leaf).replace(".", "/")
+        # Each kernel in Flax is the transpose of PyTorch's weight.
+        pairs.append(Pair(module, kernel, axes, axes[::-1]))
+    return tuple(pairs)
+
+
+def _layers(root: str, table: str) -> tuple[Pair, ...]:
+    """Pairs of a table: module, the axes of both if unusual, kernels.
+
+    Kernels' paths begin with `root`, and modules' names always with the same.
+    """
+    pairs = []
+    for module, *words in map(str.split, filter(None, table.splitlines())):
+        axes = [word for word in words if not word.startswith("/")]
+        name = f"model.layers.{{layer}}.{module}"
+        pairs += [Pair(name, root + word, *axes) for word in words if word not in axes]
+    return tuple(pairs)
+
+
+# Gemma 1 has fewer norms: its pre_ffw_norm comes after attention in PyTorch.
+_GEMMA = """
+self_attn.q_proj  oi oio    /attn/q_einsum/w  /attn/qkv_einsum/w[0]
+self_attn.k_proj  oi oio    /attn/kv_einsum/w[0]  /attn/qkv_einsum/w[1]
+self_attn.v_proj  oi oio    /attn/kv_einsum/w[1]  /attn/qkv_einsum/w[2]
+self_attn.o_proj            /attn/attn_vec_einsum/w
+input_layernorm             /pre_attention_norm/scale
+pre_feedforward_layernorm   /pre_ffw_norm/scale
+post_attention_layernorm    /post_attention_norm/scale  /post_attn_norm/scale
+post_attention_layernorm    /pre_ffw_norm/scale
+post_feedforward_layernorm  /post_ffw_norm/scale
+self_attn.q_norm            /attn/_query_norm/scale  /attn/query_norm/scale
+self_attn.k_norm            /attn/_key_norm/scale  /attn/key_norm/scale
+"""
+_GEMMA_ENDS = (
+    Pair("model.norm", "final_norm/scale"),
+    Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+)
+_GM = """
+mlp.gate_proj  oi oi  /mlp/gating_einsum[0]
+mlp.up_proj    oi oi  /mlp/gating_einsum[1]
+mlp.down_proj         /mlp/linear
+"""
+_TUNIX = """
+self_attn.{name}_proj        /attn/{name}_proj/w
+self_attn.{name}_proj.bias   /attn/{name}_bias
+self_attn.{name}_norm        /attn/{name}_norm/w
+{norm}                       /{norm}/w
+mlp.gate                     /mlp/router/kernel
+mlp.{name}                   /mlp/{name}/kernel
+mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
+"""
+
+_DECODER = _same("model", "layers.{layer}.{block}.{name}", "embed_tokens")
+FAMILIES: dict[str, tuple[Pair, ...]] = {
+    "llama": _DECODER,
+    "gemma": _DECODER,
+    "qwen": _DECODER,
+    "gpt2": _same("transformer", "h.{layer}.{block}.{name}", "wte", "wpe", axes="io"),
+    "bert": _same(
+        "bert",
+        "encoder.layer.{layer}.attention.self.{name}",
+        "encoder.layer.{layer}.attention.output.dense",
+        "encoder.layer.{layer}.{block}.dense",
+        *(f"embeddings.{name}" for name in _BERTS),
+    ),
+}
+"""The models that are known, as transformers names them."""
+
+LIBRARIES: dict[str, tuple[Pair, ...]] = {
+    "gm": (*_layers("layer_{layer}", _GEMMA + _GM), *_GEMMA_ENDS),
+    "tunix": (
+        *_layers("layers/{layer}", _TUNIX + _GEMMA),
+        *_GEMMA_ENDS,
+        Pair("model.norm", "final_norm/w"),
+        Pair("lm_head", "lm_head/w"),
+    ),
+}
+"""Models of libraries that have names of their own for transformers' modules."""
+
+TIED = (
+    ("embed_tokens.weight", "lm_head.weight"),
+    ("wte.weight", "lm_head.weight"),
+    ("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+)
+"""Tensors by their canonical names; files often have but one of two."""
+
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
+    r"|embeddings\.(position|token_type)_ids)"
+)
+"""Tensors that PyTorch stores though they can be computed."""
+
+
+def canonical(tensor: str) -> str:
+    """The part of a tensor's name that is the same in all files of a model."""
+    # A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
+    # had gammas and betas once.
+    roots = r"^((base_model|model|transformer|bert|language_model)\.)+"
+    name = re.sub(roots, "", tensor)
+    name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
+    return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)

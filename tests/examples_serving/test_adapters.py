@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 import mora_jax
-from examples.serving.adapters import FILES, Adapters
+from examples.serving.adapters import FILE, Adapters
 
 PLAN = mora_jax.plan({"a": {"kernel": jnp.zeros((4, 4))}}, mora_jax.MoRAConfig(rank=1))
 
 
 class Texts(Adapters):
-    """Each adapter is the text in its config; `put` has what is in the slots."""
+    """Each adapter is the text in its file; `put` has what is in the slots."""
 
     def __init__(self, directory, slots):
         super().__init__(directory, PLAN, {}, slots, self.change)
@@ -22,7 +22,7 @@ class Texts(Adapters):
         self.goes_on.set()
 
     def _read(self, path):
-        text = (self.directory / path / FILES[0]).read_text()
+        text = (self.directory / path / FILE).read_text()
         self.told.append(f"read {text}")
         return text
 
@@ -47,8 +47,7 @@ def directory(tmp_path):
 
 def write(path, text):
     path.mkdir()
-    for file in FILES:
-        (path / file).write_text(text)
+    (path / FILE).write_text(text)
 
 
 async def until(true):
@@ -120,7 +119,7 @@ def test_damaged_files_evict_nothing(directory):
     async def run():
         adapters = Texts(directory, slots=1)
         adapters.release(await adapters.acquire("a"))
-        (directory / "b" / FILES[0]).write_bytes(b"\xff")
+        (directory / "b" / FILE).write_bytes(b"\xff")
         with pytest.raises(UnicodeDecodeError):
             await adapters.acquire("b")
         adapters.release(await adapters.acquire("a"))

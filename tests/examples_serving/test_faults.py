@@ -18,7 +18,7 @@ from models import bytelevel
 from mora_jax import init, save
 
 pytestmark = pytest.mark.slow  # the service takes seconds to start
-CONFIG, TENSORS = registry.FILES
+TENSORS = registry.FILE
 
 
 @pytest.fixture
@@ -89,9 +89,6 @@ def flip(path):
 FAULTS = {
     "cut": (cut, "is damaged"),
     "a changed byte": (flip, "is damaged"),
-    "no tensors": (lambda path: (path / TENSORS).unlink(), f"there is no {TENSORS}"),
-    "config is no JSON": (lambda path: (path / CONFIG).write_bytes(b"{"), "JSON"),
-    "config is no UTF-8": (lambda path: (path / CONFIG).write_bytes(b"\xff"), CONFIG),
     "empty": (lambda path: (path / TENSORS).write_bytes(b""), "is damaged"),
     "too large": (
         lambda path: os.truncate(path / TENSORS, 10**10),

@@ -38,7 +38,7 @@ BASE = TYPE6 / "base_model.safetensors"
 
 def test_help_and_version():
     overview = run("--help")
-    for command in ("inspect", "merge", "convert", "export"):
+    for command in ("inspect", "merge", "export"):
         assert command in overview
         assert "--names" in run(command, "--help")
     assert run("--version") == f"mora-jax {version('mora-jax')}\n"
@@ -56,8 +56,11 @@ def test_inspect(tmp_path):
         norm = np.linalg.norm(values[layer["path"]])
         np.testing.assert_allclose(layer["norm"], norm, rtol=1e-5)
     table = run("inspect", tmp_path)
-    for spec in PLAN.values():
-        assert spec.operator.name in table
+    assert mora_jax.summary(made(PLAN)) in table and "{'task': 'x'}" in table
+    for key in ("norm", "effective_rank"):
+        lowest, *_, highest = sorted(report["layers"], key=lambda row: row[key])
+        ends = (f"{row[key]:.4g} of {row['path']}" for row in (lowest, highest))
+        assert " of the deltas: {} to {}".format(*ends) in table
     report = json.loads(run("inspect", TYPE6, "--base", BASE, "--json"))
     assert report["format"] == "peft-mora"
     assert len(report["layers"]) == 14
@@ -80,7 +83,7 @@ def test_merge(tmp_path):
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("command", ["merge", "export", "convert"])
+@pytest.mark.parametrize("command", ["merge", "vllm", "mora"])
 def test_no_command_writes_where_its_adapter_is(tmp_path, command):
     """Neither over it, nor over what holds it, nor between its files."""
     home = tmp_path / "runs" / "a"
@@ -89,51 +92,56 @@ def test_no_command_writes_where_its_adapter_is(tmp_path, command):
     for out in (home, tmp_path / "runs", home / "out", f"{home}/../a", home.as_uri()):
         args = {
             "merge": (BASE, home, out),
-            "export": (home, out, "--base", BASE, "--for", "vllm"),
-            "convert": (home, out, "--base", BASE, "--to", "mora"),
-        }[command]
-        error = run(command, *args, "--force", code=1)
+        }.get(command, (home, out, "--base", BASE, "--for", command))
+        name = "merge" if command == "merge" else "export"
+        error = run(name, *args, "--force", code=1)
         assert "must not be the adapter's directory" in error
     assert contents(home) == before
 
 
-def test_convert(tmp_path):
-    """From the reference's to ours and back, and to a LoRA."""
+def test_export(tmp_path):
+    """From the reference's to ours, and to a LoRA."""
     base, ours, lora = ("--base", BASE), tmp_path / "ours", tmp_path / "lora"
-    run("convert", TYPE6, ours, "--to", "mora", *base)
-    run("convert", ours, tmp_path / "back", "--to", "peft-mora")
-    one, other = (load_file(d / TENSORS) for d in (TYPE6, tmp_path / "back"))
-    assert one.keys() == other.keys()
-    assert all((one[name] == other[name]).all() for name in one)
-    args = "convert", ours, lora, "--to", "peft-lora"
+    run("export", TYPE6, ours, "--for", "mora", *base)
+    one = load_file(TYPE6 / TENSORS)
+    for name, m in load_file(ours / TENSORS).items():
+        module = name.removesuffix("/kernel_mora").replace("/", ".")
+        name = f"base_model.model.{module}.lora_A.weight"
+        assert (one[name].T == m).all()
+    args = "export", ours, lora, "--for", "peft"
     assert "full rank" in run(*args, code=1)
     told = run(*args, "--rank", 8, code=1)
     assert "--max-error 0.1" in told and re.search(r"--rank \d\d", told)
     assert "max_error" not in told and not lora.exists()
     args = *args, "--max-error", 1
-    told = run(*args, "--rank", 8)
-    assert "cut off" in told and len(told.splitlines()) > 14  # a line for each layer
-    assert (config_of(lora)["r"], config_of(lora)["peft_type"]) == (8, "LORA")
+    told = run(*args, "--rank", 8, "--base-model", "hub/model")
+    assert re.search(r"14 adapters as a LoRA\nit lacks at most \d", told)
+    config = config_of(lora)
+    assert (config["r"], config["peft_type"]) == (8, "LORA")
+    assert config["base_model_name_or_path"] == "hub/model"
     told = run(*args, "--rank", 8, code=1)
-    assert "must not exist" in told and "--force" in told and "True" not in told
+    assert "new or empty" in told and "--force" in told and "True" not in told
     run(*args, "--rank", 9, "--force")
     assert config_of(lora)["r"] == 9
-    run("convert", ours, ours, "--to", "mora", "--force")
-    shutil.copytree(lora, tmp_path / "replaced")
-    run("convert", ours, tmp_path / "replaced", "--to", "mora", "--force")
-    assert contents(tmp_path / "replaced") == contents(ours)
-    run("convert", lora, tmp_path / "x", "--to", "mora")
+    before = contents(lora)
+    run("export", ours, lora, "--for", "mora", "--force", code=1)
+    assert contents(lora) == before
+    run("export", lora, tmp_path / "x", "--for", "mora")
     kinds = {s.operator.name for s in specs_of(mora_jax.load(tmp_path / "x")).values()}
     assert kinds == {"low_rank"}
     save(tmp_path / "a", made(PLAN), {"task": "x"}, params=PARAMS)
-    run("convert", tmp_path / "a", tmp_path / "copy", "--to", "mora")
+    args = "export", tmp_path / "a", tmp_path / "copy", "--for", "mora"
+    run(*args)
     assert contents(tmp_path / "copy") == contents(tmp_path / "a")
+    assert "new or empty" in run(*args, code=1)
+    run("export", ours, tmp_path / "copy", "--for", "mora", "--force")
+    assert contents(tmp_path / "copy") == contents(ours)
 
 
 def test_a_lora_of_as_many_singular_values_as_needed(tmp_path):
     plan = single(make_operator("rotation", 24, 40, 6), path=UP_PROJ)
     save(tmp_path / "a", made(plan))
-    args = "convert", tmp_path / "a", tmp_path / "lora", "--to", "peft-lora"
+    args = "export", tmp_path / "a", tmp_path / "lora", "--for", "peft"
     for rank in ("0", "-1", "1.5", "all"):
         told = run(*args, f"--rank={rank}", code=2)
         assert "is neither a positive integer nor 'auto'" in told
@@ -151,7 +159,7 @@ def test_help_says_what_a_base_is_for():
 @pytest.mark.parametrize(
     ("args", "code", "told"),
     [
-        ("inspect {here}", 1, "there is no adapter_config.json"),
+        ("inspect {here}", 1, "there is no adapter_model.safetensors"),
         ("inspect {ours} --base {here}/x", 1, "there is no x"),
         ("inspect {ours} --base=", 1, "base must be a path"),
         ("{inspect} {{", 1, "--names is not valid"),
@@ -163,18 +171,20 @@ def test_help_says_what_a_base_is_for():
         ("{merge} {here}/list.json --force", 1, "out must be a directory, got the"),
         ("{merge} {here}/list.json/x", 1, "list.json"),
         ("inspect http://host/x", 1, "adapter must be a local path or a URL"),
-        ("inspect mem://bucket/none", 1, "there is no adapter_config.json"),
+        ("inspect mem://bucket/none", 1, "no adapter_model.safetensors"),
         ("inspect {ours} --base hf://a/b", 1, "base must be"),
-        ("convert {ours} ftp://x/y --to mora --base {base}", 1, "out must be"),
+        ("export {ours} ftp://x/y --for mora --base {base}", 1, "out must be"),
         ("merge mem://bucket/none {ours} http://host/x", 1, "there is no none"),
-        ("convert {ours} /proc/x --to mora --base {base}", 1, "/proc/x"),
+        ("export {ours} /proc/x --for mora --base {base}", 1, "/proc/x"),
         ("merge {here} {ours} http://host/x", 1, "there is no *.safetensors"),
         ("merge {base} {ours}", 2, "Missing argument"),
         ("{merge} x --adapter {ours}", 2, "No such option"),
         ("inspect {here}/none", 1, "there is no directory {here}/none"),
         ("inspect", 2, "Missing argument"),
         ("melt", 2, "No such command"),
-        ("convert {ours} {here}/x --to pickle", 2, "Invalid value"),
+        ("export {ours} {here}/x --for pickle", 2, "Invalid value"),
+        ("export {ours} {here}/x --for mora --base {base} --rank 3", 1, "rank is of"),
+        ("export {ours} {here}/x --for vllm --base {base} --rank 3", 1, "rank is of"),
     ],
 )
 def test_exit_codes(tmp_path, monkeypatch, unchecked, args, code, told):
@@ -225,9 +235,9 @@ def demo(tmp_path):
 TEMPLATES = '{"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}'
 
 
-def test_the_demos_adapter_converts_with_the_line_that_the_error_gives(tmp_path, demo):
+def test_the_demos_adapter_is_exported_as_the_error_says(tmp_path, demo):
     directory, plan = demo
-    args = "convert", directory, tmp_path / "lora", "--to", "peft-lora"
+    args = "export", directory, tmp_path / "lora", "--for", "peft"
     told = run(*args, code=1)
     names = re.search(r"--names '(\{.*?\})'", told)[1]
     assert len(json.loads(names)) == 3 and len(told.splitlines()) == 1
@@ -264,25 +274,22 @@ def test_inspect_has_a_row_for_layers_that_differ_in_numbers_alone(demo):
     report = json.loads(run("inspect", directory, "--json"))
     assert [layer["path"] for layer in report["layers"]] == list(plan)
     told = run("inspect", directory)
+    assert mora_jax.summary(plan.adapters(mora_jax.init(plan))).splitlines()[0] in told
     rows = [line for line in told.splitlines() if line.startswith("layers_")]
     assert len(rows) == 3
-    assert all(re.search(r"\d to \d", row) for row in rows)
-    assert "smallest and largest" in told and "--all" in told
     (row,) = [r for r in rows if r.startswith("layers_*/self_attn/q_proj/kernel (3)")]
     q = [layer for layer in report["layers"] if "q_proj" in layer["path"]]
-    norms = [layer["norm"] for layer in q]
-    assert f"{min(norms):.4g} to {max(norms):.4g}" in row
-    assert f"  {sum(layer['parameters'] for layer in q)}  " in row
+    assert f"  {sum(layer['parameters'] for layer in q)}" in row
 
 
 def test_paths_stay_in_one_piece(demo, monkeypatch):
     """On however narrow a terminal: it may wrap lines, we do not."""
     monkeypatch.setenv("COLUMNS", "30")
     directory, plan = demo
-    lora = ["convert", directory, f"{directory}-lora", "--to", "peft-lora"]
+    lora = ["export", directory, f"{directory}-lora", "--for", "peft"]
     told = run("inspect", directory, "--all")
     rows = [line for line in told.splitlines() if line.startswith("layers_")]
-    assert len(rows) == len(plan) and "--all" not in told
+    assert len(rows) == len(plan)
     assert all(any(path in row for row in rows) for path in plan)
     assert len(run(*lora, code=1).splitlines()) == 1
     assert f"{directory}-lora" in run(*lora, "--names", TEMPLATES)
@@ -294,12 +301,12 @@ def test_urls_are_no_folders(tmp_path, monkeypatch, demo):
     here.mkdir()
     monkeypatch.chdir(here)
     a, b = "mem://bucket/a", "mem://bucket/b"
-    run("convert", demo[0], a, "--to", "mora")
+    run("export", demo[0], a, "--for", "mora")
     run("inspect", a)
-    run("convert", a, b, "--to", "mora")
+    run("export", a, b, "--for", "mora")
     assert contents(a) == contents(b)
-    lora = "mem://bucket/lora", "--to", "peft-lora"
-    run("convert", a, *lora, "--names", TEMPLATES)
+    lora = "mem://bucket/lora", "--for", "peft"
+    run("export", a, *lora, "--names", TEMPLATES)
     assert not list(here.iterdir())
 
 

@@ -150,7 +150,7 @@ def test_a_merged_base_replaces_no_adapter(tmp_path, base, monkeypatch):
     out = tmp_path / "out"
     mora_jax.save(out, adapters)
     before = contents(out)
-    with pytest.raises(FileExistsError, match="adapter_config.json"):
+    with pytest.raises(FileExistsError, match="adapter_model.safetensors"):
         io.export(out, adapters, "vllm", base=base, force=True)
     assert contents(out) == before
 

@@ -21,7 +21,6 @@ from mora_jax.io import (
     merge_checkpoint,
     save,
     save_peft_lora,
-    save_peft_mora,
 )
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"
@@ -171,21 +170,16 @@ def test_other_weights_are_refused(tmp_path, base):
 def test_a_missing_module_is_named(tmp_path, base):
     state = torch_state("float32", fused=False)
     adapters = adapted(in_flax(state, "tunix", fused=False))
-    del state["model.layers.1.self_attn.v_proj.weight"]
-    save_file(state, base)
-    with pytest.raises(AdapterFileError, match=r"layers/1/attn/kv_einsum/w"):
-        merge_checkpoint(base, adapters, tmp_path / "out", "tunix")
+    for index, letter in enumerate("kv"):
+        lacks, module = dict(state), f"model.layers.1.self_attn.{letter}_proj.weight"
+        del lacks[module]
+        save_file(lacks, base)
+        match = rf"layers/1/attn/kv_einsum/w\[{index}\]', which would be '{module}'"
+        with pytest.raises(AdapterFileError, match=match):
+            merge_checkpoint(base, adapters, tmp_path / "out", "tunix")
     mapping = {"k{layer}": "layers/{layer}/attn/kv_einsum/w[0]"}
     with pytest.raises(ValueError, match=r"no module for the kernel"):
         save_peft_lora(tmp_path / "lora", adapters, mapping, rank=8)
-
-
-def test_the_reference_has_no_parts_of_an_m(tmp_path):
-    params = in_flax(torch_state("float32", fused=False), "tunix", fused=False)
-    adapters = adapted(params, "sharing")
-    with pytest.raises(ValueError, match="k_proj is a part of this kernel"):
-        save_peft_mora(tmp_path / "mora", adapters, "tunix")
-    assert not (tmp_path / "mora").exists()
 
 
 def test_axes_that_do_not_fit_are_refused(base):

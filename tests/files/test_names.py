@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from mora_jax.io._families import FAMILIES, LIBRARIES
-from mora_jax.io._names import bijection
+from mora_jax.io._names import FAMILIES, LIBRARIES, bijection
 
 TEMPLATES = {
     "stacked": {"model.layers.{n}.mlp.{name}_proj": "layers/{name}/kernel[{n}]"},

@@ -383,8 +383,8 @@ def test_the_command_line(tmp_path):
     directory = write(tmp_path / "a", tensors := tensors_of())
     told = run("inspect", directory)
     assert "peft-lora" in told and "low_rank" in told
-    run("convert", directory, tmp_path / "ours", "--to", "mora")
-    run("convert", tmp_path / "ours", tmp_path / "back", "--to", "peft-lora")
+    run("export", directory, tmp_path / "ours", "--for", "mora")
+    run("export", tmp_path / "ours", tmp_path / "back", "--for", "peft")
     assert_same(load_file(tmp_path / "back" / TENSORS), tensors)
     assert "full" not in run("export", directory, tmp_path / "e", "--for", "sglang")
     modules = enumerate(SIZES.items())

@@ -1,6 +1,7 @@
 """Whatever happens while files are written or read, no directory lies."""
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -21,12 +22,14 @@ import safetensors.numpy
 from adapter_files import (
     PLAN,
     assert_same,
+    config_of,
     contents,
     made,
     rewrite,
     single,
     slow,
     specs_of,
+    with_metadata,
 )
 from base_files import files_of_at_most, kernels, sharded
 
@@ -93,7 +96,7 @@ def test_killed_at_any_line(tmp_path, states_of):
         found.append(load(copy))
         save(copy, old)  # what the killed process left is no hindrance
         assert_same(load(copy), old)
-        assert sorted(contents(copy)) == [CONFIG, TENSORS]
+        assert [*contents(copy)] == [TENSORS]
     are_new = [is_new(adapters, new) for adapters in found]
     for adapters, fresh in zip(found, are_new, strict=True):
         assert_same(adapters, new if fresh else old)
@@ -117,65 +120,66 @@ def test_a_merge_killed_at_any_line_leaves_a_whole_output_or_none(tmp_path):
 # Loading while others save.
 
 
-def test_load_tries_again_while_files_are_replaced(tmp_path, monkeypatch):
-    """Each of the first five times that the tensors are read another save follows.
+def test_load_while_the_file_is_replaced(tmp_path, monkeypatch):
+    """A local file that is open stays whole, whatever has its name by then."""
+    old, new = made(PLAN, 0), made(PLAN, 1)
+    save(tmp_path, old)
+    opened, left = Path.open, [new]
 
-    The copy of the config that is read then is of other tensors.
-    """
-    adapters = [made(PLAN, seed) for seed in range(3)]
-    read, left = Path.read_bytes, [*range(5)]
-    save(tmp_path, adapters[2])
-
-    def read_bytes(path):
-        data = read(path)
+    def open_(path, *args, **kwargs):
+        file = opened(path, *args, **kwargs)
         if path == tmp_path / TENSORS and left:
-            save(tmp_path, adapters[left.pop() % 3])
-        return data
+            save(tmp_path, left.pop())
+        return file
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(
-        "mora_jax.io.native._adapter.locked", lambda path: contextlib.nullcontext()
-    )  # or the reader, which has the lock, would wait for itself
-    assert_same(load(tmp_path), adapters[0])
+    monkeypatch.setattr(Path, "open", open_)
+    assert_same(load(tmp_path), old)
+    assert_same(load(tmp_path), new)
     assert not left
 
 
-@pytest.mark.parametrize("turns", [1, 2, 5])
-def test_load_tries_again_where_a_store_mixes_two_files(monkeypatch, turns):
+def test_parts_of_two_files_are_no_adapter(monkeypatch):
     """A store may read a file in pieces, between which another save lies."""
     cloud.restore({})
-    adapters, url = [made(PLAN, seed) for seed in range(turns + 1)], "mem://bucket/a"
-    save(url, adapters[0])
-    read, left = cloud.MemoryPath.read_bytes, adapters[:0:-1]
+    url = "mem://bucket/a"
+    save(url, made(PLAN, 0))
+    read, left = cloud.MemoryPath.read_bytes, [made(PLAN, 1)]
 
     def read_bytes(path):
         data = read(path)
-        if path.name == TENSORS and left:
+        if left:
             save(url, left.pop())
             half = len(data) // 2
             return data[:half] + read(path)[half:]
         return data
 
     monkeypatch.setattr(cloud.MemoryPath, "read_bytes", read_bytes)
-    assert_same(load(url), adapters[-1])
-    assert not left
-
-
-def test_damage_is_no_reason_to_try_for_ever(tmp_path, monkeypatch):
-    """Nobody saves, so the tensors stay what they are."""
-    for seed in range(2):
-        save(tmp_path / str(seed), made(PLAN, seed))
-    shutil.copy(tmp_path / "1" / TENSORS, tmp_path / "0" / TENSORS)
-    read, reads = Path.read_bytes, []
-
-    def read_bytes(path):
-        reads.append(path.name)
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with pytest.raises(AdapterFileError, match="damaged"):
-        load(tmp_path / "0")
-    assert reads.count(TENSORS) <= 3
+        load(url)
+    assert_same(load(url), made(PLAN, 1))
+
+
+def test_a_file_under_way_is_not_removed(tmp_path, monkeypatch):
+    """Those that save wait for each other; what is left over is nobody's."""
+    replace, turns = Path.replace, [made(PLAN, seed) for seed in (1, 2, 3)]
+    save(tmp_path, made(PLAN))
+    others = []
+
+    def replace_(path, target):
+        if turns:
+            other = threading.Thread(target=save, args=(tmp_path, turns.pop()))
+            other.start()
+            others.append(other)
+            time.sleep(0.1)
+        assert path.exists()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_)
+    save(tmp_path, made(PLAN, 4))
+    for other in others:
+        other.join()
+    assert len(others) == 3 and os.listdir(tmp_path) == [TENSORS]
+    assert_same(load(tmp_path), made(PLAN, 1))
 
 
 @pytest.mark.slow
@@ -211,7 +215,7 @@ def test_disk_full(tmp_path):
     with files_of_at_most(100):
         save(tmp_path, made(PLAN, 1))
     assert_same(load(tmp_path), made(PLAN))
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+    assert os.listdir(tmp_path) == [TENSORS]
 
 
 # Directories from strangers.
@@ -258,16 +262,10 @@ def numbers(chance, data):
     return json.dumps(config).encode()
 
 
-CHANGES = {
-    TENSORS: (flip, cut, swap, swap, header),
-    CONFIG: (flip, cut, numbers, numbers, numbers),
-}
-
-
 def assert_says(directory, adapters):
-    """They are what the files say, read by others."""
+    """They are what the file says, read by others."""
     tensors = safetensors.numpy.load_file(directory / TENSORS)
-    layers = json.loads((directory / CONFIG).read_bytes())["layers"]
+    layers = config_of(directory)["layers"]
     specs = specs_of(adapters)
     assert len(specs) == len(layers) == len(tensors)
     for entry in layers:
@@ -282,14 +280,24 @@ def assert_says(directory, adapters):
 
 
 def mutate(directory, chance, original):
-    """Change one of the two files, often as someone who knows the format."""
-    name = chance.choice([TENSORS, CONFIG])
-    files = {**original, name: chance.choice(CHANGES[name])(chance, original[name])}
-    for file, data in files.items():
-        (directory / file).write_bytes(data)
+    """Change the file or its config, often as someone who knows the format."""
+    (directory / TENSORS).write_bytes(original)
+    if chance.random() < 0.5:
+        change = chance.choice((flip, cut, numbers, numbers, numbers))
+        text = json.dumps(config_of(directory)).encode()
+        text = change(chance, text).decode("latin-1")
+        data = with_metadata(original, {"mora_jax": text})
+        (directory / TENSORS).write_bytes(data)
+        signing = functools.partial(rewrite, directory)
+    else:
+        change = chance.choice((flip, cut, swap, swap, header))
+        data = change(chance, original)
+        signing = functools.partial(rewrite, directory, tensors=data)
     if chance.random() < 0.7:
         with contextlib.suppress(ValueError, AttributeError):  # no JSON object any more
-            rewrite(directory, tensors=files[name] if name == TENSORS else None)
+            signing()
+            return
+    (directory / TENSORS).write_bytes(data)
 
 
 @pytest.mark.parametrize("count", [300, slow(5000)])
@@ -297,7 +305,8 @@ def test_mutants(tmp_path, count):
     """Those that are loaded are as the files say, the others are refused in time."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     save(tmp_path, made(PLAIN))
-    original, chance, loaded = contents(tmp_path), random.Random(0), 0
+    original = (tmp_path / TENSORS).read_bytes()
+    chance, loaded = random.Random(0), 0
     for _ in range(count):
         mutate(tmp_path, chance, original)
         start = time.process_time()
@@ -334,12 +343,13 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
     assert_same(load(directory), made(PLAN))
     readers = load, io.Checkpoint, lambda path: io.load_peft(path, PLAN)
     for data in (evil, objects.read_bytes()):
+        save(directory, made(PLAN))
         rewrite(directory, tensors=data)
-        for read in readers:
+        for read in (*readers, io.read_metadata):
             with pytest.raises(AdapterFileError):
                 read(directory)
     (directory / CONFIG).write_bytes(evil)
-    for read in (*readers, io.read_metadata):
+    for read in readers:
         with pytest.raises(AdapterFileError):
             read(directory)
     assert not os.path.exists("opened")

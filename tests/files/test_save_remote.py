@@ -8,10 +8,11 @@ from pathlib import Path
 
 import cloud
 import fsspec
+import jax
 import numpy as np
 import pytest
 from adapter_files import PLAN, UP_PROJ, assert_same, contents, made, single
-from base_files import base, kernels, sharded
+from base_files import base, kernels, sharded, write_reference
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import save as as_bytes
@@ -24,7 +25,7 @@ from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 
 PLAN_OF_ONE = single(io.reference_operator(1, 24, 40, 2), path=UP_PROJ)
 ADAPTED = made(PLAN_OF_ONE)
-"""What both of PEFT's formats can hold."""
+"""What PEFT's formats can hold."""
 URL = "mem://bucket/a"
 
 
@@ -50,13 +51,15 @@ def test_a_url_holds_what_a_path_does(tmp_path):
         assert io.read_metadata(url) == {"task": "x"}
         assert format_of(url) == "mora"
         assert_same(read_adapter(url), adapters)
-    io.save_peft_mora("mem://bucket/reference", ADAPTED)
+    ((m,), module) = jax.tree.leaves(ADAPTED), ".".join(UP_PROJ[:-1])
+    write_reference(tmp_path / "reference", 1, {module: (np.asarray(m), 2)})
+    cloud.upload(tmp_path / "reference", "mem://bucket/reference")
     back = io.load_peft("mem://bucket/reference", PLAN_OF_ONE)
     assert_same(back, ADAPTED)
 
 
-@pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
-def test_peft_directories_have_their_config_last(tmp_path, write):
+def test_peft_directories_have_their_config_last(tmp_path):
+    write = io.save_peft_lora
     write(tmp_path / "a", ADAPTED)
     with cloud.states() as seen:
         write(URL, ADAPTED)
@@ -121,7 +124,6 @@ def test_damage_in_a_store_is_seen(tmp_path):
     save(URL, made(PLAN))
     for read, url, name in (
         (io.Checkpoint, "mem://bucket/base", "model-00002-of-00002.safetensors"),
-        (load, URL, CONFIG),
         (load, URL, TENSORS),
     ):
         key, data = (epath.Path(url) / name).key, contents(url)[name]
@@ -131,11 +133,8 @@ def test_damage_in_a_store_is_seen(tmp_path):
             with pytest.raises(AdapterFileError, match="safetensors|json"):
                 read(url)
         cloud.put(key, None)
-        if name == CONFIG:  # a copy, which nobody needs
-            assert_same(load(url), made(PLAN))
-        else:
-            with pytest.raises(AdapterFileError, match=f"there is no {name}"):
-                read(url)
+        with pytest.raises(AdapterFileError, match=f"there is no {name}"):
+            read(url)
         cloud.put(key, data)
     with pytest.raises(AdapterFileError, match="there is no nothing"):
         io.Checkpoint("mem://bucket/nothing")
@@ -177,7 +176,7 @@ def test_gs_goes_to_its_backend(monkeypatch, tmp_path):
     for _ in range(2):
         save("gs://bucket/deep/a", adapters)
         assert_same(load("gs://bucket/deep/a"), adapters)
-    assert sorted(contents("gs://bucket/deep/a")) == [CONFIG, TENSORS]
+    assert [*contents("gs://bucket/deep/a")] == [TENSORS]
     local = sharded(tmp_path / "base")
     adapters = kernels(local)
     io.merge_checkpoint(local, adapters, merged)
@@ -210,7 +209,6 @@ CALLS = {
     "format_of": (format_of, "directory"),
     "read_adapter": (read_adapter, "adapter"),
     "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
-    "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN)), "directory"),
     "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN)), "directory"),
     "Checkpoint": (io.Checkpoint, "path"),
     "base": (lambda p: io.merge_checkpoint(p, made(PLAN), "out"), "base"),
@@ -237,12 +235,11 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
     for place in ("~/a", Path("~/b"), f"file://{tmp_path}/c%20d", tmp_path.as_uri()):
         save(place, adapters)
         assert_same(load(place), adapters)
-    assert {"a", "b", "c d", CONFIG} <= set(os.listdir(tmp_path))
+    assert {"a", "b", "c d", TENSORS} <= set(os.listdir(tmp_path))
     assert_same(load(epath.Path(tmp_path / "a")), adapters)
-    io.save_peft_mora("~/reference", ADAPTED)
-    io.load_peft("~/reference", PLAN_OF_ONE)
     io.save_peft_lora(f"file://{tmp_path}/lora", ADAPTED)
     assert format_of("~/lora") == "peft-lora"
+    assert io.load_peft("~/lora")
 
 
 def test_errors_name_the_users_path(tmp_path):
@@ -251,16 +248,15 @@ def test_errors_name_the_users_path(tmp_path):
     adapted = made(PLAN)
     merge = functools.partial(io.merge_checkpoint, local, kernels(local))
     file.write_text("")
-    cloud.failures.add(CONFIG)
+    cloud.failures.add(TENSORS)
     for error, told, call in (
         (OSError, "the network is gone", lambda: save(URL, adapted)),
         (OSError, "/proc/", lambda: save("/proc/adapter", adapted)),
         (OSError, "/sys", lambda: save("/sys", adapted)),
-        (OSError, "/proc/", lambda: io.save_peft_mora("/proc/adapter", ADAPTED)),
+        (OSError, "/proc/", lambda: io.save_peft_lora("/proc/adapter", ADAPTED)),
         (OSError, "/proc/", lambda: merge("/proc/x")),
         (NotADirectoryError, str(file), lambda: save(file, adapted)),
         (NotADirectoryError, str(file), lambda: save(file / "below", adapted)),
-        (NotADirectoryError, "file", lambda: io.save_peft_mora(file, ADAPTED)),
         (NotADirectoryError, "file", lambda: io.save_peft_lora(file, ADAPTED)),
         (AdapterFileError, "not a directory", lambda: io.Checkpoint(file / "x")),
         (AdapterFileError, f"no directory {tmp_path}/x,", lambda: load(tmp_path / "x")),

@@ -16,6 +16,7 @@ from adapter_files import (
     rewrite,
     run,
     specs_of,
+    unflatten,
     without_digests,
 )
 from helpers import random, random_like
@@ -35,8 +36,6 @@ from mora_jax import (
 )
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import TENSORS
-from mora_jax.io._merge_files import replacements
-from mora_jax.io.checkpoints._matching import Source
 
 TRAIN = ".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"
 CONFIG = MoRAConfig(rank=2, operator="sharing", targets=".*q_proj/kernel", train=TRAIN)
@@ -193,14 +192,15 @@ def test_every_layout_that_a_base_is_read_into_is_written_back(
     trees = {"plain": (in_flax(family, state), family)} | layouts(family, state)
     tree, names = trees[layout]
     trained = {
-        tuple(path.split("/")): Adapter(2 * leaf, TrainedArray.of(path, leaf, None))
+        path: Adapter(2 * leaf, TrainedArray.of(path, leaf, None))
         for path, leaf in flatten(tree).items()
     }
-    tensors = load_file(file)
-    found = replacements(Source(io.Checkpoint(file), names, tied=False), trained)
-    assert all(re.search(SUPERFLUOUS, name) for name in tensors.keys() - found.keys())
-    for name, (_, written) in found.items():
-        np.testing.assert_array_equal(written, 2 * tensors[name], strict=True)
+    io.merge_checkpoint(file, unflatten(trained), tmp_path / "out", names)
+    merged = load_file(tmp_path / "out" / file.name)
+    for name, tensor in load_file(file).items():
+        if re.search(SUPERFLUOUS, name) and np.array_equal(merged[name], tensor):
+            continue
+        np.testing.assert_array_equal(merged[name], 2 * tensor, strict=True)
 
 
 def test_a_checkpoint_with_the_paths_as_names_gets_them(tmp_path):
@@ -297,18 +297,16 @@ def test_inspect_shows_them(tmp_path):
     assert report["parameters"] == PLAN.trainable_parameters
     assert [one["path"] for one in report["trained"]] == [*PLAN.trained]
     text = run("inspect", tmp_path / "a")
-    assert "lm_head/kernel (8 x 20) is trained itself: 160 parameters" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("lm_head/kernel")]
+    assert "8 x 20" in row and "trained" in row and "160" in row
 
 
-def test_convert_keeps_or_refuses_them(tmp_path):
+def test_export_keeps_them(tmp_path):
     save(tmp_path / "a", ADAPTERS)
-    run("convert", tmp_path / "a", tmp_path / "b", "--to", "mora")
+    run("export", tmp_path / "a", tmp_path / "b", "--for", "mora")
     for name in ("a", "b"):
         assert (tmp_path / name / TENSORS).read_bytes()
     assert_same(load(tmp_path / "b"), ADAPTERS)
-    with pytest.raises(ValueError, match="which the reference cannot hold"):
-        io.save_peft_mora(tmp_path / "c", ADAPTERS)
-    assert not (tmp_path / "c").exists()
     io.save_peft_lora(tmp_path / "c", ADAPTERS)
     whole = load_file(tmp_path / "c" / TENSORS)
     merged = torch(merge(PARAMS, ADAPTERS))

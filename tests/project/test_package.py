@@ -150,7 +150,7 @@ def test_a_spec_is_a_record():
 def test_checkpoints_know_nothing_of_mora():
     """They could be a package of their own, for any model of Flax."""
     room = {m for m in imports() if m.startswith("mora_jax.io.checkpoints.")}
-    files = "checkpoints", "_families", "_files", "_json", "_names", "_tensors"
+    files = "checkpoints", "_files", "_json", "_names", "_tensors"
     general = "_common", "_jax", *(f"io.{name}" for name in files)
     general = tuple(f"mora_jax.{name}." for name in general)
     assert "mora_jax.io.checkpoints._load_base" in room

@@ -104,15 +104,18 @@ def contents(directory):
 
 
 def config_of(directory):
-    """A directory's parsed config."""
-    return json.loads((directory / CONFIG).read_bytes())
+    """A directory's parsed config: PEFT's, or that in the file of one of ours."""
+    if (directory / CONFIG).exists():
+        return json.loads((directory / CONFIG).read_bytes())
+    data = (directory / TENSORS).read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return json.loads(json.loads(header)["__metadata__"]["mora_jax"])
 
 
 def rewrite(directory, change=lambda config: None, tensors=None):
     """Change the parsed config, and sign it again as an attacker would.
 
-    It goes into the tensors' file, and into its copy. `tensors` are another such file,
-    whose header may be anything.
+    `tensors` are another file for it, whose header may be anything.
     """
     config = config_of(directory)
     if tensors is None:
@@ -120,9 +123,8 @@ def rewrite(directory, change=lambda config: None, tensors=None):
     else:
         config["tensors_sha256"] = digest_of_tensors(tensors)
     change(config)
-    config = signed(config)
-    (directory / CONFIG).write_text(config)
-    (directory / TENSORS).write_bytes(with_metadata(tensors, {"mora_jax": config}))
+    data = with_metadata(tensors, {"mora_jax": signed(config)})
+    (directory / TENSORS).write_bytes(data)
 
 
 def signed(config):

@@ -16,6 +16,7 @@ import mora_jax
 from models import smollm2
 from mora_jax import MoRAConfig
 from mora_jax.io import Checkpoint
+from mora_jax.io._files import CONFIG, TENSORS
 
 DATA = Path(__file__).parents[1] / "data" / "adapters"
 """What the reference implementation wrote, one directory for each type."""
@@ -44,6 +45,21 @@ def llama():
     sizes = {"layers": 2, "width": 64, "hidden": 160, "heads": 4, "kv_heads": 2}
     config = smollm2.Config(vocab=97, **sizes, rope_base=10000.0, epsilon=1e-6)
     return smollm2.Llama(config)
+
+
+def write_reference(directory, mora_type, squares):
+    """What the authors' code saves of {module: M and its rank}."""
+    directory.mkdir()
+    tensors = {
+        f"base_model.model.{name}.lora_{letter}.weight": np.ascontiguousarray(m.T)
+        for name, (m, _) in squares.items()
+        for letter in "AB"
+    }
+    save_file(tensors, directory / TENSORS)
+    config = {"peft_type": "LORA", "use_mora": True, "mora_type": mora_type}
+    ranks = {name: rank for name, (_, rank) in squares.items()}
+    config |= {"r": 1, "lora_alpha": 1, "bias": "none", "rank_pattern": ranks}
+    (directory / CONFIG).write_text(json.dumps(config))
 
 
 def sharded(directory, dtype=np.float32):

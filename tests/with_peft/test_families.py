@@ -9,8 +9,7 @@ from pytorch_states import in_flax, shapes
 
 import mora_jax
 from mora_jax import MoRAConfig, io
-from mora_jax.io._families import FAMILIES
-from mora_jax.io._names import bijection
+from mora_jax.io._names import FAMILIES, bijection
 from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")

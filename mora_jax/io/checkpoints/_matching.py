@@ -15,10 +15,10 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax.io._families import BUFFERS, TIED, Pair, canonical
+from mora_jax.io import _names
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, bijection, join_index, suggestion
+from mora_jax.io._names import Names, Pair, bijection, join_index
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
@@ -140,27 +140,27 @@ class Source:
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
-            self._by_canonical[canonical(name)].append(name)
+            self._by_canonical[_names.canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
-        """{index in a leaf's stack: its tensor}; others are noted as missing."""
-        # Without a stack the index is (). No more is known of its depth than that the
-        # first layer has a tensor.
-        depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
-        depth, stack = next(depths, 0), {}
-        if 0 in shape[:depth]:
+    def stack(self, leaf: str, shape: Shape, axes: str = "") -> dict[Shape, Part]:
+        """{index in a leaf's stack: its tensor}; others are noted as missing.
+
+        The `axes` of a kernel are as in `Bijection.layers`.
+        """
+        pairs = self.known.layers(leaf, shape, axes, lambda p: self.named(p.tensor))
+        stack: dict[Shape, Part] = {}
+        if not pairs:
             self.missing.append(leaf)
-        for index in np.ndindex(shape[:depth]):
-            name, found = join_index(leaf, index), self._find(leaf, index)
-            if found is None:
+        for index, pair in pairs.items():
+            name = join_index(leaf, index)
+            if pair is None:
                 self.missing.append(name)
                 continue
-            tensor, pair = found
-            self.take(tensor, name)
+            self.take(tensor := self.named(pair.tensor), name)
             file = self.checkpoint.place[tensor]
-            part = Part.of(file, tensor, pair, shape[depth:])
+            part = Part.of(file, tensor, pair, shape[len(index) :])
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
                 raise AdapterFileError(
@@ -171,23 +171,22 @@ class Source:
             stack[index] = part
         return stack
 
-    def own_name(self, path: Path) -> str | None:
-        """The tensor that is named as an array's path is, if there is one."""
-        names = (separator.join(path) for separator in "/.")
-        return next((name for name in names if name in self.checkpoint.place), None)
-
-    def _find(self, leaf: str, index: Shape) -> tuple[str, Pair] | None:
-        """The tensor of one layer of a leaf, as the files call it, and its pair."""
-        pairs = self.known.of_leaf(join_index(leaf, index))
-        found = ((name, pair) for pair in pairs if (name := self.named(pair.tensor)))
-        return next(found, None)
+    def own_name(self, path: Path, shape: Shape) -> str | None:
+        """The tensor that is named as an array's path is, if one of its shape is."""
+        for name in (separator.join(path) for separator in "/."):
+            file = self.checkpoint.place.get(name)
+            # A bias with axes for heads may have the name of its tensor by chance.
+            if file and file.entries[name].shape == shape:
+                self.take(name, "/".join(path))
+                return name
+        return None
 
     def named(self, tensor: str) -> str:
         """The name that the files have for a tensor; "" if they lack it."""
         if tensor in self.checkpoint.place:
             return tensor
         twins = _tied_to(tensor) if self.tied else ()
-        for name in (canonical(tensor), *twins):
+        for name in (_names.canonical(tensor), *twins):
             if len(names := self._by_canonical.get(name, ())) == 1:
                 return names[0]
         return ""
@@ -214,10 +213,12 @@ class Source:
             text += ", or has it only as another one, and here no tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
+        for own in {leaf, leaf.replace("/", ".")} & place.keys():
+            text += f"; {own!r} has another shape, {place[own].entries[own].shape}"
         others = (name for name in self.missing if not name.endswith("/bias"))
         if unknown := [name for name in others if not any(self.known.of_kernel(name))]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {suggestion(unknown, free)}"
+            text += f"; {_names.suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
@@ -244,7 +245,7 @@ class Source:
             equal = (a == b for a, b in zip(*pieces, strict=True))
             if one[:2] == other[:2] and all(equal):
                 return True
-        return BUFFERS.fullmatch(name) is not None
+        return _names.BUFFERS.fullmatch(name) is not None
 
     def stands_for_two(self, tensor: str) -> bool:
         """True if a tensor is there, and also for one that is tied to it."""
@@ -254,8 +255,10 @@ class Source:
 
 def _tied_to(name: str) -> tuple[str, ...]:
     """The canonical names of the tensors that may be tied to one."""
-    name = canonical(name)
-    return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
+    name = _names.canonical(name)
+    return tuple(
+        twin for pair in _names.TIED if name in pair for twin in pair if twin != name
+    )
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:

@@ -1,15 +1,13 @@
 """Adapters in this library's format, one safetensors file that holds all.
 
 Its metadata hold a text, the config: what the arrays mean, what the user wants to keep,
-and digests. The file `CONFIG` beside it is that text again.
+and digests.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +25,8 @@ from mora_jax._tree.paths import (
     place_of,
 )
 from mora_jax.io import _files
-from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
-from mora_jax.io._json import Field, dump, plain, read_json, record_of, short
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
+from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 
@@ -40,14 +38,6 @@ WHERE = f"the config in {TENSORS}"
 
 MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 """What a file holds beside the record of its adapters."""
-
-
-class Content(NamedTuple):
-    """A file: its config as written and with defaults, and {name: array}."""
-
-    written: Any
-    config: dict[str, Any]
-    arrays: dict[str, np.ndarray]
 
 
 def load(
@@ -86,7 +76,7 @@ def load(
     path = _files.as_path("directory", directory)
     leaves = None if params_or_shapes is None else named_leaves(params_or_shapes)
     kernels = leaves and {name: leaf for name, (_, leaf) in leaves.items()}
-    found = Found(_restored(_settled(path), kernels))
+    found = Found(_restored(*_content(path), kernels))
     if leaves is not None and not any_base:
         try:
             check_base(found, leaves)
@@ -113,58 +103,39 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    return _settled(_files.as_path("directory", directory)).config["metadata"]
-
-
-def _settled(directory: Location) -> Content:
-    """The content of an adapter's file, when nobody is writing it."""
-    # Another process may be saving. A local file is read whole all the same, but a
-    # store may give parts of two files, and the copy of the config may be of the next
-    # adapter. So an error counts only if the file is the same as at the last try.
-    lock, before = contextlib.nullcontext(), None
-    while True:
-        with lock:
-            data = _files.read_bytes(directory / TENSORS)
-            try:
-                content, copy = _parse(data), directory / CONFIG
-                if copy.exists() and dump(read_json(copy)) != dump(content.written):
-                    # Someone has edited it, or has replaced one of the two files.
-                    raise AdapterFileError(
-                        f"{CONFIG} in {directory} is edited, damaged or of another "
-                        f"adapter: unlike {TENSORS}, which alone is read; delete it, "
-                        "and the next save writes it"
-                    )
-                return content
-            except AdapterFileError:
-                if data == before:
-                    raise
-        before, lock = data, locked(directory)
+    config, _ = _content(_files.as_path("directory", directory))
+    return config["metadata"]
 
 
 # --- Content of the file ---
 
 
-def _parse(data: bytes) -> Content:
-    """The content of a file, whose format, version and digests are checked."""
-    file, hint = TensorFile(Path(TENSORS), data), "io.load_peft reads PEFT's"
+def _content(
+    directory: Location, data: bytes | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the arrays of a file, or of `data`, with its digests checked."""
+    # Read at once, since another process may replace the file. An open one stays whole.
+    path, hint = directory / TENSORS, "io.load_peft reads PEFT's"
+    file = TensorFile(path, _files.read_bytes(path) if data is None else data)
     texts = file.metadata
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; {hint}"
         )
-    written, config = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
+    config = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
     arrays = file.arrays()
     if config["tensors_sha256"] != _digest(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    return Content(written, config, arrays)
+    return config, arrays
 
 
 def _restored(
-    content: Content, base: Mapping[str, Any] | None
+    config: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    base: Mapping[str, Any] | None,
 ) -> dict[TreePath, Adapter]:
     """The adapters that a file holds, by the paths of the base's arrays."""
-    _, config, arrays = content
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
     found = _records.restore(config, WHERE, base, arrays)
@@ -173,18 +144,6 @@ def _restored(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
     return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
-
-
-def is_ours(directory: Location) -> bool:
-    """True if a directory holds an adapter, and one of this format."""
-    for name in _files.ADAPTER:
-        # A file that is missing or says nothing leaves that to the other.
-        with contextlib.suppress(AdapterFileError):
-            if name == TENSORS:
-                return KEY in TensorFile(directory / name).metadata
-            content = read_json(directory / name)
-            return isinstance(content, dict) and content.get("format") == FORMAT
-    return False
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -202,12 +161,12 @@ def save(
     *,
     params: Any = None,
 ) -> None:
-    """Write adapters as files that `load` gives back bit for bit.
+    """Write adapters as a file that `load` gives back bit for bit.
 
-    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything, and
-    `adapter_config.json` is a copy of all but the arrays, for people to read. Whenever
-    the process is killed, the directory holds the old adapter or the new one. Into an
-    object store only one process at a time may save.
+    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything;
+    `mora-jax inspect` shows it. Whenever the process is killed, the directory holds the
+    old adapter or the new one. Into an object store only one process at a time may
+    save.
 
     Args:
       directory: As in `load`; made if it does not exist.
@@ -234,20 +193,12 @@ def save(
       >>> adapters["fc"]["kernel_mora"].spec == plan["fc/kernel"]
       True
     """
-    path = _files.as_path("directory", directory)
-    present = [name for name in _files.ADAPTER if (path / name).is_file()]
-    if present and not is_ours(path):
+    target = _files.as_path("directory", directory)
+    if (target / CONFIG).exists():
         raise FileExistsError(
-            f"directory must not hold an adapter of another format, got {path}, whose "
-            f"{present[0]} is not mora_jax's; save to another one, or delete that"
+            "directory must not hold an adapter of another format, got "
+            f"{target}, whose {CONFIG} is PEFT's; save to another one, or delete that"
         )
-    replace_adapter(path, adapters, metadata, params)
-
-
-def replace_adapter(
-    directory: Location, adapters: Any, metadata: Any, params: Any = None
-) -> None:
-    """Do as `save` does, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept, found = plain(metadata or {}, "metadata"), adapters_in(adapters)
@@ -259,14 +210,13 @@ def replace_adapter(
         arrays[name] = to_numpy(name, adapter.m)
         if isinstance(adapter.spec, AdapterSpec) and (op := adapter.operator).given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
-    content = record_of(dict(sorted(found.items())), _records.PARTS)
-    content |= {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
-    config = dump(_records.signed(content))
-    tensors = encode(arrays, {KEY: config.decode()})
+    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
+    text = _records.text_of(dict(sorted(found.items())), more)
+    data = encode(arrays, {KEY: text})
     # Nothing is written that cannot be read.
     base = _records.arrays_of({path: a.spec for path, a in found.items()})
-    _restored(_parse(tensors), base)
-    _files.replace_files(directory, tensors, config)
+    _restored(*_content(target, data), base)
+    _files.replace_file(target / TENSORS, data)
 
 
 def _with_digests(

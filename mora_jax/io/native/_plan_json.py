@@ -4,7 +4,7 @@ from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec, check_same
 from mora_jax._tree.plan import Plan, check_plan, refuse_other_kernels
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Field, Fields, dump, record_of
+from mora_jax.io._json import Field, Fields, record_of
 from mora_jax.io.native import _records
 
 FORMAT, WHERE = "mora_jax plan", "the plan"
@@ -43,8 +43,7 @@ def plan_to_json(plan: Plan) -> str:
                 "keep its adapters with mora_jax.save"
             )
     parts = {path: Adapter(None, spec) for path, spec in plan.parts.items()}
-    content = record_of(parts, _records.PARTS) | record_of(plan, PLAN)
-    return dump(_records.signed(content | {"format": FORMAT})).decode()
+    return _records.text_of(parts, {"format": FORMAT} | record_of(plan, PLAN))
 
 
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
@@ -74,7 +73,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     hint = "io.plan_to_json writes it"
-    _, content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
+    content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
     if (count := content["base_parameters"]) < 0:
         raise AdapterFileError(
             f"base_parameters of {WHERE} must be an integer from 0 on, got {count}"

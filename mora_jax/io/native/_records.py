@@ -140,7 +140,12 @@ def _fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def signed(content: Record) -> dict[str, Any]:
+def text_of(found: Mapping[Path, Adapter], more: dict[str, Any]) -> str:
+    """The record of {path: adapter} with `more` in it, as text."""
+    return dump(_signed(record_of(found, PARTS) | more)).decode()
+
+
+def _signed(content: Record) -> dict[str, Any]:
     """A record with the SHA-256 of all else in it."""
     others = {key: value for key, value in content.items() if key != "sha256"}
     return others | {"sha256": hashlib.sha256(dump(others)).hexdigest()}
@@ -151,8 +156,8 @@ def signed(content: Record) -> dict[str, Any]:
 
 def parse_record(
     text: str, name: str, more: Fields, where: str, hint: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A record of adapters in the format `name`, as written and with defaults.
+) -> dict[str, Any]:
+    """A record of adapters in the format `name`, with defaults.
 
     It also holds `more` fields. Messages call it `where`, and `hint` says what else to
     do with others.
@@ -171,15 +176,14 @@ def parse_record(
         )
     fields = {"format": Field(str), **PARTS, **more, "sha256": Field(str)}
     record = read_record(content, fields, where, content.get("library_version"))
-    if content != signed(content):
+    if content != _signed(content):
         raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")
-    return content, record
+    return record
 
 
-class Source(NamedTuple):
-    """A file, as in `restore`, and the version of the library that wrote it."""
+class Reading(NamedTuple):
+    """A file that is read, as in `restore`, and the version that wrote it."""
 
-    where: str
     base: Mapping[str, Any] | None
     arrays: dict[str, np.ndarray] | None
     writer: str
@@ -217,30 +221,32 @@ def restore(
     any. `arrays` are the file's, until they are taken; without them each adapter
     has None for its own, as in a plan.
     """
-    source = Source(where, base, arrays, content["library_version"])
+    file = Reading(base, arrays, content["library_version"])
     found: dict[Path, Adapter] = {}
-    for key, fields, undo in (
-        ("layers", LAYER, _kernel_adapter),
-        ("trained", TRAINED, _trained_array),
-    ):
+    tables = ("layers", LAYER, _kernel_spec), ("trained", TRAINED, _trained_spec)
+    for key, fields, spec_of in tables:
         for number, written in enumerate(content[key]):
-            here = f"{key}[{number}] of {source.where}"
-            record = read_record(written, fields, here, source.writer)
+            here = f"{key}[{number}] of {where}"
+            record = read_record(written, fields, here, file.writer)
             path = _path(record["path"], here)
             name = "/".join(path)
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
-                found[path] = undo(record, name, source)
+                spec = spec_of(record, name, file)
+                array = file.take("/".join(place_of(path, spec)))
+                if array is not None:
+                    check_leaf(array, "M" if key == "layers" else "it", spec.shape)
+                found[path] = Adapter(array, spec)
                 own = record_of((path, found[path]), fields)
-                _check_same(record, own, found[path].spec)
+                _check_same(record, own, spec)
             except (TypeError, ValueError, OverflowError) as error:
-                raise AdapterFileError(f"{name} of {source.where}: {error}") from error
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
     for one, other in itertools.pairwise(places):
         if other.startswith(one):
             raise AdapterFileError(
-                f"{source.where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
+                f"{where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
             )
     return found
 
@@ -262,47 +268,38 @@ def _shape(name: str, values: list[Any], least: int) -> Shape:
     return tuple(values)
 
 
-def _kernel_adapter(record: Record, name: str, source: Source) -> Adapter:
-    """The adapter of a kernel. A subspace takes its arrays out of the file's, too."""
-    m = source.take(name + SUFFIX)
+def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
+    """The meaning of a kernel's adapter; a subspace takes its arrays from the file."""
     shape = _shape("kernel_shape", record["kernel_shape"], least=1)
-    source.check_base(name, "kernel", shape, LEAVE_OUT)
+    file.check_base(name, "kernel", shape, LEAVE_OUT)
     axes, q, rank = record["axes"], record["square_rank"], record["rank"]
-    widths, stack = features(shape, axes), sizes(shape, axes, "s")
-    _check_sizes(record["operator"], (*widths, q), source.base is None, m is None)
+    widths, stack = (*features(shape, axes), q), math.prod(sizes(shape, axes, "s"))
+    _check_sizes(record["operator"], widths, file)
     if rank is not None:
         _shape("rank", [rank], least=1)
-    spec = AdapterSpec(
-        _operator(record["operator"], (*widths, q), name, source),
+    return AdapterSpec(
+        _operator(record["operator"], widths, name, file),
         kernel_shape=shape,
         axes=axes,
-        base_digest=_digests(record["base_digest"], math.prod(stack)),
+        base_digest=_digests(record["base_digest"], stack),
         rank=rank,
-        **read_record(record["settings"], SETTINGS, "settings", source.writer),
+        **read_record(record["settings"], SETTINGS, "settings", file.writer),
     )
-    if m is not None:
-        check_leaf(m, "M", spec.shape)
-    return Adapter(m, spec)
 
 
-def _check_sizes(
-    settings: Record, widths: tuple[int, int, int], alone: bool, bare: bool
-) -> None:
-    """Raise if a file asks for arrays that are larger than any model has.
-
-    It stands `alone` without a model, and `bare` without an M.
-    """
+def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
+    """Raise if a file asks for arrays that are larger than any model has."""
     ins, outs, q = widths
     kind, limit = OPERATORS.get(str(settings.get("name")), Operator), LARGEST_ARRAY
-    if not alone:  # its kernel is in memory, or could be
+    if file.base is not None:  # its kernel is in memory, or could be
         limit = max(limit, 4 * ins * outs)
     elif (side := max(ins, outs)) > LARGEST_WIDTH:
         must = f"sides must have at most {LARGEST_WIDTH:,} features"
         raise ValueError(f"{must}, got {side:,}")
-    # Random maps have q rows of the wider side. To check an M that the file lacks takes
-    # one of that size, and a few copies.
+    # Random maps have q rows of the wider side. To check a plan, which lacks its M's,
+    # takes one of that size, and a few copies.
     numbers = q * max(ins, outs) if hasattr(kind, "seed") else 0
-    if bare:
+    if file.arrays is None:
         numbers = max(numbers, 4 * q * (q if kind.linear else ins + outs))
     if numbers > limit:
         raise ValueError(
@@ -323,29 +320,27 @@ def _digests(digests: list[Any] | None, stack: int) -> tuple[str, ...] | None:
 
 
 def _operator(
-    record: Record, widths: tuple[int, int, int], name: str, source: Source
+    record: Record, widths: tuple[int, int, int], name: str, file: Reading
 ) -> Operator:
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
         place = name + SUFFIX
-        given: Any = {key: source.take(f"{place}/{key}") for key in Subspace.arrays}
+        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
         return Subspace(*widths, **given)
     seed = settings.pop("seed", 0)
     try:
         return make_operator(settings, *widths, seed=seed)
     except ValueError as error:
-        hint = f"the file is of mora_jax {short(source.writer)}, which may know more"
+        hint = f"the file is of mora_jax {short(file.writer)}, which may know more"
         raise ValueError(f"{error} ({hint})") from None
 
 
-def _trained_array(record: Record, name: str, source: Source) -> Adapter:
-    """The copy of an array that trains itself."""
-    array, shape = source.take(name), _shape("shape", record["shape"], least=0)
-    source.check_base(name, "array", shape)
-    if array is not None:
-        check_leaf(array, f"{name} in the file", shape)
-    return Adapter(array, TrainedArray(shape, record["dtype"], record["base_dtype"]))
+def _trained_spec(record: Record, name: str, file: Reading) -> TrainedArray:
+    """The meaning of the copy of an array that trains itself."""
+    shape = _shape("shape", record["shape"], least=0)
+    file.check_base(name, "array", shape)
+    return TrainedArray(shape, record["dtype"], record["base_dtype"])
 
 
 def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:

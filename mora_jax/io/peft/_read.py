@@ -15,7 +15,6 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax._flax.planning import axes_by_name
 from mora_jax._layer.adapter import Adapter
-from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.spec import AdapterSpec, TrainedArray
 from mora_jax._tree.paths import Tree, named_leaves, nest, place_of
 from mora_jax._tree.plan import Plan
@@ -32,9 +31,6 @@ from mora_jax.operators import LowRank, Operator
 
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
-
-Kernel = tuple[Path, Shape, str, KernelLayout | None]
-"""The path of a kernel of the model, its shape, its axes and its place on a mesh."""
 
 Leaves = Mapping[str, tuple[Path, Any]]
 """{name: path and array of a model's params, or path and spec of a plan}."""
@@ -85,12 +81,12 @@ def load_peft(
     kernels = _kernels(modules, leaves, names)
     adapters: dict[Path, Adapter] = {}
     for name, by_index in kernels.items():
-        kernel = _kernel(name, None if model is None else leaves, by_index)
+        path, place = _kernel(name, None if model is None else leaves, by_index)
         try:
-            adapter = _adapter_of(name, kernel, by_index, config)
+            adapter = _adapter_of(name, place, by_index, config)
         except ValueError as error:
             raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
-        adapters[place_of(kernel[0], adapter.spec)] = adapter
+        adapters[place_of(path, adapter.spec)] = adapter
     if others:
         source = Source(Checkpoint(file), names, tied=False)
         adapters |= dict(_trained(source, leaves, others, kernels))
@@ -125,31 +121,35 @@ def _kernels(
     return kernels
 
 
-def _kernel(name: str, leaves: Leaves | None, modules: ByIndex) -> Kernel:
-    """The kernel of a name in a model or, without one, of its modules' shapes."""
+def _kernel(
+    name: str, leaves: Leaves | None, modules: ByIndex
+) -> tuple[Path, dict[str, Any]]:
+    """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
         shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
-        return tuple(name.split("/")), shape, "s" * len(last) + "io", None
+        axes = "s" * len(last) + "io"
+        return tuple(name.split("/")), {"kernel_shape": shape, "axes": axes}
     try:
         path, leaf = leaves.get(name, ((), None))
         if isinstance(leaf, AdapterSpec):
-            return path, leaf.kernel_shape, leaf.axes, leaf.layout
+            fields = "kernel_shape", "axes", "layout"
+            return path, {field: getattr(leaf, field) for field in fields}
         if leaf is None or isinstance(leaf, TrainedArray):
             raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
         check_kernel(leaf, name)
         shape = tuple(leaf.shape)
-        return path, shape, axes_by_name(name, shape), None
+        return path, {"kernel_shape": shape, "axes": axes_by_name(name, shape)}
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
 
 def _adapter_of(
-    name: str, kernel: Kernel, by_index: ByIndex, config: Mapping[str, Any]
+    name: str, place: dict[str, Any], by_index: ByIndex, config: Mapping[str, Any]
 ) -> Adapter:
     """The adapter of a kernel that is one module or several."""
     # A layer of a LoRA's kernel may be several modules, each with some of the outputs.
-    _, shape, axes, layout = kernel
+    shape, axes = place["kernel_shape"], place["axes"]
     stack, features_of = sizes(shape, axes, "s"), features(shape, axes)
     mora_type = config["use_mora"] and config["mora_type"]
     parts = 1 if mora_type else len(by_index) // math.prod(stack)
@@ -185,8 +185,8 @@ def _adapter_of(
         raise ValueError("a stacked kernel must have one rank in all its layers")
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
     settings: Any = {"alpha": alpha, "dropout": config["lora_dropout"]}
-    settings |= {"param_dtype": m.dtype, "layout": layout}
-    return Adapter(to_jax(name, m), AdapterSpec(operator, shape, axes, **settings))
+    spec = AdapterSpec(operator, **place, **settings, param_dtype=m.dtype)
+    return Adapter(to_jax(name, m), spec)
 
 
 def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
