@@ -4,6 +4,7 @@ Its metadata hold a text, the config: what the arrays mean, what the user wants 
 and digests.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -194,10 +195,10 @@ def save(
       True
     """
     target = _files.as_path("directory", directory)
-    if (target / CONFIG).exists():
+    if foreign := _foreign(target):
         raise FileExistsError(
-            "directory must not hold an adapter of another format, got "
-            f"{target}, whose {CONFIG} is PEFT's; save to another one, or delete that"
+            f"directory must not hold an adapter of another format, got {target}, whose "
+            f"{foreign} is not mora_jax's; save to another one, or delete that"
         )
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
@@ -217,6 +218,15 @@ def save(
     base = _records.arrays_of({path: a.spec for path, a in found.items()})
     _restored(*_content(target, data), base)
     _files.replace_file(target / TENSORS, data)
+
+
+def _foreign(directory: Location) -> str:
+    """The name of a file of another format that `save` must not touch, or ""."""
+    if (directory / CONFIG).exists():
+        return CONFIG
+    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
+        return TENSORS * (KEY not in TensorFile(directory / TENSORS).metadata)
+    return ""
 
 
 def _with_digests(
