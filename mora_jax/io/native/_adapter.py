@@ -197,8 +197,9 @@ def save(
     target = _files.as_path("directory", directory)
     if foreign := _foreign(target):
         raise FileExistsError(
-            f"directory must not hold an adapter of another format, got {target}, whose "
-            f"{foreign} is not mora_jax's; save to another one, or delete that"
+            "directory must not hold an adapter of another format, got "
+            f"{target}, whose {foreign} is not mora_jax's; save to another one, or "
+            "delete that"
         )
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
