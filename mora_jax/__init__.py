@@ -24,8 +24,6 @@ Adapters, a tree beside the params::
   init                  the adapters of a plan
   combine               one tree of params and adapters
   split                 the combined tree as params and adapters again
-  ravel_adapters        all M's as one vector
-  unravel_adapters      a vector as M's
 
 Layers and models::
 
@@ -43,7 +41,6 @@ Training::
 
   optimizer             an optax transformation that moves M's alone
   trainable_mask        which leaves of a combined tree train, as booleans
-  trainable_labels      the same as labels
   remora                restarts: merge, and train on between other maps
 
 After training::
@@ -58,7 +55,7 @@ After training::
   save                  write adapters to a directory
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
-  mixing                adapters of one base scaled, summed, cut back to a plan
+  mixing                adapters of one base scaled and summed
   serving               a different adapter for each row of a batch
 
 What is between M and the layer::
@@ -92,8 +89,6 @@ from mora_jax._plan.settings import MoRAConfig as MoRAConfig
 from mora_jax._plan.spec import AdapterSpec as AdapterSpec
 from mora_jax._plan.spec import TrainedArray as TrainedArray
 from mora_jax._tree.adapters import init as init
-from mora_jax._tree.adapters import ravel_adapters as ravel_adapters
-from mora_jax._tree.adapters import unravel_adapters as unravel_adapters
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
 from mora_jax._tree.gradients import gradient_bases as gradient_bases
@@ -105,7 +100,6 @@ from mora_jax._tree.merge import fold as fold
 from mora_jax._tree.merge import merge as merge
 from mora_jax._tree.merge import unmerge as unmerge
 from mora_jax._tree.optim import optimizer as optimizer
-from mora_jax._tree.optim import trainable_labels as trainable_labels
 from mora_jax._tree.optim import trainable_mask as trainable_mask
 from mora_jax._tree.plan import Plan as Plan
 from mora_jax._tree.plan import summary as summary

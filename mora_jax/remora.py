@@ -47,17 +47,11 @@ from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import (
-    base_array,
-    checked_adapters,
-    start_key,
-    trained_copy,
-)
 from mora_jax._tree.gradients import specs_along
 from mora_jax._tree.lora_trees import lora_adapter
-from mora_jax._tree.merge import merged_kernel, with_kernels
-from mora_jax._tree.optim import check_transformation, with_new_moments, with_specs
-from mora_jax._tree.paths import Found, Tree
+from mora_jax._tree.merge import merged_kernel
+from mora_jax._tree.optim import check_transformation, restarted_state
+from mora_jax._tree.paths import Found, Tree, checked_adapters
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Sharing
 from mora_jax.operators.low_rank import nearest_factors
@@ -135,7 +129,9 @@ def restart(
         for path, spec in old.specs.items()
     }
     add, sums = _add_and_donate if donate else _add, {}
-    for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base):
+    arrays = found.in_base(params, any_base=any_base)
+    for path, adapter in old.items():
+        place, kernel = arrays[path]
         # A spec is an argument, so that equal layers share a program whatever arrays
         # their operators have. The dither is a hash of a number's place; shifted, it is
         # another one.
@@ -150,10 +146,8 @@ def restart(
     for path, spec in following.items():
         new[path] = Adapter(_started(path, spec, old[path].m), spec)
     adapters = paths.replace_adapters(adapters, new)
-    opt_state = with_specs(opt_state, new)
-    if not keep_moments:
-        opt_state = with_new_moments(opt_state, tx, merged, adapters)
-    return Restarted(merged, adapters, opt_state)
+    state = restarted_state(opt_state, tx, merged, adapters, keep_moments=keep_moments)
+    return Restarted(merged, adapters, state)
 
 
 def learned(
@@ -188,14 +182,14 @@ def learned(
       ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
     max_error = share("max_error", max_error)
-    old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
-    made, lost = Found(), {}
-    for path, adapter in paths.adapters_in(adapters).items():
+    found, made, lost = paths.adapters_in(adapters), Found(), {}
+    old, new = found.kernels.in_base(base, "base"), found.in_base(merged, "merged")
+    for path, adapter in found.items():
         name, spec = "/".join(path), adapter.spec
         if not adapter.of_kernel:
-            made[path] = trained_copy(new, path, spec)
+            made[path] = Adapter(jnp.array(new[path][1], spec.dtype), spec)
             continue
-        before, after = (wide(base_array(t, path, spec)[1]) for t in (old, new))
+        before, after = (wide(arrays[path][1]) for arrays in (old, new))
         what = f"the delta of {name!r}"
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
@@ -243,8 +237,8 @@ def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
     # Path and operator determine what is random, so that a resumed run goes on as it
     # would.
     init = "zeros" if spec.init == "gaussian" else spec.init
-    key = start_key(path, spec.operator)
-    m = spec.operator.start(spec.stack_shape, init, key, old.dtype)
+    new = dataclasses.replace(spec, init=init, param_dtype=old.dtype)
+    m = new.start(path, spec.start_key(path))
     if isinstance(old, Tracer) or not old.committed:
         return m
     return jax.device_put(m, old.sharding)

@@ -42,16 +42,18 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common import checks
+from mora_jax._common.trees import located_leaves
 from mora_jax._layer.adapter import Adapter, is_adapter
 from mora_jax._mesh.placement import explicit_sharding
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import (
-    check_same_meaning,
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_alike
+from mora_jax._tree.paths import (
+    Found,
+    Tree,
+    alike_adapters,
     checked_adapters,
-    checked_sequence,
-    refuse_trained,
+    nest,
+    place_of,
 )
-from mora_jax._tree.paths import Found, Tree, located_leaves, nest, place_of
 
 __all__ = ["put", "select", "stack"]
 
@@ -70,16 +72,13 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
       dtype of the M's, and means what one of them means.
 
     Raises:
-      TypeError, ValueError: Adapters have different meanings or hold NaN or infinity;
+      TypeError, ValueError: Adapters have different meanings or bases, or hold NaN;
         there are none, or more than slots; arrays of the base are trained, which all
         rows share.
     """
-    found = checked_sequence(adapters)
-    for one in found:
-        refuse_trained(
-            one, "and all rows of a batch share it; serve it by another base"
-        )
-        check_same_meaning(one, found[0])
+    found = alike_adapters(adapters)
+    why = "and all rows of a batch share it; serve it by another base"
+    found[0].refuse_trained(why)
     number = checks.positive_integer("slots", len(found) if slots is None else slots)
     if number < len(found):
         raise ValueError(
@@ -112,7 +111,7 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     """
     slots, number = _slots_of(stacked)
     new = checked_adapters(adapters)
-    check_same_meaning(new, slots)
+    check_alike(new.specs, slots.specs, "the slots")
     # All of them are checked before the slots, which are donated, are lost.
     for path, adapter in slots.items():
         dtype, place = adapter.m.dtype, place_of(path, adapter.spec)

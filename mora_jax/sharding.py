@@ -27,20 +27,13 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.places import adapter_sharding, mesh_axes_of, named_sharding
 from mora_jax._plan.spec import AdapterSpec, Spec
-from mora_jax._tree.adapters import shapes_of
-from mora_jax._tree.paths import (
-    Found,
-    Tree,
-    adapters_in,
-    located_leaves,
-    replace_adapters,
-    unboxed,
-)
+from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan
 
 PlanOrTree = TypeVar("PlanOrTree")
@@ -150,8 +143,8 @@ def on_mesh(
 
 def _found(plan_or_adapters: Any) -> Found:
     """The adapters, or the shapes of a plan's."""
-    is_plan = isinstance(plan_or_adapters, Plan)
-    return adapters_in(shapes_of(plan_or_adapters) if is_plan else plan_or_adapters)
+    given = plan_or_adapters
+    return given.shapes if isinstance(given, Plan) else adapters_in(given)
 
 
 def _shardings(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import mora_jax
 from benchmarks.quality import ladders, learners
@@ -146,7 +147,7 @@ def _renewed_curve(
             learner, ids, renew, jnp.asarray(rate), trained, frozen
         )
         curve += found.tolist()
-        if not jnp.isfinite(mora_jax.ravel_adapters(trained)).all():
+        if not jnp.isfinite(ravel_pytree(trained)[0]).all():
             break  # what is not finite cannot be merged
     return (curve + [0.0] * steps)[:steps]
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,6 +32,21 @@ def check_axes(axes: str, ndim: int) -> str:
     if not {"i", "o"} <= set(axes):
         raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
     return axes
+
+
+def axes_by_name(name: str, shape: Shape) -> str:
+    """The axes of a kernel by its name and shape, where no more is known."""
+    if len(shape) == 2:
+        return "io"
+    # Flax's own attention modules have kernels of three axes.
+    attention = re.fullmatch(r"(.*/)?(query|key|value|(out))/kernel", name)
+    if len(shape) == 3 and attention:
+        return "iio" if attention[3] else "ioo"
+    raise ValueError(
+        f"it is not known which of its axes {shape} are features; plan with "
+        "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+        f"overrides={{{name!r}: {{'axes': ...}}}}"
+    )
 
 
 def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._common.axes import features
+from mora_jax._common.axes import axes_by_name, features
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import alike, matching, patterns
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.trees import refuse_variables
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
@@ -25,7 +26,7 @@ from mora_jax._plan.settings import (
     default_targets,
 )
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
-from mora_jax._tree.paths import named_leaves, refuse_variables
+from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
 
 
@@ -92,21 +93,6 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
         traced=survey.traced,
         left_out=left_out,
         unproven=unproven,
-    )
-
-
-def axes_by_name(name: str, shape: Shape) -> str:
-    """The axes of a kernel by its name and shape, where no more is known."""
-    if len(shape) == 2:
-        return "io"
-    # Flax's own attention modules have kernels of three axes.
-    attention = re.fullmatch(r"(.*/)?(query|key|value|(out))/kernel", name)
-    if len(shape) == 3 and attention:
-        return "iio" if attention[3] else "ioo"
-    raise ValueError(
-        f"it is not known which of its axes {shape} are features; plan with "
-        "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
-        f"overrides={{{name!r}: {{'axes': ...}}}}"
     )
 
 

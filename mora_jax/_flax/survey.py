@@ -7,7 +7,7 @@ what one traced call does with every array (see `mora_jax._trace_check`).
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,10 @@ from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.traces import split_static
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
-from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
+
+if TYPE_CHECKING:
+    from mora_jax._tree.plan import Plan
 
 NOT_USED = "the call that was traced does not use it"
 REBUILT = "code that rebuilds the params (nn.map_variables) must keep the M beside it"
@@ -127,7 +129,7 @@ class Survey:
         call = MarkedCall(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
-    def trace(self, programs: Programs, plan: Plan | None = None) -> Jaxpr:
+    def trace(self, programs: Programs, plan: "Plan | None" = None) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
         The kernels of `plan` have M's beside them.
@@ -224,7 +226,7 @@ class Survey:
         return "", False
 
 
-def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> str:
+def check_call(plan_of: "Callable[[], Plan]", programs: Programs, main: bool) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
     `programs` traces the call, with marks and M's if it is given a survey. If it is the

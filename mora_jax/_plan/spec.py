@@ -3,15 +3,19 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, sizes
 from mora_jax._common.checks import check_dtype, check_floating
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
@@ -181,6 +185,18 @@ class AdapterSpec(AdapterSettings):
         asked = self.operator.widest(self.rank, self.in_features, self.out_features)
         return asked if asked > self.operator.square_rank else None
 
+    def start_key(self, path: Path) -> PRNGKeyArray:
+        """The key that path and operator determine for what is random at the start."""
+        # The same on every platform, whatever JAX's default kind of key is.
+        seed = crc32(repr((path, self.operator)).encode())
+        return jax.random.key(seed, impl="threefry2x32")
+
+    def start(self, path: Path, key: PRNGKeyArray | None = None) -> jax.Array:
+        """The M of the kernel at `path` at its start, of the shape `shape`."""
+        if key is None and not self.operator.linear:
+            key = self.start_key(path)
+        return self.operator.start(self.stack_shape, self.init, key, self.param_dtype)
+
     @property
     def meaning(self) -> dict[str, Any]:
         """The settings that decide an M's delta, as JSON values."""
@@ -248,9 +264,7 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     return {"name": operator.name, **values}
 
 
-def check_same(
-    name: str, made_for: AdapterSpec, used_with: AdapterSpec, otherwise: str = ""
-) -> None:
+def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
     """Raise unless an M of the kernel `name` that is right for one is for the other."""
     made, used, differing = made_for.meaning, used_with.meaning, []
     # If an operator lacks a setting of the other one, their names differ already.
@@ -259,7 +273,7 @@ def check_same(
             differing.append(f"{key} {made[key]!r}, not {used[key]!r}")
     if differing:
         settings = " and ".join(differing)
-        raise ValueError(f"{name}{SUFFIX} was made for {settings}{otherwise}")
+        raise ValueError(f"{name}{SUFFIX} was made for {settings}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,3 +322,39 @@ register_pytree(TrainedArray, [])
 
 Spec = AdapterSpec | TrainedArray
 """The meaning of a trained array."""
+
+
+def check_alike(
+    specs: Mapping[Path, Spec],
+    like: Mapping[Path, Spec],
+    whose: str,
+    *,
+    meaning: bool = True,
+) -> None:
+    """Raise unless adapters are for the arrays of others, deltas and base included.
+
+    Without `meaning` other deltas of the same arrays will do.
+    """
+    for path in {**specs, **like}:
+        name, own, other = "/".join(path), specs.get(path), like.get(path)
+        if (array := _array_of(own)) != (planned := _array_of(other)):
+            many = many_if(
+                *(getattr(spec, "kernel_shape", ()) for spec in (own, other))
+            )
+            message = f"adapters have {array} at {name!r}, {whose} {planned}{many}"
+            raise ValueError(message)
+        if not meaning or not isinstance(own, AdapterSpec):
+            continue
+        assert isinstance(other, AdapterSpec)
+        check_same(name, own, other)
+        digests = {own.base_digest, other.base_digest} - {None}  # which few know
+        if len(digests) > 1:
+            rule = "adapters must be of one base"
+            raise ValueError(f"{rule}, got different weights of {name!r}")
+
+
+def _array_of(spec: Spec | None) -> str:
+    """The array of the base that a spec is for, in a message."""
+    if isinstance(spec, AdapterSpec):
+        return f"a kernel {spec.kernel_shape} with axes {spec.axes!r}"
+    return "nothing" if spec is None else f"an array {spec.shape} to train"

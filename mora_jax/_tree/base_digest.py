@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import Path, Shape
-from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 
 
@@ -32,14 +32,14 @@ def readable(kernel: Any) -> bool:
 
 
 def check_base(
-    adapters: Mapping[Path, Adapter], leaves: Mapping[str, tuple[Path, Any]]
+    specs: Mapping[Path, Any], leaves: Mapping[str, tuple[Path, Any]]
 ) -> None:
     """Raise if one of `named_leaves` is not what its adapter was trained on.
 
     Nothing is known without a digest, or where this process lacks some of the values.
     """
-    for path, adapter in adapters.items():
-        name, spec = "/".join(path), adapter.spec
+    for path, spec in specs.items():
+        name = "/".join(path)
         if getattr(spec, "base_digest", None) is None or name not in leaves:
             continue
         kernel = leaves[name][1]
@@ -61,36 +61,29 @@ def check_digests(
 
 def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
     """(stack, rows, out_features) of a kernel, rows from the first to the last one."""
-    # With the axes of the stack first and inputs before outputs, an index of rows is
-    # adjacent arrays, and NumPy leaves rows where the input axes are.
-    order = sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))
-    stack, ins, outs = (sizes(shape, axes, letter) for letter in "sio")
-    before, behind = len(stack), len(stack) + len(ins)
-    count = min(8, math.prod(ins))
-    numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
-    places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
-    rows = np.empty((*stack, count, *outs), np.float32)
-    for index, data in _pieces(kernel):
-        index, data = [index[k] for k in order], data.transpose(order)
-        first = [[part.start or 0] for part in index[before:behind]]
-        extent = np.array(data.shape[before:behind])[:, None]
-        local = places - np.array(first, np.int32)
-        inside = ((local >= 0) & (local < extent)).all(0)
-        if inside.any():
-            taken = data[(*[slice(None)] * before, *local[:, inside])]
-            with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
-                rows[(*index[:before], inside, *index[behind:])] = np.asarray(taken)
-    return rows.reshape(math.prod(stack), count, -1)
-
-
-def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
-    """The parts of an array that are on single devices, with their indices in it."""
-    if not isinstance(kernel, jax.Array):
-        return [((slice(None),) * kernel.ndim, kernel)]
     if not readable(kernel):
         raise ValueError(
             "params must hold arrays that this process can read in full, got one of "
             f"shape {kernel.shape} with parts on other processes"
         )
-    copies = {str(shard.index): shard for shard in kernel.addressable_shards}
-    return [(shard.index, shard.data) for shard in copies.values()]
+    stack, ins = sizes(shape, axes, "s"), sizes(shape, axes, "i")
+    count = min(8, math.prod(ins))
+    numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
+    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
+    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
+    if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
+        kernel = kernel.addressable_data(0)
+    sharding = getattr(kernel, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        # Where types name a mesh, JAX has to be told where the rows are to be.
+        there = NamedSharding(sharding.mesh, PartitionSpec())
+        taken = kernel.at[index].get(out_sharding=there)
+    else:
+        taken = kernel[index]
+    # NumPy puts the rows where the input axes are, or first if those are apart.
+    together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
+    rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
+    order = sorted(range(1, rows.ndim), key=lambda k: others[k - 1] == "o")
+    rows = rows.transpose(*order[: len(stack)], 0, *order[len(stack) :])
+    with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
+        return rows.astype(np.float32).reshape(math.prod(stack), count, -1)

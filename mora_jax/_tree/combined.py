@@ -1,10 +1,13 @@
-"""Params and adapters as one tree, and split again."""
+"""Params and adapters as one tree, and split again: nested mappings, as Flax has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from mora_jax._common import trees
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
@@ -18,7 +21,7 @@ def combine(params: Any, adapters: Any) -> Any:
     Arrays that train themselves take the place of the base's, as adapters too.
 
     Args:
-      params: The base's params: nested mappings, lists and tuples.
+      params: The base's params: nested mappings, or `nnx.state(model, nnx.Param)`.
       adapters: The adapters, as `init` makes them.
 
     Raises:
@@ -40,39 +43,28 @@ def combine(params: Any, adapters: Any) -> Any:
         params = paths.replace_leaves(params, new)
     added: dict[Path, Any] = found.kernels.placed
     if isinstance(params, nnx.State):  # an NNX variable keeps its box among others
-        boxes = paths.located_leaves(adapters, "adapters")
+        boxes = trees.located_leaves(adapters, "adapters")
         added = {place: boxes[place] for place in added}
     return with_ms(params, added)
 
 
 def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
     """The params with each adapter, or what stands for it, at its path."""
-    _check_nested(params, "params")
-    added: dict[Path, Tree] = {}
-    for (*parent, name), m in ms.items():
-        added.setdefault(tuple(parent), {})[name] = m
-
-    def add(path: Path, node: Any, children: Tree) -> Tree:
-        for key in (new := added.pop(path, {})):
-            name = "/".join((*path, key))
-            if key.removesuffix(SUFFIX) not in children:
-                raise ValueError(f"params have no kernel for the adapter {name!r}")
-            if key in children:
-                raise ValueError(f"params already hold {name!r}")
-            if not isinstance(node, Mapping):
-                kind = type(node).__name__
-                raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
-        return children | new
-
-    joined = _changed(params, add)
-    for parent, new in added.items():
-        name, leaves = "/".join(parent), paths.named_leaves(params)
-        if name in leaves:
-            name = "/".join((*parent, *new))
-            raise ValueError(f"params have no kernel for the adapter {name!r}")
-        near = nearest_paths(name, leaves)
-        raise ValueError(f"params have nothing at {name!r}{near}")
-    return joined
+    flat = _flat(params, "params")
+    # The keys of a state are numbers where it has lists. Paths are made of strings. A
+    # kernel may be a mapping itself, of the parts of a quantized one.
+    starts = {keys[:end]: None for keys in flat for end in range(len(keys) + 1)}
+    known = {tuple(map(str, keys)): keys for keys in starts}
+    for path, m in ms.items():
+        *parent, own = path
+        name, kernel = "/".join(path), (*parent, own.removesuffix(SUFFIX))
+        if path in known:
+            raise ValueError(f"params already hold {name!r}")
+        if kernel not in known:
+            near = nearest_paths("/".join(kernel), map("/".join, known))
+            raise ValueError(f"params have no kernel for the adapter {name!r}{near}")
+        flat[(*known[kernel][:-1], own)] = m
+    return _nested(flat, params)
 
 
 def split(tree: Any) -> tuple[Any, Tree]:
@@ -94,57 +86,42 @@ def split(tree: Any) -> tuple[Any, Tree]:
       >>> sorted(base), adapters
       (['bias', 'kernel'], {'kernel_mora': Adapter(rotation, float32[4, 4])})
     """
-    _check_nested(tree, "tree")
-    adapters, rounded = {}, {}
-    for path, leaf in paths.located_leaves(tree, "tree").items():
+    base, adapters = {}, {}
+    for keys, leaf in _flat(tree, "tree").items():
+        path, copy = tuple(map(str, keys)), paths.adapter_of(leaf)
         if path[-1].endswith(SUFFIX):
             adapters[path] = leaf
-        elif (copy := paths.adapter_of(leaf)) is not None:
+            continue
+        if copy is not None:
             adapters[path] = copy
-            rounded[path] = copy.m.astype(copy.spec.base_dtype)
-
-    def remove(_: Path, __: Any, children: Tree) -> Tree:
-        # While a Linen model runs, an M and its spec stand where the array was.
-        return {
-            key: child
-            for key, child in children.items()
-            if not key.endswith(SUFFIX) or _children(child) is not None
-        }
-
-    return paths.replace_leaves(_changed(tree, remove), rounded), nest(adapters)
+            leaf = paths.reboxed(leaf, copy.m.astype(copy.spec.base_dtype))
+        base[keys] = leaf
+    return _nested(base, tree), nest(adapters)
 
 
-def _check_nested(tree: Any, what: str) -> None:
-    """Raise unless `tree` is a container whose children `_children` finds."""
-    paths.refuse_model(tree, what)
-    if _children(tree) is None:
-        kind = type(tree).__name__
-        raise TypeError(f"{what} must be nested mappings, lists and tuples, got {kind}")
+def _flat(tree: Any, what: str) -> dict[tuple[Any, ...], Any]:
+    """{keys: leaf} of nested mappings; all else is a leaf."""
+    trees.refuse_model(tree, what)
+    rule = f"{what} must be nested mappings, or a state of NNX"
+    if not _is_mapping(tree):
+        raise TypeError(f"{rule}, got {type(tree).__name__}")
+    flat = flatten_mapping(tree, keep_empty_nodes=True)
+    for keys, leaf in flat.items():
+        if isinstance(leaf, list | tuple):  # of layers, or a parameter of two arrays
+            if any(map(_is_mapping, jax.tree.leaves(leaf, is_leaf=_is_mapping))):
+                got = f"a {type(leaf).__name__} at {'/'.join(map(str, keys))!r}"
+                raise TypeError(
+                    f"{rule}, got {got}: keep the adapters in their own tree, as init "
+                    "makes it, and use fold"
+                )
+    return flat
 
 
-def _children(node: Any) -> Tree | None:
-    """The children of a container by name; None for a leaf."""
-    if isinstance(node, nnx.State):
-        node = node.raw_mapping  # a state wraps its items, and they differ in structure
-    if isinstance(node, list | tuple):
-        node = dict(enumerate(node))
-    is_mapping = isinstance(node, Mapping)
-    return {str(key): node[key] for key in node} if is_mapping else None
+def _is_mapping(node: Any) -> bool:
+    return isinstance(node, Mapping)
 
 
-def _changed(
-    node: Any, change: Callable[[Path, Any, Tree], Tree], path: Path = ()
-) -> Any:
-    """The tree with `change(path, container, children)` in each container."""
-    if (children := _children(node)) is None:
-        return node
-    new = change(path, node, children).items()
-    changed = {key: _changed(child, change, (*path, key)) for key, child in new}
-    if not isinstance(node, Mapping):
-        values, is_named = changed.values(), hasattr(node, "_fields")
-        return type(node)(*values) if is_named else type(node)(values)
-    # The keys of a state are numbers where it has lists. Paths are made of strings.
-    original = {str(key): key for key in node}
-    items = {original.get(key, key): value for key, value in changed.items()}
-    kind: Any = type(node)
-    return items if isinstance(node, dict) else kind(items)
+def _nested(flat: Mapping[tuple[Any, ...], Any], like: Any) -> Any:
+    """Undo `_flat`."""
+    nested, kind = unflatten_mapping(flat), type(like)
+    return nested if isinstance(like, dict) else kind(nested)

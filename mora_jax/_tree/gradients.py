@@ -18,7 +18,6 @@ from mora_jax._common.warnings import warn
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import checked_adapters, refuse_nonlinear
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Subspace
 
@@ -169,8 +168,8 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
       >>> bool(loss(adapters) < 0.6), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
-    found, steps = checked_adapters(adapters).kernels, {}
-    refuse_nonlinear(found.specs, "and has no such step")
+    found, steps = paths.checked_adapters(adapters).kernels, {}
+    found.refuse_nonlinear("and has no such step")
     slope = jnp.float32(0)
     value, grads = jax.value_and_grad(loss)(adapters)
     for path, gradient in paths.adapters_in(grads).kernels.items():

@@ -14,8 +14,13 @@ from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import checked_adapters
-from mora_jax._tree.paths import Found, Tree, named_leaves, replace_leaves
+from mora_jax._tree.paths import (
+    Found,
+    Tree,
+    checked_adapters,
+    named_leaves,
+    replace_leaves,
+)
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
@@ -51,26 +56,21 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
       >>> mora_jax.delta_weight(adapters)["fc"]["kernel"][0, 0]
       Array(16., dtype=float32)
     """
-    alpha = above_zero("alpha", alpha)
-    found: dict[str, dict[str, jax.Array]] = {}
-    for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan), "plan"):
-        found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
-    adapters = Found()
+    alpha, adapters = above_zero("alpha", alpha), Found()
+    found = _factors_in(tree, check_plan(plan), "plan")
     for path, spec in plan.specs.items():
-        if (name := "/".join(path)) not in found:
+        if not (pair := found.get("/".join(path))):
             continue
-        if len(pair := found[name]) < 2:
-            raise ValueError(f"{name}: tree must have lora_a and lora_b of it")
-        stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
+        stack, rank = spec.stack_shape, (pair["a"][1].shape or (0,))[-1]
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
-            factor = pair[letter]
+            factor = jnp.asarray(pair[letter][1])
             is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
             if not is_rank or factor.size != math.prod(shape):
                 raise ValueError(
-                    f"{name}: lora_{letter} must have the shape {shape}, perhaps "
-                    f"with several axes of features, got {factor.shape}"
+                    f"{'/'.join(path)}: lora_{letter} must have the shape {shape}, "
+                    f"perhaps with several axes of features, got {factor.shape}"
                 )
             factors.append(factor.reshape(shape))
         adapters[path] = lora_adapter(spec, *factors, alpha=alpha)
@@ -117,24 +117,28 @@ def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
         a, b = operator.factors(adapter.m)
         items[name] = {"a": a, "b": b * (adapter.spec.factor / alpha)}
     found = _factors_in(like, items, "adapters")
-    if missing := items.keys() - {kernel for kernel, *_ in found}:
-        raise ValueError(f"like has no factors for {min(missing)!r}")
-    for kernel, letter, path, leaf in found:
-        factor = items[kernel][letter]
-        if factor.size != leaf.size:
-            raise ValueError(
-                f"{kernel}: lora_{letter} of like has shape {leaf.shape}, and the "
-                f"adapter's {factor.shape}: is the rank another?"
-            )
-        new[path] = factor.reshape(leaf.shape).astype(leaf.dtype)
+    for kernel, factors in items.items():
+        if kernel not in found:
+            raise ValueError(f"like has no factors for {kernel!r}")
+        for letter, (path, leaf) in found[kernel].items():
+            factor = factors[letter]
+            if factor.size != leaf.size:
+                raise ValueError(
+                    f"{kernel}: lora_{letter} of like has shape {leaf.shape}, and the "
+                    f"adapter's {factor.shape}: is the rank another?"
+                )
+            new[path] = factor.reshape(leaf.shape).astype(leaf.dtype)
     return replace_leaves(like, new)
 
 
 def _factors_in(
     tree: Any, kernels: Mapping[str, Any], what: str
-) -> list[tuple[str, str, Path, Any]]:
-    """(kernel, "a" or "b", path, array) of each factor, whose kernel is known."""
-    factors = []
+) -> dict[str, dict[str, tuple[Path, Any]]]:
+    """{kernel: {"a" or "b": (path, array)}} of the factors, of kernels that `what` has.
+
+    Both are there of each kernel.
+    """
+    found: dict[str, dict[str, tuple[Path, Any]]] = {}
     for path, leaf in named_leaves(tree, "tree").values():
         *parent, last = path
         own, mark, letter = last.rpartition("lora_")
@@ -149,7 +153,10 @@ def _factors_in(
         if (name := "/".join(kernel)) not in kernels:
             hint = nearest_paths(name, kernels)
             raise ValueError(f"{what} must have the kernel {name!r} of a LoRA{hint}")
-        factors.append((name, letter, path, leaf))
-    if not factors:
+        found.setdefault(name, {})[letter] = path, leaf
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(f"{name}: tree must have lora_a and lora_b of it")
+    if not found:
         raise ValueError("tree holds no factor of a LoRA, such as kernel_lora_a")
-    return factors
+    return found

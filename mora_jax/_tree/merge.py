@@ -8,18 +8,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._common.checks import check_dtype
-from mora_jax._common.types import ArrayLike, Path
+from mora_jax._common.types import ArrayLike
 from mora_jax._layer.adapter import Adapter, delta_of
 from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
-from mora_jax._tree.adapters import (
-    base_array,
-    base_leaves,
-    checked_adapters,
-    refuse_trained,
-    with_trained,
-)
-from mora_jax._tree.paths import Found, Tree, nest, replace_leaves
+from mora_jax._tree.paths import Found, Tree, checked_adapters, nest, replace_leaves
 
 
 @overload
@@ -100,7 +93,7 @@ def merge(
     """
     check_rounding(rounding)
     found = checked_adapters(adapters)
-    return _merged(params, found, dtype, rounding, any_base)
+    return merged(params, found, dtype, rounding, any_base=any_base)
 
 
 def fold(params: Any, adapters: Any, dtype: DTypeLike | None = None) -> Any:
@@ -123,7 +116,7 @@ def fold(params: Any, adapters: Any, dtype: DTypeLike | None = None) -> Any:
       >>> jax.jit(jax.grad(loss))(adapters, params)
       {'kernel_mora': Adapter(rotation, float32[8, 8])}
     """
-    return _merged(params, checked_adapters(adapters, finite=False), dtype)
+    return merged(params, checked_adapters(adapters, finite=False), dtype)
 
 
 def unmerge(params: Any, adapters: Any) -> Any:
@@ -147,42 +140,37 @@ def unmerge(params: Any, adapters: Any) -> Any:
       Array([1., 1.], dtype=float32)
     """
     found, kernels = checked_adapters(adapters), {}
-    refuse_trained(found, "so that merging replaced it; keep the base instead")
-    for path, adapter, place, kernel in with_kernels(params, found):
+    found.refuse_trained("so that merging replaced it; keep the base instead")
+    for path, (place, kernel) in found.in_base(params).items():
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
                 f"unmerge needs float32 kernels, got {kernel.dtype} at "
                 f"{'/'.join(path)!r}; keep the base instead"
             )
         # Not `merged_kernel` of -M: the delta of some operators is not linear in M.
-        delta = delta_of(adapter, kernel.dtype)
+        delta = delta_of(found[path], kernel.dtype)
         kernels[place] = (kernel - delta).astype(kernel.dtype)
     return replace_leaves(params, kernels)
 
 
-def with_kernels(
-    params: Any, found: Found, *, any_base: bool = True
-) -> list[tuple[Path, Adapter, Path, jax.Array]]:
-    """Each adapter of a kernel by its path, with the place and array in params."""
-    leaves, joined = base_leaves(params, None if any_base else found), []
-    for path, adapter in found.kernels.items():
-        place, kernel = base_array(leaves, path, adapter.spec)
-        joined.append((path, adapter, place, kernel))
-    return joined
-
-
-def _merged(
+def merged(
     params: Any,
     found: Found,
-    dtype: DTypeLike | None,
+    dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
+    *,
     any_base: bool = True,
 ) -> Any:
-    sums = {
-        place: merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
-        for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base)
-    }
-    return replace_leaves(with_trained(params, found, dtype), sums)
+    """`merge` of adapters that are checked already."""
+    new = {}
+    for path, (place, array) in found.in_base(params, any_base=any_base).items():
+        adapter, settings = found[path], {"dtype": dtype, "rounding": rounding}
+        new[place] = (
+            merged_kernel(adapter, array, **settings)
+            if adapter.of_kernel
+            else jnp.asarray(adapter.m, dtype or array.dtype)
+        )
+    return replace_leaves(params, new)
 
 
 def merged_kernel(

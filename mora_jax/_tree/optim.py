@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
+from mora_jax._common import trees
 from mora_jax._common.checks import above_zero, patterns_of
 from mora_jax._common.suggestions import matching
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.combined import combine
-from mora_jax._tree.paths import Found
 
 
 def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
@@ -46,7 +46,7 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       {'kernel': False, 'kernel_mora': True}
     """
     patterns, trained = patterns_of("base", base), set()
-    for path, leaf in (located := paths.located_leaves(params)).items():
+    for path, leaf in (located := trees.located_leaves(params)).items():
         if path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None:
             trained.add("/".join(path))
     if not trained:
@@ -56,22 +56,8 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
     names = list(map("/".join, located))
     leaves = [name for name in names if name not in trained]
     trained |= matching("base", patterns, leaves, "base leaf")
-    structure = jax.tree.structure(params, is_leaf=paths.is_end)
+    structure = jax.tree.structure(params, is_leaf=trees.is_end)
     return jax.tree.unflatten(structure, [name in trained for name in names])
-
-
-def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
-    """`trainable_mask` as labels for `optax.transforms.partition`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> mora_jax.trainable_labels(params)
-      {'kernel': 'frozen', 'kernel_mora': 'trainable'}
-    """
-    mask = trainable_mask(params, base)
-    return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
 def optimizer(
@@ -110,7 +96,8 @@ def optimizer(
     check_transformation(tx)
     if ratio is not None:
         tx = with_ratio(tx, params, ratio)
-    labels = trainable_labels(params, base)
+    mask = trainable_mask(params, base)
+    labels = jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
@@ -122,7 +109,7 @@ def with_ratio(
 ) -> optax.GradientTransformation:
     """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
     factor: float = above_zero("ratio", ratio)
-    leaves = paths.located_leaves(params).values()
+    leaves = trees.located_leaves(params).values()
     if not any(map(_lora_of, leaves)):
         raise ValueError("ratio needs adapters of operator='low_rank'")
 
@@ -133,7 +120,7 @@ def with_ratio(
         return paths.reboxed(leaf, lora.replace(m=m))
 
     def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(scaled, updates, is_leaf=paths.is_end)
+        return jax.tree.map(scaled, updates, is_leaf=trees.is_end)
 
     return optax.chain(tx, optax.stateless(scale))
 
@@ -152,76 +139,67 @@ def check_transformation(tx: Any) -> None:
         raise TypeError(f"{rule}, got {type(tx).__name__}")
 
 
-def with_specs(opt_state: Any, found: Found) -> Any:
-    """An optimizer's state whose moments mean what the adapters do, by their paths."""
-    placed = found.placed
-
-    def follow(keys: Any, leaf: Any) -> Any:
-        if (adapter := paths.adapter_of(leaf)) is None:
-            return leaf
-        names = tuple(map(paths.key_name, keys))  # they end with the path of the M
-        ends = (names[k:] for k in range(len(names)))
-        spec = next((placed[end] for end in ends if end in placed), adapter).spec
-        # A variable of a model knows one layer of a stack.
-        own = getattr(adapter.spec, "stack_shape", None)
-        spec = spec if own is None else spec.with_stack(own)
-        return paths.reboxed(leaf, adapter.replace(spec=spec))
-
-    return jax.tree.map_with_path(follow, opt_state, is_leaf=paths.is_end)
-
-
-def with_new_moments(
-    opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
+def restarted_state(
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    params: Any,
+    adapters: Any,
+    *,
+    keep_moments: bool,
 ) -> Any:
-    """Optimizer state with the moments of the adapters reset and the rest unchanged."""
-    bare = _bare(opt_state)
-    for trained in (adapters, combine(params, adapters)):
+    """An optimizer's state for adapters that a restart has made, and the rest of it.
+
+    Their moments start again unless `keep_moments`; all of them mean what the adapters
+    do, and the state of other leaves goes on.
+    """
+    before, structure = jax.tree.flatten(opt_state, is_leaf=trees.is_end)
+    for tree_of in (lambda: adapters, lambda: combine(params, adapters)):
         try:  # without memory for the moments of all params
-            shapes = jax.eval_shape(tx.init, trained)
+            shapes = jax.eval_shape(tx.init, trained := tree_of())
         except (TypeError, ValueError):  # tx has labels or a mask for the other tree
             continue
-        if jax.tree.structure(_bare(shapes)) == jax.tree.structure(bare):
-            new = _renewed(bare, _bare(tx.init(trained)))
-            return jax.tree.unflatten(jax.tree.structure(opt_state), new)
-    raise ValueError(
-        "opt_state must be a state of tx for the adapters, or for the combined tree of "
-        f"params and adapters, got one of {jax.tree.structure(bare).num_leaves} arrays "
-        "for other ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
-    )
-
-
-def _bare(opt_state: Any) -> Any:
-    # An nnx.Optimizer keeps them in variables of another type than the adapters'.
-
-    def bare(leaf: Any) -> Any:
-        return leaf.m if isinstance(leaf, Adapter) else paths.unboxed(leaf)
-
-    return jax.tree.map(bare, opt_state, is_leaf=paths.is_end)
-
-
-def _renewed(old: Any, new: Any) -> list[Any]:
-    """The leaves of `new` that start again, and the other leaves of `old`."""
-    leaves, renewed = tree_leaves_with_path(old), []
-    owners = [_owner(keys) for keys, _ in leaves]
-    rows = zip(leaves, owners, jax.tree.leaves(new), strict=True)
-    for (keys, before), (state, starts), after in rows:
+        if jax.tree.structure(shapes, is_leaf=trees.is_end) == structure:
+            break
+    else:
+        raise ValueError(
+            "opt_state must be a state of tx for the adapters, or for the combined "
+            f"tree of params and adapters, got one of {len(before)} arrays for other "
+            "ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
+        )
+    state = shapes if keep_moments else tx.init(trained)
+    leaves = tree_leaves_with_path(state, is_leaf=trees.is_end)
+    owners, after = [_owner(*leaf) for leaf in leaves], []
+    for old, (keys, new), (own, starts) in zip(before, leaves, owners, strict=True):
         if starts is None:
             # The count of a named tuple such as Adam's starts again with its trees, if
             # these hold M's alone. Adam would otherwise correct the bias of new moments
             # as if they were old, and its first steps would be large.
-            starts = (state, True) in owners and (state, False) not in owners
+            starts = (own, True) in owners and (own, False) not in owners
         # The steps of `optax.MultiSteps` are the steps of a schedule.
-        starts &= paths.key_name(keys[-1]) != "gradient_step"
-        renewed.append(after if starts else before)
-    return renewed
+        steps = map(trees.key_name, keys[-1:])
+        starts = starts and not keep_moments and "gradient_step" not in steps
+        after.append(_following(old, new, starts))
+    return jax.tree.unflatten(structure, after)
 
 
-def _owner(keys: Any) -> tuple[str, bool | None]:
+def _owner(keys: Any, leaf: Any) -> tuple[str, bool | None]:
     """The named tuple that holds a leaf, and True if the leaf belongs to an M."""
     # An optimizer's state is a tree of named tuples, whose fields are trees like the
     # trained one, or single arrays. Those belong to no leaf, which None stands for.
     fields = [k for k, key in enumerate(keys) if isinstance(key, GetAttrKey)]
-    last = fields[-1] if fields else -1
-    names = [paths.key_name(key) for key in keys[last + 1 :]]
-    of_m = any(name.endswith(SUFFIX) for name in names) if names else None
-    return keystr(keys[: max(last, 0)]), of_m
+    last, adapter = fields[-1] if fields else -1, paths.adapter_of(leaf)
+    of_m = adapter is not None and adapter.of_kernel
+    return keystr(keys[: max(last, 0)]), of_m if keys[last + 1 :] else None
+
+
+def _following(old: Any, new: Any, starts: bool) -> Any:
+    """The leaf `old` of a state with the meaning of `new`, and its numbers if asked."""
+    # An nnx.Optimizer keeps them in variables of another type than the adapters'.
+    adapter, had = paths.adapter_of(new), paths.adapter_of(old)
+    if adapter is None or had is None:  # of the base, a count, or of plain arrays
+        bare = trees.unboxed(new) if adapter is None else adapter.m
+        return paths.reboxed(old, bare) if starts else old
+    spec = adapter.spec
+    if adapter.of_kernel:  # a variable of a model knows one layer of a stack
+        spec = spec.with_stack(had.spec.stack_shape)
+    return paths.reboxed(old, Adapter(adapter.m if starts else had.m, spec))

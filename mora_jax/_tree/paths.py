@@ -1,26 +1,23 @@
 """Leaves of trees by their paths: arrays of a base, and adapters."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from mora_jax._common import trees
-from mora_jax._common.checks import LEAVE_OUT, check_leaf
+from mora_jax._common.checks import LEAVE_OUT, as_jax_array, check_finite, check_leaf
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.trees import is_boxed as is_boxed
-from mora_jax._common.trees import is_end as is_end
-from mora_jax._common.trees import key_name as key_name
-from mora_jax._common.trees import located_leaves as located_leaves
-from mora_jax._common.trees import refuse_model as refuse_model
-from mora_jax._common.trees import refuse_variables as refuse_variables
-from mora_jax._common.trees import unboxed as unboxed
+from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, many_if
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, check_alike, many_if
+from mora_jax._tree.base_digest import check_base
 
 Tree = dict[str, Any]
 
@@ -82,6 +79,40 @@ class Found(dict[Path, Adapter]):
         """The adapters as nested dicts."""
         return nest(self.placed)
 
+    def in_base(
+        self, params: Any, what: str = "params", *, any_base: bool = True
+    ) -> dict[Path, tuple[Path, jax.Array]]:
+        """{path: (path in params, array there)}; params must be the base alone.
+
+        Without `any_base` they must be the base that the adapters were trained on.
+        """
+        leaves = named_leaves(params, what)
+        for name in leaves:
+            if name.endswith(SUFFIX):
+                rule = "give the base alone, as split(params)[0]"
+                raise ValueError(f"{what} hold the adapter {name}: {rule}")
+        if not any_base:
+            check_base(self.specs, leaves)
+        arrays = {}
+        for path, adapter in self.items():
+            place, leaf = find_array(leaves, path, adapter.spec)
+            arrays[path] = place, as_jax_array(f"{'/'.join(path)} in {what}", leaf)
+        return arrays
+
+    def refuse_trained(self, why: str) -> None:
+        """Raise if there are trained arrays; `why` it cannot be done with them."""
+        for path in self.trained:
+            raise ValueError(f"{'/'.join(path)}: this array is trained itself, {why}")
+
+    def refuse_nonlinear(self, why: str) -> None:
+        """Raise if a delta is not linear in what is trained; `why` it has to be."""
+        for path, adapter in self.kernels.items():
+            if not adapter.operator.linear:
+                raise ValueError(
+                    f"{'/'.join(path)}: the delta of {adapter.operator.name!r} is not "
+                    f"linear in what is trained, {why}"
+                )
+
 
 def adapters_in(tree: Any) -> Found:
     """The adapters of a tree, or of variables of NNX that hold M's, checked."""
@@ -103,6 +134,40 @@ def adapters_in(tree: Any) -> Found:
         found[path] = adapter
     if not found:
         raise ValueError("adapters hold no adapter")
+    return found
+
+
+def checked_adapters(tree: Any, *, finite: bool = True) -> Found:
+    """`adapters_in`, all of them JAX arrays; with `finite` of finite numbers."""
+    found = adapters_in(tree)
+    for path, adapter in found.items():
+        name = "/".join(place_of(path, adapter.spec))
+        if not adapter.of_kernel:
+            name += " in the adapters"
+        m = as_jax_array(name, adapter.m)
+        if finite:
+            check_finite(m, name)
+        found[path] = adapter.replace(m=m)
+    return found
+
+
+def alike_adapters(trees: Any) -> list[Found]:
+    """`checked_adapters` of a sequence of one or more, of one meaning and one base.
+
+    The first ones know the base if any do.
+    """
+    rule = "adapters must be a sequence of adapters, as init makes them"
+    if isinstance(trees, Mapping) or not isinstance(trees, Iterable):
+        raise TypeError(f"{rule}, got {type(trees).__name__}")
+    if not (found := [checked_adapters(tree) for tree in trees]):
+        raise ValueError("adapters must be one at least, such as init(plan), got none")
+    first = found[0]
+    for other in found[1:]:
+        check_alike(other.specs, first.specs, "the first ones")
+        for path, adapter in other.kernels.items():
+            if digest := adapter.spec.base_digest:
+                spec = dataclasses.replace(first[path].spec, base_digest=digest)
+                first[path] = first[path].replace(spec=spec)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,45 +11,10 @@ from mora_jax._common import trees
 from mora_jax._common.suggestions import alike, nearest_paths, shown
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
-from mora_jax._plan.settings import AdapterSettings, FrozenMapping
-from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same, many_if
+from mora_jax._plan.settings import FrozenMapping
+from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same
 from mora_jax._tree import paths
-from mora_jax._tree.paths import Tree, adapters_in
-
-
-def _cells(part: Spec) -> dict[str, str]:
-    """The cells of a part of a plan that say what it is."""
-    if isinstance(part, TrainedArray):
-        shape = " x ".join(map(str, part.shape)) or "1"
-        return {"in -> out": shape, "operator": "trained"}
-    q, asked = part.operator.square_rank, part.asked_square_rank
-    return {
-        "in -> out": f"{part.in_features} -> {part.out_features}",
-        "operator": part.operator.name,
-        "r": f"{part.lora_rank:.1f}",
-        "q": f"{q} of {asked}" if asked else f"{q}",
-        "alpha": f"{part.alpha:g}",
-        "scale": f"{part.scale:.3g}",
-        "dropout": f"{part.dropout:g}",
-        "init": part.init,
-    }
-
-
-def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The rows under the names of their columns, with "-" for what a row lacks."""
-    cells = [columns, *([row.get(name, "-") for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if name in ("path", "operator") else cell.rjust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+from mora_jax._tree.paths import Found, Tree, adapters_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +129,15 @@ class Plan(Mapping[str, AdapterSpec]):
         """The number of parameters of the base and the adapters."""
         return self.base_parameters + self.trainable_parameters
 
+    @property
+    def shapes(self) -> Found:
+        """The adapters, with shapes instead of arrays."""
+        made = Found()
+        for path, spec in self.parts.items():
+            dtype = spec.param_dtype if isinstance(spec, AdapterSpec) else spec.dtype
+            made[path] = Adapter(jax.ShapeDtypeStruct(spec.shape, dtype), spec)
+        return made
+
     def adapters(self, tree: Any) -> Tree:
         """Adapters of this plan from a tree of plain arrays, as another library has it.
 
@@ -176,7 +150,7 @@ class Plan(Mapping[str, AdapterSpec]):
           TypeError, ValueError: The tree lacks an array, has others, or one does not
             fit; or an adapter in it was made for another delta.
         """
-        leaves, made = paths.located_leaves(tree, "tree"), {}
+        leaves, made = trees.located_leaves(tree, "tree"), {}
         for path, spec in self.parts.items():
             place = paths.place_of(path, spec)
             name = "/".join(place)
@@ -184,7 +158,7 @@ class Plan(Mapping[str, AdapterSpec]):
                 raise ValueError(f"tree lacks {name!r}, which the plan has")
             adapter = leaves.pop(place)
             if not isinstance(adapter, Adapter):
-                adapter = Adapter(paths.unboxed(adapter), spec)
+                adapter = Adapter(trees.unboxed(adapter), spec)
             elif isinstance(spec, AdapterSpec):
                 known = check_adapter(name, adapter).spec
                 check_same("/".join(path), known, spec)
@@ -220,24 +194,6 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
     return plan
 
 
-def refuse_other_kernels(parts: Mapping[Path, Spec], plan: Plan) -> None:
-    """Raise unless `parts` are of the plan's kernels and arrays, read as it does."""
-    for path in {**parts, **plan.parts}:
-        name, pair = "/".join(path), (parts.get(path), plan.parts.get(path))
-        own, planned = map(_array_of, pair)
-        if own != planned:
-            many = many_if(*(getattr(spec, "kernel_shape", ()) for spec in pair))
-            message = f"adapters have {own} at {name!r}, the plan {planned}{many}"
-            raise ValueError(message)
-
-
-def _array_of(spec: Spec | None) -> str:
-    """The array of the base that a spec is for, in a message."""
-    if isinstance(spec, AdapterSpec):
-        return f"a kernel {spec.kernel_shape} with axes {spec.axes!r}"
-    return "nothing" if spec is None else f"an array {spec.shape} to train"
-
-
 def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     """A table: in, out, operator, r, q, parameters, share of the base.
 
@@ -269,25 +225,62 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
 
     def kind(part: tuple[str, Spec]) -> tuple[object, ...]:
         name, spec = part
-        operator = getattr(spec, "operator", None)
-        cells = _cells(spec).values()
+        operator, cells = getattr(spec, "operator", None), _cells(spec).values()
         return name, collapse or name, spec.shape, operator, *cells
 
     rows, base = [], plan.base_parameters
     for pattern, parts in alike((*plan.items(), *plan.trained.items()), kind):
-        size = sum(spec.parameters for _, spec in parts)
-        row = {"path": shown(pattern, len(parts)), "parameters": f"{size:,}"}
-        row["of base"] = f"{size / (base or 1):.2%}"
-        rows.append(row | _cells(parts[0][1]))
-    # A column is there if a layer departs from the default.
-    columns = ["path", "in -> out", "operator", "r", "q"]
-    for name in ("alpha", "scale", "dropout", "init"):
-        default = getattr(AdapterSettings, name)
-        columns += [name] * any(getattr(s, name) != default for s in plan.values())
-    columns += ["parameters", *["of base"] * bool(base)]
-    size = plan.trainable_parameters
+        size, cells = sum(spec.parameters for _, spec in parts), _cells(parts[0][1])
+        row = {"path": shown(pattern, len(parts)), **cells, "parameters": f"{size:,}"}
+        rows.append(row | ({"of base": f"{size / base:.2%}"} if base else {}))
+    for name, usual in USUAL.items():  # a column is there if a layer departs from it
+        if all(row.get(name, usual) == usual for row in rows):
+            rows = [{k: cell for k, cell in row.items() if k != name} for row in rows]
     counts = [_counted(len(plan), "adapter")]
     counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    size = plan.trainable_parameters
     of_base = f", {size / base:.2%} of {base:,}" if base else ""
     total = f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}"
-    return "\n".join([*_lines(columns, rows), total])
+    numbers = {name for row in rows for name in row} - {"path", "operator"}
+    return f"{_table(rows, numbers)}\n{total}"
+
+
+USUAL = {"alpha": "1", "scale": "1", "dropout": "0", "init": "zeros"}
+"""The cells of settings that `summary` shows where they are others."""
+
+
+def _cells(part: Spec) -> dict[str, str]:
+    """The cells of a part of a plan that say what it is."""
+    if isinstance(part, TrainedArray):
+        shape = " x ".join(map(str, part.shape)) or "1"
+        return {"in -> out": shape, "operator": "trained"}
+    q, asked = part.operator.square_rank, part.asked_square_rank
+    return {
+        "in -> out": f"{part.in_features} -> {part.out_features}",
+        "operator": part.operator.name,
+        "r": f"{part.lora_rank:.1f}",
+        "q": f"{q} of {asked}" if asked else f"{q}",
+        "alpha": f"{part.alpha:g}",
+        "scale": f"{part.scale:.3g}",
+        "dropout": f"{part.dropout:g}",
+        "init": part.init,
+    }
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _table(rows: Sequence[Mapping[str, str]], to_right: Collection[str] = ()) -> str:
+    """Rows, a line each, under the names of their keys, with "-" for a missing one."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    cells = [list(columns), *([row.get(name, "-") for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = [
+            cell.rjust(width) if name in to_right else cell.ljust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from mora_jax._layer.adapter import delta_of, wide
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import checked_adapters
-from mora_jax._tree.merge import merged_kernel, with_kernels
+from mora_jax._tree.merge import merged_kernel
+from mora_jax._tree.paths import checked_adapters
 
 
 def merge_loss(
@@ -36,8 +36,9 @@ def merge_loss(
       TypeError, ValueError: As `merge`.
     """
     check_rounding(rounding)
-    found, loss = checked_adapters(adapters), {}
-    for path, adapter, _, kernel in with_kernels(params, found):
+    found, loss = checked_adapters(adapters).kernels, {}
+    for path, (_, kernel) in found.in_base(params).items():
+        adapter = found[path]
         merged = merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
         delta = delta_of(adapter)
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
@@ -129,9 +130,9 @@ def relative_norm(params: Any, adapters: Any) -> dict[str, float]:
     Raises:
       TypeError, ValueError: As `merge`.
     """
-    shares = {}
-    for path, adapter, _, kernel in with_kernels(params, checked_adapters(adapters)):
-        kernel_norm, delta_norm = norm(kernel), norm(delta_of(adapter))
+    found, shares = checked_adapters(adapters).kernels, {}
+    for path, (_, kernel) in found.in_base(params).items():
+        kernel_norm, delta_norm = norm(kernel), norm(delta_of(found[path]))
         shares["/".join(path)] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
 

@@ -14,8 +14,8 @@ from flax import nnx
 from mora_jax._common.checks import check_number, check_seed
 from mora_jax._flax.calls import unchecked
 from mora_jax._layer.adapter import Adapter, delta_of
-from mora_jax._tree.adapters import checked_adapters, init
-from mora_jax._tree.merge import merged_kernel, with_kernels
+from mora_jax._tree.adapters import init
+from mora_jax._tree.merge import merged_kernel
 from mora_jax._tree.paths import adapters_in, replace_adapters, replace_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.diagnostics._measures import norm
@@ -71,10 +71,10 @@ def check(
     kernels = dict(adapters_in(start).kernels)
     zeros = replace_adapters(start, jax.tree.map(jnp.zeros_like, kernels))
     base = _floats(adapted(zeros), "floating-point outputs for these inputs")
-    items = enumerate(with_kernels(params, checked_adapters(zeros)))
-    for number, (path, adapter, place, kernel) in items:
+    items = adapters_in(zeros).kernels.in_base(params).items()
+    for number, (path, (place, kernel)) in enumerate(items):
         name = "/".join(path)
-        spec, own_key = adapter.spec, jax.random.fold_in(key, number)
+        spec, own_key = kernels[path].spec, jax.random.fold_in(key, number)
         own = Adapter(jax.random.normal(own_key, spec.shape, spec.param_dtype), spec)
         factor = (norm(kernel) or 1.0) / norm(delta_of(own))
         own = own.replace(m=spec.operator.scaled(own.m, factor))

@@ -9,7 +9,6 @@ from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init_m
 
 # An adapter in the params of a running model travels wherever Flax carries parameters:
 # into scanned and vmapped layers, and, by its static part, into the cache keys of
@@ -66,7 +65,7 @@ def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapte
     if given is None:
         # Not by `module.param`, which other libraries, such as gemma, replace.
         def made(key: Any) -> Adapter:
-            return Adapter(init_m(spec, (*module.path, kernel), key), spec)
+            return Adapter(spec.start((*module.path, kernel), key), spec)
 
         return module.scope.param(name, made)
     adapter = given if isinstance(given, Adapter) else Adapter(given, spec)

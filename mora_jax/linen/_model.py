@@ -18,11 +18,11 @@ from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import with_trained
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_alike
 from mora_jax._tree.combined import split, with_ms
+from mora_jax._tree.merge import merged
 from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
-from mora_jax._tree.plan import Plan, refuse_other_kernels
+from mora_jax._tree.plan import Plan
 from mora_jax.linen._bound import layer_calls, params_of
 
 
@@ -158,7 +158,7 @@ class AdaptedApply:
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
         found = adapters_in(adapters)
-        refuse_other_kernels(found.specs, self.plan)
+        check_alike(found.specs, self.plan.parts, "the plan", meaning=False)
         bound, kernels = {}, found.kernels
         for path, adapter in kernels.items():
             spec = adapter.spec
@@ -171,7 +171,7 @@ class AdaptedApply:
             rule = "adapter_deterministic must be True or False"
             raise ValueError(f"the adapters have dropout: {rule}, got None")
         base = params_of(variables)
-        params = with_trained(base, found)
+        params = merged(base, found.trained) if found.trained else base
         given = {**variables, "params": params}, args, kwargs, self.plan.specs
         programs = functools.partial(program, self.model, *given)
         check = check_call, lambda: self.plan, programs, "method" not in kwargs

@@ -22,10 +22,16 @@ from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
+from mora_jax._plan.spec import (
+    SUFFIX,
+    AdapterSpec,
+    TrainedArray,
+    check_alike,
+    check_same,
+)
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
-from mora_jax._tree.plan import Plan, refuse_other_kernels
+from mora_jax._tree.plan import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
 DROPOUT = "dropout_mora"
@@ -271,9 +277,9 @@ def set_adapters(
     Example: see `wrap`.
     """
     found = adapters_in(adapters)
-    refuse_other_kernels(found.specs, plan_of(model))
+    check_alike(found.specs, plan_of(model).parts, "the plan", meaning=False)
     if not any_base:
-        check_base(found, named_leaves(parameters(model)))
+        check_base(found.specs, named_leaves(parameters(model)))
     # All of them are checked before the first is set.
     places, new = list(attributes(model, MoRAParam)), found.placed
     fitting = [_fitting(*place, new[place[1]]) for place in places]

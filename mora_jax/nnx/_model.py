@@ -17,7 +17,7 @@ from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init, refuse_trained
+from mora_jax._tree.adapters import init
 from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
@@ -247,8 +247,7 @@ def unwrap(model: Model) -> Model:
 
     Example: see `wrap`.
     """
-    refuse_trained(
-        _held.plan_of(model).parts,
+    adapters_in(_held.adapters(model)).refuse_trained(
         "in place of the base's: use the model that nnx.wrap was given, or "
         "nnx.merge_adapters",
     )

@@ -7,7 +7,6 @@ from flax import nnx
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import init_m
 from mora_jax.nnx._classes import adapted_class
 from mora_jax.nnx._held import hold_adapter
 
@@ -49,5 +48,5 @@ class MoRALinear(nnx.Linear):
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None
-        m = init_m(spec, ("kernel",), key)
+        m = spec.start(("kernel",), key)
         hold_adapter(self, "kernel", Adapter(m, spec), seed)

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mora_jax._common.trees import located_leaves
 from mora_jax._tree.optim import check_transformation, with_ratio
-from mora_jax._tree.paths import located_leaves
 from mora_jax.nnx._held import MoRAParam, attributes, held_adapters, named_sharding
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._common.trees import located_leaves
 from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import located_leaves
 from mora_jax.nnx._held import Model, MoRAParam, detached
 from mora_jax.nnx._held import adapters as nnx_adapters
 from mora_jax.qwix import _private

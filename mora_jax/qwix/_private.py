@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax._common.trees import is_end, key_name
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_end, key_name, reboxed
+from mora_jax._tree.paths import reboxed
 from mora_jax.nnx._held import named_modules
 
 try:

@@ -21,7 +21,6 @@ from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init_m
 from mora_jax._tree.combined import split
 from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
@@ -221,7 +220,7 @@ def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> N
                 "qwix knows no nnx.scan and nnx.vmap; leave it out of module_path"
             )
         key = rngs.params() if rngs and spec.init == "gaussian" else None
-        hold_adapter(module, name, Adapter(init_m(spec, path, key), spec), 0)
+        hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
 
 
 def trace(

@@ -108,8 +108,6 @@ FLOORS = [
     "products _mesh",
     "_plan",
     "_layer",
-    "_tree.paths",
-    "_layer.dense",
     "_tree",
     "_flax",
     "linen sharding",
@@ -119,8 +117,7 @@ FLOORS = [
     "qwix remora",
     "cli",
 ]
-"""The rooms from the ground up. A room may import its own floor and those below it; a
-module that is named apart from its room is on the floor that names it."""
+"""The rooms from the ground up. A room may import its own floor and those below it."""
 
 
 def floor_of(module):

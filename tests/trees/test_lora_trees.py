@@ -116,6 +116,8 @@ def test_bad_trees():
     wider = {"fc": {"kernel_lora_a": jnp.ones((8, 3)), "kernel_lora_b": b}}
     with pytest.raises(ValueError, match="is the rank another"):
         to_lora(adapters, wider)
+    with pytest.raises(ValueError, match="fc/kernel: tree must have lora_a and lora_b"):
+        to_lora(adapters, {"fc": {"kernel_lora_a": a}})
 
 
 def flattened(tree):

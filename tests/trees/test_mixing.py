@@ -1,17 +1,16 @@
-"""Sums of adapters are sums of their deltas, and projections are NumPy's."""
+"""Sums of adapters are sums of their deltas."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import slow
-from cases import LINEAR, by_case, by_linear_kind
+from cases import LINEAR, by_case
 from flax import nnx
 from helpers import bare, close, random, random_like, wide
 
 import mora_jax
 from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, delta_weight
-from mora_jax.mixing import project, scaled, weighted_sum
+from mora_jax.mixing import scaled, weighted_sum
 from mora_jax.operators import Truncation
 from mora_jax.operators._pytree import operator
 
@@ -98,16 +97,10 @@ def test_a_factor_is_an_argument_of_one_program():
     assert not any(m.any() for m in jax.tree.leaves(weighted_sum(trees, weights)))
 
 
-@pytest.mark.parametrize("mix", [weighted_sum, lambda *given: project(*given, PLAN)[0]])
-def test_weights_are_arguments_of_a_program(mix):
+def test_weights_are_arguments_of_a_program():
     trees = [made(0), made(1)]
-    compiled = jax.jit(lambda weights: mix(trees, weights))(jnp.array([1.0, -0.5]))
-    close(compiled, weighted_sum(trees, [1.0, -0.5]), 1e-4)
-
-
-def test_what_a_program_loses_is_an_array():
-    lost = jax.jit(lambda w: project([made(0)], [w], PLAN)[1])
-    assert max(lost(1.0).values()) < 1e-5 and max(lost(0.0).values()) == 0
+    compiled = jax.jit(lambda weights: weighted_sum(trees, weights))
+    close(compiled(jnp.array([1.0, -0.5])), weighted_sum(trees, [1.0, -0.5]), 1e-4)
 
 
 def test_states_of_nnx_stay_states():
@@ -125,47 +118,6 @@ def test_states_of_nnx_stay_states():
     close(jax.tree.leaves(mixed), [3 * m for m in jax.tree.leaves(state)])
 
 
-@by_linear_kind
-@pytest.mark.parametrize("size", [(12, 20, 6), slow((9, 9, 8))], ids=str)
-def test_a_projection_is_the_least_squares_solution(case, size):
-    """Of a dense delta, as NumPy solves it from the oracle's matrices."""
-    ins, outs, q = size
-    q = min(q, ins, outs) if case.bounded else q
-    op = case.make(ins, outs, q)
-    spec = AdapterSpec(op, (ins, outs), alpha=0.5)
-    plan = Plan({("kernel",): spec}, base_parameters=ins * outs)
-    dense = MoRAConfig(operator="truncation", square_rank=min(ins, outs), scale="paper")
-    source = mora_jax.plan({"kernel": jnp.zeros((ins, outs))}, dense)
-    trees = [made(0, source), made(1, source)]
-    first, second = (deltas(each)["kernel"] for each in trees)
-    goal = first - 3 * second
-    got, lost = project(trees, [1, -3], plan)
-    units = np.eye(int(np.prod(op.m_shape))).reshape(-1, *op.m_shape)
-    columns = np.stack([0.5 * case.delta(op, unit).ravel() for unit in units], 1)
-    solution, *_ = np.linalg.lstsq(columns, goal.ravel(), rcond=None)
-    best = (columns @ solution).reshape(goal.shape)
-    close(deltas(got)["kernel"], best, 1e-4)
-    share = np.linalg.norm(goal - best) / np.linalg.norm(goal)
-    assert abs(lost["kernel"] - share) < 1e-4 and 0 < share < 1
-
-
-@pytest.mark.slow
-def test_projections_of_what_a_plan_has_lose_nothing():
-    """Sums of its own adapters, and those of a narrower plan of fewer kernels."""
-    trees = [made(0), made(1)]
-    got, lost = project(trees, [1, 2], PLAN)
-    close(got, weighted_sum(trees, [1, 2]), 1e-4)
-    assert lost.keys() == PLAN.keys() and max(lost.values()) < 1e-5
-    first = {"a": PARAMS["a"]}
-    config = MoRAConfig(operator="truncation", square_rank=2)
-    small = mora_jax.plan(first, config)
-    wider = MoRAConfig(operator="truncation", **(SETTINGS | {"square_rank": 6}))
-    large = mora_jax.plan(PARAMS, wider)
-    got, lost = project([made(3, small)], [1], large)
-    close(deltas(got)["a"], deltas(made(3, small))["a"])
-    assert lost["s/kernel"] == 0 and not got["s"]["kernel_mora"].m.any()
-
-
 def other_base(seed):
     import tempfile
 
@@ -179,7 +131,6 @@ SEEDED = mora_jax.plan(PARAMS, MoRAConfig(operator="permutation", seed=1, **SETT
 NARROW = mora_jax.plan(
     {"a": PARAMS["a"]}, MoRAConfig(operator="rotation", alpha=0.5, square_rank=4)
 )
-SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1))
 
 
 @operator
@@ -195,15 +146,8 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
     spec = AdapterSpec(Bent(12, 16, 4), (12, 16))
     plan = Plan({("a", "kernel"): spec}, base_parameters=192)
     bent = made(0, plan)
-    for call in (
-        lambda: weighted_sum([bent], [1]),
-        lambda: project([made(0, NARROW)], [1], plan),
-    ):
-        with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
-            call()
-    dense = MoRAConfig(operator="truncation", square_rank=12, scale="paper")
-    whole = mora_jax.plan({"a": PARAMS["a"]}, dense)
-    assert project([bent], [2], whole)[1]["a/kernel"] < 1e-5
+    with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
+        weighted_sum([bent], [1])
     (values,) = mora_jax.diagnostics.spectrum(bent).values()
     delta = deltas(bent)["a"]["kernel"]
     close(values, np.linalg.svd(delta, compute_uv=False), 1e-5)
@@ -222,13 +166,13 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
         (lambda: weighted_sum([made(0)], ["1"]), r"weights\[0\] must be a number"),
         (lambda: weighted_sum([made(0)], [np.nan]), r"weights\[0\] must be finite"),
         (lambda: weighted_sum([made(0)], [jnp.inf]), r"must be finite"),
-        (lambda: weighted_sum([made(0), made(0, SEEDED)], [1, 1]), "mixing.project"),
+        (
+            lambda: weighted_sum([made(0), made(0, SEEDED)], [1, 1]),
+            "made for operator.name 'permutation', not 'rotation'",
+        ),
         (lambda: weighted_sum([made(0), made(0, NARROW)], [1, 1]), "s/kernel"),
         (lambda: weighted_sum([{}], [1]), "adapters hold no adapter"),
         (lambda: weighted_sum([other_base(1), other_base(2)], [1, 1]), "of one base"),
-        (lambda: project([made(0)], [1], NARROW), "lacks 's/kernel'"),
-        (lambda: project([made(0, NARROW)], [1], SHAPES), r"shape \(12, 16\)"),
-        (lambda: project([made(0)], [1], "plan"), "plan must be a Plan"),
         (lambda: scaled(made(0), "2"), "factor must be a number"),
         (lambda: scaled(made(0), 1j), "factor must be a number"),
         (lambda: scaled(made(0), jnp.ones(2)), "factor must be a real number"),

@@ -295,7 +295,7 @@ def test_learned_arrays_and_kernels_that_stayed():
             remora.learned(*args, **settings)
     shapes = jax.eval_shape(lambda: merged)
     for one, name in ((start, "a/bias"), ({"b": start["b"]}, "b/kernel")):
-        with pytest.raises(TypeError, match=f"{name} in params must be"):
+        with pytest.raises(TypeError, match=f"{name} in merged must be"):
             remora.learned(params, shapes, one)
     with pytest.raises(TypeError, match="concrete array"):
         jax.jit(lambda p: remora.learned(params, p, start)[0])(merged)

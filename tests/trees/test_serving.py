@@ -408,6 +408,25 @@ def with_other_number(stacked):
     return {**stacked, "a": {"kernel_mora": one.replace(m=one.m[:3])}}
 
 
+def test_adapters_of_two_bases_are_refused():
+    """Those that know no base are of any, and the slots know the one that is known."""
+    one, other = several(PLAN, 2)
+
+    def of_base(adapters, digest):
+        adapter = adapters["a"]["kernel_mora"]
+        spec = dataclasses.replace(adapter.spec, base_digest=(digest,))
+        return adapters | {"a": {"kernel_mora": adapter.replace(spec=spec)}}
+
+    stacked = serving.stack([one, of_base(other, "x")])
+    assert stacked["a"]["kernel_mora"].spec.base_digest == ("x",)
+    for call in (
+        lambda: serving.stack([of_base(one, "x"), of_base(other, "y")]),
+        lambda: serving.put(stacked, 0, of_base(one, "y")),
+    ):
+        with pytest.raises(ValueError, match="of one base, got .* 'a/kernel'"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -420,7 +439,7 @@ def with_other_number(stacked):
         (
             lambda s, a: serving.stack([a[0], {"a": a[0]["a"]}]),
             ValueError,
-            "of the same kernels, and 's/kernel' is not",
+            "have nothing at 's/kernel', the .* a kernel",
         ),
         (
             lambda s, a: serving.stack([a[0], mora_jax.init(OTHER)]),
@@ -439,7 +458,7 @@ def with_other_number(stacked):
         (
             lambda s, a: serving.put(s, 0, {"a": a[0]["a"]}),
             ValueError,
-            "of the same kernels, and 's/kernel' is not",
+            "have nothing at 's/kernel', the .* a kernel",
         ),
         (
             lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m / 0, a[0])),

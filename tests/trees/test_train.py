@@ -166,8 +166,6 @@ def test_a_step_in_one_tree_is_plain_descent_on_these_arrays(params, made):
         np.testing.assert_array_equal(flatten(base)[name], flatten(params)[name])
     mask = flatten(mora_jax.trainable_mask(tree))
     assert sorted(k for k, v in mask.items() if v) == sorted([*NAMES, "fc/kernel_mora"])
-    labels = mora_jax.trainable_labels(tree)
-    assert labels["norm"] == {"scale": "trainable", "bias": "frozen"}
 
 
 def test_fold_trains_them_too(params, made):
@@ -271,7 +269,7 @@ def test_a_restart_keeps_them(params):
         close(apply(after.adapters, {"params": after.params}, X), y)
 
 
-def test_shardings_vectors_and_checks(params, made):
+def test_shardings_and_checks(params, made):
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("model",), axis_types=auto)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
@@ -280,8 +278,6 @@ def test_shardings_vectors_and_checks(params, made):
     assert found["norm"]["scale"].m == place
     assert jax.tree.structure(found) == jax.tree.structure(init(made, params=params))
     adapters = random_like(init(made, params=params))
-    vector = mora_jax.ravel_adapters(adapters)
-    assert_same(mora_jax.unravel_adapters(vector, made), adapters)
     for model, variables in ((Linen(), {"params": params}), (in_nnx(params), None)):
         found = mora_jax.diagnostics.check(model, variables, made, X)
         assert list(found) == ["fc/kernel"]
@@ -415,14 +411,8 @@ def test_a_weighted_sum_of_another_base_is_refused(params, made, tmp_path):
 
 def test_mixing_refuses_what_is_no_delta(params, made):
     adapters = init(made, params=params)
-    without = plan(params, config(train=()))
-    for call in (
-        lambda: mixing.scaled(adapters, 0),
-        lambda: mixing.project([adapters], [1.0], without),
-        lambda: mixing.project([init(without)], [1.0], made),
-    ):
-        with pytest.raises(ValueError, match="is no delta, which this needs"):
-            call()
+    with pytest.raises(ValueError, match="is no delta, which this needs"):
+        mixing.scaled(adapters, 0)
     with pytest.raises(ValueError, match="params must be given.*'fc/bias'"):
         mixing.weighted_sum([adapters], [1.0])
     with pytest.raises(ValueError, match="params lack 'fc/bias'"):

@@ -147,24 +147,6 @@ def test_merge_loss(model):
     assert set(zero.values()) == {0.0}
 
 
-def test_ravel(model):
-    _, adapters, layers = model
-    ravel, unravel = mora_jax.ravel_adapters, mora_jax.unravel_adapters
-    vector = ravel(adapters)
-    assert vector.shape == (layers.trainable_parameters,)
-    # Sorted by path; each M row by row.
-    m = adapters["attn"]["query"]["kernel_mora"].m
-    np.testing.assert_array_equal(vector[: m.size], np.asarray(m).reshape(-1))
-    for like in (layers, adapters):
-        chex.assert_trees_all_equal(unravel(vector, like), adapters)
-    jitted = jax.jit(lambda adapters: unravel(ravel(adapters), layers))
-    chex.assert_trees_all_equal(jitted(adapters), adapters)
-    with pytest.raises(ValueError, match=r"shape \(216,\), got \(215,\)"):
-        unravel(vector[1:], layers)
-    with pytest.raises(ValueError, match="adapters hold no M"):
-        ravel({})
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_merge(model):
     params, adapters, layers = model
@@ -213,14 +195,22 @@ def test_what_does_not_combine(model):
     rule = "must hold adapters, .* are params swapped"
     cases = [
         (combine(params, adapters), adapters, "already hold '.*kernel_mora'"),
-        (params, {"x": fc}, "have nothing at 'x'"),
+        (
+            params,
+            {"x": fc},
+            "the adapter 'x/kernel_mora'; the nearest are",
+        ),
         (params, {"norm": fc}, "no kernel for the adapter 'norm/kernel_mora'"),
         (params, plain, rule),
         (params, bare(adapters), rule),
         (adapters, params, rule),
         (params, {"fc": {"kernel": fc}}, "no kernel .* 'fc/kernel/kernel_mora'"),
         (params, jax.tree.map(lambda m: m[..., :2, :2], adapters), "must have shape"),
+        ({"a": [params["fc"]]}, {"a": {"0": fc}}, "got a list at 'a': .* use fold"),
     ]
     for tree, other, message in cases:
         with pytest.raises((TypeError, ValueError), match=message):
             combine(tree, other)
+    listed = {"a": [combine(params, adapters)["fc"]]}
+    with pytest.raises(TypeError, match="got a list at 'a': .* own tree"):
+        split(listed)

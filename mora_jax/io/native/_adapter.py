@@ -80,7 +80,7 @@ def load(
     found = Found(_restored(*_content(path), kernels))
     if leaves is not None and not any_base:
         try:
-            check_base(found, leaves)
+            check_base(found.specs, leaves)
         except ValueError as error:
             raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
     return found.tree()

@@ -1,8 +1,8 @@
 """A plan as JSON, for checkpoints that other libraries write."""
 
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.spec import AdapterSpec, check_same
-from mora_jax._tree.plan import Plan, check_plan, refuse_other_kernels
+from mora_jax._plan.spec import check_alike
+from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Field, Fields, record_of
 from mora_jax.io.native import _records
@@ -84,10 +84,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     parts = {path: adapter.spec for path, adapter in found.items()}
     if like is not None:
         try:
-            refuse_other_kernels(parts, like)
-            for path, spec in parts.items():
-                if isinstance(spec, AdapterSpec):
-                    check_same("/".join(path), spec, like.specs[path])
+            check_alike(parts, like.parts, "the plan")
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
     return Plan(parts, count, content["traced"])

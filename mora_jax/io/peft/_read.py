@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._common.axes import features, sizes
+from mora_jax._common.axes import axes_by_name, features, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax._flax.planning import axes_by_name
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec, TrainedArray
 from mora_jax._tree.paths import Tree, named_leaves, nest, place_of
