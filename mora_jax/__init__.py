@@ -41,6 +41,7 @@ Training::
 
   optimizer             an optax transformation that moves M's alone
   trainable_mask        which leaves of a combined tree train, as booleans
+  trainable_labels      the same as labels
   remora                restarts: merge, and train on between other maps
 
 After training::
@@ -100,6 +101,7 @@ from mora_jax._tree.merge import fold as fold
 from mora_jax._tree.merge import merge as merge
 from mora_jax._tree.merge import unmerge as unmerge
 from mora_jax._tree.optim import optimizer as optimizer
+from mora_jax._tree.optim import trainable_labels as trainable_labels
 from mora_jax._tree.optim import trainable_mask as trainable_mask
 from mora_jax._tree.plan import Plan as Plan
 from mora_jax._tree.plan import summary as summary

@@ -60,6 +60,20 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
+def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
+    """`trainable_mask` as labels for `optax.transforms.partition`.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> mora_jax.trainable_labels(params)
+      {'kernel': 'frozen', 'kernel_mora': 'trainable'}
+    """
+    mask = trainable_mask(params, base)
+    return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
+
+
 def optimizer(
     tx: optax.GradientTransformation,
     params: Any,
@@ -96,8 +110,7 @@ def optimizer(
     check_transformation(tx)
     if ratio is not None:
         tx = with_ratio(tx, params, ratio)
-    mask = trainable_mask(params, base)
-    labels = jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
+    labels = trainable_labels(params, base)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))

@@ -11,6 +11,7 @@ from adapter_files import assert_same
 from helpers import bare, close, random
 
 from mora_jax import MoRAConfig, combine, init, optimizer, plan, split
+from mora_jax import trainable_labels as labels_of
 from mora_jax import trainable_mask as mask_of
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(1), optax.adamw(0.1, weight_decay=0.1))
@@ -77,10 +78,10 @@ def test_the_whole_base_trains(both):
     assert_all_move(both, train(optimizer(optax.sgd(0.1), both, base=".*"), both)[0])
 
 
-def test_a_mask(both):
-    more, mask = mask_of(both, "norm/scale"), mask_of(both)
-    assert more["fc"] == {"kernel": False, "kernel_mora": True}
-    assert more["norm"] == {"scale": True}
+def test_labels_and_mask(both):
+    labels, mask = labels_of(both, "norm/scale"), mask_of(both)
+    assert labels["fc"] == {"kernel": "frozen", "kernel_mora": "trainable"}
+    assert labels["norm"] == {"scale": "trainable"}
     assert mask["norm"] == {"scale": False} and mask["fc"]["kernel_mora"] is True
     # Why `optimizer` exists: optax.masked lets raw gradients through.
     after, _ = train(optax.masked(optax.sgd(0.1), mask), both, steps=1)
@@ -94,12 +95,16 @@ def test_bad_input(both):
         (lambda: optimizer(sgd, base), "hold no"),
         (lambda: mask_of(both, "("), "base holds '[(]', which is not a regular"),
     ]
-    cases += [
-        (lambda: mask_of(base), r"hold no '\*_mora' leaf: pass combine"),
-        (lambda: mask_of({}), "hold no"),
-        (lambda: mask_of(both, "norms/.*"), "matches no base leaf; the near"),
-        (lambda: mask_of(both, ".*kernel_mora"), "matches no base leaf"),
-    ]
+    for call in (mask_of, labels_of):
+        cases += [
+            (lambda call=call: call(base), r"hold no '\*_mora' leaf: pass combine"),
+            (lambda call=call: call({}), "hold no"),
+            (
+                lambda call=call: call(both, "norms/.*"),
+                "matches no base leaf; the near",
+            ),
+            (lambda call=call: call(both, ".*kernel_mora"), "matches no base leaf"),
+        ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
