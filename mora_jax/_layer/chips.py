@@ -85,7 +85,7 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
-    if current_chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
+    if current_chip() == "tpu" and isinstance(part, BlockPart):
         return _add_copies(part, m, kernel)
     start, is_whole = (part.in_start, part.out_start), part.is_whole
     delta = matrix_of(part.operator if is_whole else part, m)

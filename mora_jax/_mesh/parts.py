@@ -8,8 +8,6 @@ general one for every operator, and others that do less work.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +16,6 @@ import jax.numpy as jnp
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import Operator
-from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.decoupling import Decoupling
@@ -146,117 +143,75 @@ class PermutationPart(OperatorPart):
 
 @_part
 class BlockPart(OperatorPart):
-    """The part of a block operator.
+    """The part of a block operator that devices cut evenly: see `_blocks_or_all`.
 
     The device computes with the blocks that hold features of its own, and with the
     groups of blocks that its outputs want.
     """
 
-    @property
-    def is_cut_evenly(self) -> bool:
-        """True if a device has whole blocks, or blocks are on whole devices."""
-        q = self.operator.square_rank
-        sizes = self.in_features, self.out_features
-        return self.operator.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
-
-    # M multiplies whichever are fewer: the blocks from here, or the groups for here.
+    # M multiplies whichever are fewer: the groups from here, or the groups for here.
     # Both orders give the same sum, since M is the same for all blocks of a group.
 
     def enter(self, x: jax.Array) -> jax.Array:
-        blocks = self._blocks(x)
-        if self._sums_first:
-            return self._sum_wanted(blocks)
-        return jnp.concatenate(blocks, axis=-2)
+        op, q = self.operator, self.operator.square_rank
+        if self._has_all:
+            h = op.enter(self.pad_inputs(x))
+        else:
+            # A part of a block is put in its place among zeros: blocks are rotated as
+            # a whole.
+            width = max(self.in_features, q)
+            h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
+            h = h.reshape(*x.shape[:-1], width // q, q)
+            h = op.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
+            h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
+            h = h.reshape(*x.shape[:-1], self._groups_here, q)
+        return self._sum_wanted(h) if self._sums_first else h
 
     def leave(self, h: jax.Array) -> jax.Array:
-        if not self._sums_first:
-            sizes = [size for _, size in self._runs]
-            h = self._sum_wanted(jax.lax.split(h, sizes, axis=h.ndim - 2))
-        return self._outputs_of_groups(h)
-
-    @property
-    def _sums_first(self) -> bool:
-        return sum(size for _, size in self._runs) > self._wanted
-
-    @property
-    def _wanted(self) -> int:
-        """The number of groups that outputs here want."""
-        return min(self.operator.num_groups, self._max_blocks(self.out_features))
-
-    def _sum_wanted(self, blocks: Sequence[jax.Array]) -> jax.Array:
-        """The sums of the groups that outputs here want: (..., wanted, q)."""
-        op, start = self.operator, 0
-        if self.out_features < op.out_features:
-            start = self.out_start // op.square_rank
-        placed = (
-            jnp.roll(pad_to(h, op.num_groups, axis=-2), first - start, axis=-2)
-            for h, (first, _) in zip(blocks, self._runs, strict=True)
-        )
-        return functools.reduce(jnp.add, placed)[..., : self._wanted, :]
+        h = h if self._sums_first else self._sum_wanted(h)
+        q, size = h.shape[-1], self.out_features
+        y = tile_to(h.reshape(*h.shape[:-2], -1), max(size, q))
+        if size >= q:
+            return y
+        return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 
     @property
     def _has_all(self) -> bool:
         """True if all blocks are computed, from features here among zeros."""
-        op = self.operator
-        whole = self.in_features == op.in_features
-        return whole or op.truncate or op.square_rank > op.in_features
+        return self.operator.truncate or self.in_features == self.operator.in_features
 
     @property
-    def _overlap(self) -> int:
-        """The number of first features that complete the last block."""
-        n, q = self.operator.compressed_shape
-        return n * q - self.operator.in_features
+    def _groups_here(self) -> int:
+        """The number of groups that features here feed."""
+        blocks = max(self.in_features // self.operator.square_rank, 1)
+        groups = self.operator.num_groups
+        return groups if self._has_all else min(groups, blocks)
 
     @property
-    def _runs(self) -> list[tuple[Any, int]]:
-        """Of each array in `_blocks`, the number of its first group, and of groups.
+    def _wanted(self) -> int:
+        """The number of groups that outputs here want."""
+        blocks = max(self.out_features // self.operator.square_rank, 1)
+        return min(self.operator.num_groups, blocks)
 
-        The groups of the blocks follow each other, and after the last group comes the
-        first again.
-        """
-        op = self.operator
-        if self._has_all:
-            return [(0, op.num_groups)]
-        touched = self._max_blocks(self.in_features)
-        runs = [(self.in_start // op.square_rank, min(touched, op.num_out_blocks))]
-        return runs + [(op.compressed_shape[0] - 1, 1)] * (self._overlap > 0)
+    @property
+    def _sums_first(self) -> bool:
+        return self._groups_here > self._wanted
 
-    def _blocks(self, x: jax.Array) -> list[jax.Array]:
-        """Blocks that hold features of this device, (..., k, q); summed by groups."""
-        op, q, size = self.operator, self.operator.square_rank, self.in_features
-        if self._has_all:
-            return [op.enter(self.pad_inputs(x))]
-        # The features here begin within a block, at an offset that only the device
-        # knows. Put at that offset among zeros, they are whole blocks, which are
-        # rotated as such; what is elsewhere adds zeros.
-        touched = self._max_blocks(size)
-        h = _put(x, touched * q, self.in_start % q)
-        h = h.reshape(*x.shape[:-1], touched, q)
-        h = op.rotate_rows(h, self.in_start // q + jnp.arange(touched))
-        blocks = [op.sum_groups(h)]
-        if over := self._overlap:
-            h = _put(x, over + size, jnp.minimum(self.in_start, over))
-            h = h[..., None, :over]
-            h = jnp.pad(h, [*[(0, 0)] * x.ndim, (q - over, 0)])
-            last = jnp.array([op.compressed_shape[0] - 1])
-            blocks.append(op.rotate_rows(h, last))
-        return blocks
-
-    def _outputs_of_groups(self, h: jax.Array) -> jax.Array:
-        """(..., wanted, q) -> (..., out_features)."""
-        op, size = self.operator, self.out_features
-        *batch, wanted, q = h.shape
-        if wanted == op.num_groups and size == op.out_features:
-            return op.leave(h)
-        y = tile_to(h.reshape(*batch, wanted * q), self._max_blocks(size) * q)
-        return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
-
-    def _max_blocks(self, size: int) -> int:
-        """Largest number of blocks that the `size` features of one device touch."""
-        # Devices' features begin at multiples of `size`, so that the offsets in a block
-        # are multiples of the common divisor: q - divisor is the last one.
+    def _sum_wanted(self, h: jax.Array) -> jax.Array:
+        """Of groups from here the ones that outputs here want: (..., wanted, q)."""
+        # The groups of blocks follow each other, and after the last comes the first.
         q = self.operator.square_rank
-        return num_blocks(q - math.gcd(q, size) + size, q)
+        first = 0 if self._has_all else self.in_start // q
+        h = pad_to(h, self.operator.num_groups, axis=-2)
+        return jnp.roll(h, first - self.out_start // q, axis=-2)[..., : self._wanted, :]
+
+
+def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:
+    """The part of a block operator, whose `place` is all else of an `OperatorPart`."""
+    # Evenly cut: a device has whole blocks, or blocks are on whole devices.
+    q, sizes = op.square_rank, place[2:]
+    evenly = op.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
+    return BlockPart(op, *place) if evenly else OperatorPart(op, *place)
 
 
 def whole(op: Operator) -> OperatorPart:
@@ -268,7 +223,7 @@ def whole(op: Operator) -> OperatorPart:
 part_of = functools.singledispatch(OperatorPart)
 """The part of an operator, by its type, with the arguments of `OperatorPart`."""
 part_of.register(Projection, BasisPart)
-part_of.register(Decoupling, BlockPart)
+part_of.register(Decoupling, _blocks_or_all)
 part_of.register(Permutation, PermutationPart)
 part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
