@@ -28,8 +28,8 @@ from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
+from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._blocks import divide
-from mora_jax.operators._map import DeltaMap, Precision
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.low_rank import LowRank
 from mora_jax.operators.permutation import Permutation

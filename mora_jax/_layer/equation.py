@@ -7,7 +7,7 @@ r"""The equation of an adapted layer, and its derivatives.
     dM = \alpha \sum_{rows} C(x)^T D^T(g), \qquad dx = g\,(W + \alpha\, C M D)^T
 
 Here g is the gradient of y. The map D(C(x) M) and its derivative by M are the
-operator's, see `operators._map`. dx follows from the transpose of a map of x, see
+operator's, see `operators._base`. dx follows from the transpose of a map of x, see
 `ways`. alpha multiplies M before anything else is done with it, since alpha D(C(x) M) =
 D(C(x) (alpha M)).
 

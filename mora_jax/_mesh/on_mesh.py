@@ -21,8 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mora_jax._jax.linear_map import LinearMap, static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
-from mora_jax.operators._base import Operator
-from mora_jax.operators._map import DeltaMap
+from mora_jax.operators._base import DeltaMap, Operator
 
 REPLICATED = PartitionSpec()
 

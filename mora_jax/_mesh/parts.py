@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax.operators._base import Operator
-from mora_jax.operators._map import DeltaMap, Precision
+from mora_jax.operators._base import DeltaMap, Operator, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.permutation import Permutation

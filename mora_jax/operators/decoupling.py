@@ -9,9 +9,8 @@ import numpy as np
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
-from mora_jax.operators._base import Operator
+from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._blocks import block_positions, num_blocks
-from mora_jax.operators._map import Precision
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 

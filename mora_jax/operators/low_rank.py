@@ -11,8 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import last_with_first, matmul, rows_product
-from mora_jax.operators._base import Operator
-from mora_jax.operators._map import Precision
+from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator
 
 
