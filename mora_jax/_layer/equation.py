@@ -32,7 +32,7 @@ from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
-from mora_jax._mesh.on_mesh import InParts, OnMesh
+from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._mesh.placement import (
     explicit_sharding,
     gather_m,
@@ -82,7 +82,7 @@ class ByM(LinearMap):
 
     def _map(self, op: Any) -> Any:
         features = self.features
-        return chips.map_of(op) if features is None else InParts(op, features)
+        return chips.map_of(op) if features is None else OnMesh(op, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,8 @@ class Delta:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self._stack:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        op, delta = self.operator, self.operator
-        if features := self._features:
-            # Devices send each other parts of C(x), if it is small.
-            kind = OnMesh if op.linear and not op.block else InParts
-            delta = kind(op, features)
+        op, features = self.operator, self._features
+        delta = OnMesh(op, features) if features else op
         if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
         kept = op.kept(x, self.m, self.precision)

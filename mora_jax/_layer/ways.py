@@ -39,7 +39,7 @@ from mora_jax._layer import chips
 from mora_jax._layer.equation import ByM, Delta, sum_dtype
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
-from mora_jax._mesh.on_mesh import REPLICATED, InParts, ShardMappedMap
+from mora_jax._mesh.on_mesh import REPLICATED, OnMesh, ShardMappedMap
 from mora_jax._mesh.placement import (
     explicit_layout,
     explicit_sharding,
@@ -144,7 +144,7 @@ class Adapted(_OfLayer):
         arrays = (operand.shape, operand.dtype), (kernel.shape, kernel.dtype)
         dtype = _result_dtype(layer.multiply, *arrays)
         features = layer.features(kernel.shape)
-        delta = InParts(op, features) if features else op
+        delta = OnMesh(op, features) if features else op
         x = product.to_rows(operand.astype(dtype))
         shards = row_shards(layer.layout, x)
         outs = sizes(kernel.shape, layer.axes, "o")

@@ -144,7 +144,12 @@ PartForm = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh(DeltaMap):
-    """The map of an operator, where devices that share features share C(x)."""
+    """The map of an operator, where devices share features.
+
+    The sums over devices are of C(x), q numbers a row; or of the output, if C(x) is as
+    large as x or M is two factors. The derivative by M always is of such parts of the
+    output, so that M's gradient needs a sum of arrays like M, and nothing else.
+    """
 
     operator: Operator
     features: FeatureSharding
@@ -153,75 +158,28 @@ class OnMesh(DeltaMap):
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
-        inputs = dataclasses.replace(self.features, out_axes=())
-        specs = last_axis(axes, x.ndim), REPLICATED
-        of_x = ShardMappedMap(inputs, static(_here, "enter"), jax.typeof(x), specs)
+        here, in_spec = static(_here, "enter"), last_axis(axes, x.ndim)
+        of_x = self._map(here, x, in_spec, REPLICATED, out_axes=())
         return of_x((self.operator,), x)
 
     def leave(self, h: jax.Array) -> jax.Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
-        specs, here = (REPLICATED, last_axis(axes, h.ndim)), static(_here, "leave")
-        of_h = ShardMappedMap(self._outputs_only, here, jax.typeof(h), specs)
+        here, out_spec = static(_here, "leave"), last_axis(axes, h.ndim)
+        of_h = self._map(here, h, REPLICATED, out_spec, in_axes=())
         return of_h((self.operator,), h)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Any = None
-    ) -> jax.Array:
-        """The outputs that each device has of single rows of the delta.
-
-        The inputs are not split: an index may be any, wherever the kernel's rows are.
-        """
-        here, outputs = static(_here, "unit_rows", precision), self._outputs_only
-        specs = REPLICATED, last_axis(outputs.out_axes, indices.ndim + 1), REPLICATED
-        of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
-        return self._of_m(of_m, m, indices)
-
-    def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
-        """The rows and columns of the delta that each device has, (in, out)."""
-        here, specs = static(_here, matrix_of), (REPLICATED, self._kernel_spec)
-        of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
-        return self._of_m(of_m, m)
-
-    def added(self, m: jax.Array, kernel: jax.Array, add: PartForm) -> jax.Array:
-        """A kernel with its delta, (in, out), split as the kernel is.
-
-        Each device adds its part of the delta to its part of the kernel. Where the
-        kernel is gathered before it is used, the sum is what is gathered.
-        """
-        spec, here = self._kernel_spec, static(_here, add)
-        specs = spec, spec, REPLICATED
-        sums = ShardMappedMap(self.features, here, jax.typeof(kernel), specs)
-        # Without a transpose, since it is not linear.
-        return sums.forward((self.operator, m), kernel)
-
-    def _of_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
-        # Of a delta that is not linear in M JAX takes the derivative.
-        apply = of_m if self.operator.linear else of_m.forward
-        return apply((self.operator, *arrays), m)
-
-    @property
-    def _outputs_only(self) -> FeatureSharding:
-        return dataclasses.replace(self.features, in_axes=())
-
-    @property
-    def _kernel_spec(self) -> PartitionSpec:
-        return PartitionSpec(self.features.in_axes, self.features.out_axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class InParts(OnMesh):
-    """The same where each device computes a part of the product with M.
-
-    Devices send each other parts of the output, or parts of C(x), q numbers a row. Here
-    it is the output, so that M's gradient needs a sum of arrays like M, nothing else.
-    """
-
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        here, specs = static(_rows, precision), (*self._specs(x), REPLICATED)
-        by_m, like = self._by_m(x, m, precision), jax.typeof(x)
-        of_x = _RowsInParts(self.features, here, like, specs, by_m=by_m)
+        if self.operator.linear and not self.operator.block:
+            return super().rows(x, m, precision)
+        of_x = _RowsInParts(
+            self.features,
+            static(_rows, precision),
+            jax.typeof(x),
+            (*self._specs(x), REPLICATED),
+            by_m=self._by_m(x, m, precision),
+        )
         return of_x((self.operator, m), x)
 
     def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
@@ -239,6 +197,46 @@ class InParts(OnMesh):
         by_m = self._by_m(kept[0], g, precision)
         return by_m((self.operator, *kept), g, transposed=True)
 
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Any = None
+    ) -> jax.Array:
+        """The outputs that each device has of single rows of the delta.
+
+        The inputs are not split: an index may be any, wherever the kernel's rows are.
+        """
+        here = static(_here, "unit_rows", precision)
+        out_spec = last_axis(self.features.out_axes, indices.ndim + 1)
+        of_m = self._map(here, m, REPLICATED, out_spec, REPLICATED, in_axes=())
+        return self._of_m(of_m, m, indices)
+
+    def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
+        """The rows and columns of the delta that each device has, (in, out)."""
+        here = static(_here, matrix_of)
+        return self._of_m(self._map(here, m, REPLICATED, self._kernel_spec), m)
+
+    def added(self, m: jax.Array, kernel: jax.Array, add: PartForm) -> jax.Array:
+        """A kernel with its delta, (in, out), split as the kernel is.
+
+        Each device adds its part of the delta to its part of the kernel. Where the
+        kernel is gathered before it is used, the sum is what is gathered.
+        """
+        here, spec = static(_here, add), self._kernel_spec
+        sums = self._map(here, kernel, spec, spec, REPLICATED)
+        # Without a transpose, since it is not linear.
+        return sums.forward((self.operator, m), kernel)
+
+    def _map(
+        self, here: PartForm, like: Any, *specs: PartitionSpec, **axes: Any
+    ) -> ShardMappedMap:
+        """A map of an operand `like` that, with some other `axes` of the features."""
+        features = dataclasses.replace(self.features, **axes)
+        return ShardMappedMap(features, here, jax.typeof(like), specs)
+
+    def _of_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
+        # Of a delta that is not linear in M JAX takes the derivative.
+        apply = of_m if self.operator.linear else of_m.forward
+        return apply((self.operator, *arrays), m)
+
     def _by_m(self, x: jax.Array, m: Any, precision: Any) -> ShardMappedMap:
         """The derivative by M as a map of its tangent, in the dtype of `m`."""
         x_spec, y_spec = self._specs(x)
@@ -251,6 +249,10 @@ class InParts(OnMesh):
         """The splits of x, and of the output."""
         both = self.features.in_axes, self.features.out_axes
         return tuple(last_axis(axes, x.ndim) for axes in both)
+
+    @property
+    def _kernel_spec(self) -> PartitionSpec:
+        return PartitionSpec(self.features.in_axes, self.features.out_axes)
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
