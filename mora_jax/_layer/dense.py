@@ -19,9 +19,10 @@ from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.settings import AdapterSettings, MoRAConfig
+from mora_jax._plan.settings import SETTINGS, AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax.operators._base import Operator
+from mora_jax.operators._pytree import register_pytree
 from mora_jax.products.contraction import Contraction
 
 
@@ -82,21 +83,19 @@ class FrozenDense(AdapterSettings):
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )
-        settings = {name: getattr(spec, name) for name in _SHARED}
-        return cls(kernel, bias, **settings)
+        settings = {name: getattr(spec, name) for name in SETTINGS}
+        return cls(kernel, bias, spec.operator, axes, **settings)
 
     @property
     def spec(self) -> AdapterSpec:
         """The kernel's adapter."""
         check_kernel(self.kernel, "kernel")
-        settings = {name: getattr(self, name) for name in _SHARED}
-        return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        place = tuple(self.kernel.shape), self.axes, self.layout
+        return AdapterSpec(self.operator, *place, **settings)
 
 
-_FIELDS = {field.name for field in dataclasses.fields(FrozenDense)}
-_SHARED = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
-_ARRAYS = ["kernel", "bias", "operator"]
-jax.tree_util.register_dataclass(FrozenDense, _ARRAYS, sorted(_FIELDS - {*_ARRAYS}))
+register_pytree(FrozenDense, ["kernel", "bias", "operator"])
 
 
 def mora_apply(

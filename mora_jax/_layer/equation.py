@@ -41,6 +41,7 @@ from mora_jax._mesh.placement import (
 )
 from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._base import in_range
+from mora_jax.products._product import KernelDelta
 from mora_jax.products.contraction import Contraction
 
 
@@ -86,7 +87,7 @@ class ByM(LinearMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class Delta:
+class Delta(KernelDelta):
     r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
 
     `m` is alpha M, (*stack, *m_shape), and `layout` has the places of the kernel's
@@ -121,7 +122,6 @@ class Delta:
         return cls(spec.operator, m, shape, axes, precision, spec.layout)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self._stack:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         op, features = self.operator, self._features
@@ -137,32 +137,27 @@ class Delta:
         return by_m((self.operator, kept), self.m)
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
-        """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
         return transposed(self.rows, (*y.shape[:-1], self.operator.in_features), y)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Integers (...) -> rows of the delta (..., out_features)."""
         op, indices = self.operator, in_range(indices, self.operator.in_features)
         if (features := self._features) and features.out_axes:
             op = OnMesh(op, features)
         return op.unit_rows(indices, self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
-        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
         if self.operator.linear:
             return self._by_m(h)
         _, b = self.operator.factors(self.m)
         return self.operator.leave(matmul(h, b, self.precision))
 
     def compress_kernel(self) -> jax.Array:
-        """C as a kernel, with q output features."""
         matrix, _ = self.operator.factors(self.m)
         pairs = zip(self.axes, self.kernel_shape, strict=True)
         shape = tuple(matrix.shape[-1] if axis == "o" else n for axis, n in pairs)
         return kernel_from_rows(matrix, shape, self.axes)
 
     def kernel(self) -> jax.Array:
-        """The delta as an array of the kernel's shape."""
         return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
 
     def added_to(self, kernel: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from mora_jax._common.axes import features, kernel_from_rows, sizes
 from mora_jax._common.checks import check_choice
@@ -48,28 +47,6 @@ def add_rounded(
     # zero, a kernel on the grid stays as it is.
     on_grid = kernel.astype(dtype).astype(delta.dtype) == kernel.astype(delta.dtype)
     return _dithered(total, on_grid, start, axes, dtype)
-
-
-def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
-    """The share of a delta that a kernel's change, merged - base, lacks along it."""
-    return ratio(*_lost_along(change, delta))
-
-
-# Compiled, so that no array of the kernel's size is made on the way.
-@jax.jit
-def _lost_along(change: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Divided first, since the squares of small numbers are zero in float32.
-    size = jnp.linalg.norm(jnp.ravel(delta))
-    scaled = delta / jnp.where(size > 0, size, 1)
-    # Exact products: accelerators would round what they multiply to 16 bits.
-    arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
-    return jnp.abs(size - arrived), size
-
-
-def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
-    """`part / whole`, and 0 where the whole is zero; an array in a trace."""
-    quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
-    return quotient if isinstance(quotient, Tracer) else float(quotient)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))

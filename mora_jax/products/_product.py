@@ -1,7 +1,7 @@
 """Base class of products: how a layer multiplies its input with its kernel."""
 
 import abc
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ from mora_jax._trace_check import Claim
 from mora_jax.operators._base import Operator
 
 
-@runtime_checkable
-class KernelDelta(Protocol):
+class KernelDelta(abc.ABC):
     r"""Delta that an adapter adds to a kernel, :math:`\alpha\, C M D`, as a linear map.
 
     A product asks it for what its layer would do if this were the kernel. The delta is
@@ -23,36 +22,33 @@ class KernelDelta(Protocol):
       axes, kernel_shape: The kernel's axes, a letter each, and its shape.
     """
 
-    @property
-    def operator(self) -> Operator: ...
-    @property
-    def axes(self) -> str: ...
-    @property
-    def kernel_shape(self) -> Shape: ...
+    operator: Operator
+    axes: str
+    kernel_shape: Shape
 
+    @abc.abstractmethod
     def rows(self, x: jax.Array) -> jax.Array:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
-        ...
 
+    @abc.abstractmethod
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
-        ...
 
+    @abc.abstractmethod
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Integers (...) -> rows of the delta (..., out_features)."""
-        ...
 
+    @abc.abstractmethod
     def kernel(self) -> jax.Array:
         """The delta as an array of the kernel's shape."""
-        ...
 
+    @abc.abstractmethod
     def compress_kernel(self) -> jax.Array:
         """C as a kernel, with q outputs instead of the output features."""
-        ...
 
+    @abc.abstractmethod
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
-        ...
 
 
 Factors = tuple[jax.Array | None, jax.Array | None]
