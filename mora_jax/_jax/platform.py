@@ -5,8 +5,7 @@ may be for several. `linear_map` traces each layer for the platform when it is l
 so that what is asked for here is right.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Literal
 
@@ -40,13 +39,3 @@ def current_platform() -> str:
 def current_chip() -> Chip | None:
     """The chip whose forms `chips` and `tiles` take; None for the plain ones."""
     return CHIPS.get(current_platform())
-
-
-@contextlib.contextmanager
-def traced_for(platform: str | None) -> Iterator[None]:
-    """Trace within for a platform; None for the default one."""
-    token = chosen_platform.set(platform)
-    try:
-        yield
-    finally:
-        chosen_platform.reset(token)

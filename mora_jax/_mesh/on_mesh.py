@@ -75,31 +75,24 @@ class ShardMappedMap(LinearMap):
         both = features.in_axes, features.out_axes
         shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
 
-        def local(
-            in_shard: jax.Array, out_shard: jax.Array, x: jax.Array, op: Any, *rest: Any
-        ) -> jax.Array:
-            ins, outs = op.in_features // shards[0], op.out_features // shards[1]
-            part = part_of(op, in_shard[0] * ins, out_shard[0] * outs, ins, outs)
+        def local(x: jax.Array, op: Any, *rest: Any) -> jax.Array:
+            sizes = op.in_features // shards[0], op.out_features // shards[1]
+            starts = (
+                jax.lax.axis_index(axes) * n if axes else jnp.zeros((), jnp.int32)
+                for axes, n in zip(both, sizes, strict=True)
+            )
+            part = part_of(op, *starts, *sizes)
             return self._sum(apply((part, *rest), x), out_spec)
 
-        # The numbers are data: with some axes mapped and others left to XLA, a device
-        # cannot ask for its index. Within a whole model XLA refuses the PartitionId
-        # that `axis_index` becomes, though one layer alone compiles.
-        numbers = map(jnp.arange, shards)
         context = jax.sharding.get_abstract_mesh()
-        mapped = jax.shard_map(
+        return jax.shard_map(
             local,
             mesh=features.mesh if context.empty else context,
-            in_specs=(
-                *map(PartitionSpec, both),
-                *(in_spec, REPLICATED, *self.specs[2:]),
-            ),
+            in_specs=(in_spec, REPLICATED, *self.specs[2:]),
             out_specs=out_spec,
             axis_names={axis for axes in both for axis in axes},
             check_vma=False,
         )
-        # Compiled, since JAX maps some axes of a mesh and not others only in a program.
-        return functools.partial(jax.jit(mapped), *numbers)
 
     def _sum(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """The sum over the devices that do not split it."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from mora_jax._jax.platform import traced_for
+from mora_jax._jax.platform import chosen_platform
 
 
 @contextlib.contextmanager
@@ -19,8 +19,9 @@ def as_if_on(platform: str) -> Iterator[None]:
       platform: One of `TUNING`.
     """
     jax.clear_caches()
+    token = chosen_platform.set(platform)
     try:
-        with traced_for(platform):
-            yield
+        yield
     finally:
+        chosen_platform.reset(token)
         jax.clear_caches()
