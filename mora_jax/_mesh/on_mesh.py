@@ -163,6 +163,9 @@ class OnMesh(DeltaMap):
         of_h = self._map(here, h, REPLICATED, out_spec, in_axes=())
         return of_h((self.operator,), h)
 
+    def product(self, h: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+        return self.operator.product(h, m, precision)
+
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)
