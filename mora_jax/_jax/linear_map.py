@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class LinearMap(abc.ABC):
     """y = A(r) x, linear in the operand x; the residuals r are any pytree of arrays."""
 
     # Instances must be hashable, since they become part of programs.
+    elementwise: ClassVar[bool] = False
+    """True if it does the same with each number, so that a batch is an operand, too."""
 
     @abc.abstractmethod
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
@@ -92,7 +94,7 @@ class _Call:
     batch_axes: tuple[tuple[int | None, ...], ...] = ()
 
     def __call__(self, *args: Any) -> jax.Array:
-        if self.batch_axes:
+        if self.batch_axes and not self.map.elementwise:
             return self._batched(_Call.__call__)(*args)
         residuals = jax.tree.unflatten(self.treedef, args[:-1])
         token = chosen_platform.set(self.platform)

@@ -4,6 +4,7 @@ JAX adds what its own functions need. It cannot do so for a primitive that is no
 own, for zeros that a loop adds to, and for the shapes that a function is transposed by.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,8 +26,9 @@ def axes_of(*arrays: Any) -> Axes:
     return axes
 
 
-def _vary(x: Any, axes: Axes) -> Any:
-    more = tuple(sorted(axes - axes_of(x), key=str))
+def varying(x: Any, axes: Iterable[Any]) -> Any:
+    """`x` as an array that differs along `axes`, and others."""
+    more = tuple(sorted(frozenset(axes) - axes_of(x), key=str))
     if not more:
         return x
     if hasattr(jax.lax, "pcast"):
@@ -39,9 +41,9 @@ def alike(*arrays: ArrayLike) -> list[Any]:
     """The arrays, as ones that differ along the same axes."""
     # The gradient of one that did not is then summed over devices, as it must be.
     axes = axes_of(*arrays)
-    return [_vary(x, axes) for x in arrays] if axes else [*arrays]
+    return [varying(x, axes) for x in arrays] if axes else [*arrays]
 
 
 def zeros_for(shape: tuple[int, ...], dtype: DTypeLike, *arrays: Any) -> jax.Array:
     """Zeros that a loop may add numbers to that are computed from `arrays`."""
-    return _vary(jnp.zeros(shape, dtype), axes_of(*arrays))
+    return varying(jnp.zeros(shape, dtype), axes_of(*arrays))

@@ -164,7 +164,8 @@ class Delta(KernelDelta):
         """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
         if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
-        if on_mesh := self._of_kernel:
+        if features := self._features_of_kernel:
+            on_mesh = OnMesh(self.operator, features)
             return on_mesh.added(self.m, kernel, chips.add)
         return chips.add(self.operator, self.m, kernel)
 
@@ -172,16 +173,14 @@ class Delta(KernelDelta):
         """(*stack, in_features, out_features)."""
         if self._stack:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
-        if on_mesh := self._of_kernel:
-            return on_mesh.matrix(self.m, chips.matrix_of)
-        return _matrix(self.operator, self.m, current_chip())
+        features = self._features_of_kernel
+        return _matrix(self.operator, self.m, current_chip(), features)
 
     @property
-    def _of_kernel(self) -> OnMesh | None:
-        """The operator where devices share the kernel; None if they do not."""
+    def _features_of_kernel(self) -> FeatureSharding | None:
+        """The mesh axes that split features of the kernel itself, if any does."""
         layout = self.layout
-        features = layout and layout.for_kernel(self.axes, self.kernel_shape)
-        return features and OnMesh(self.operator, features)
+        return layout and layout.for_kernel(self.axes, self.kernel_shape)
 
     @property
     def _features(self) -> FeatureSharding | None:
@@ -198,8 +197,12 @@ class Delta(KernelDelta):
 
 
 # One program for all layers of a shape: `merge` calls it for each kernel.
-@functools.partial(jax.jit, static_argnums=2)
-def _matrix(op: Any, m: jax.Array, chip: Chip | None) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _matrix(
+    op: Any, m: jax.Array, chip: Chip | None, features: FeatureSharding | None
+) -> jax.Array:
+    if features:
+        return OnMesh(op, features).matrix(m, chips.matrix_of)
     return chips.matrix_of(op, m)
 
 

@@ -26,20 +26,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import transposed
-from mora_jax._jax.linear_map import LinearMap, static
+from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.equation import ByM, Delta, sum_dtype
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
-from mora_jax._mesh.on_mesh import REPLICATED, OnMesh, ShardMappedMap
+from mora_jax._mesh.on_mesh import REPLICATED, OnMesh, shared
 from mora_jax._mesh.placement import (
     explicit_layout,
     explicit_sharding,
@@ -122,7 +122,7 @@ class Adapted(_OfLayer):
         operator, _, kernel = residuals
         way = self.layer.way(kernel, operator.work, current_tuning())
         if way == "fused":
-            return fused(self.layer, kernel.shape)
+            return Fused(self.layer)
         return Folded(self.layer) if way == "fold" else Activation(self.layer)
 
     def mapped(self, residuals: Any) -> LinearMap:
@@ -219,24 +219,34 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
     return m + zero.astype(m.dtype)
 
 
-def fused(layer: Layer, kernel_shape: Shape) -> LinearMap:
+class Fused(_OfLayer):
     """The same where each device adds its parts of both terms."""
-    labels, on_mesh = layer.product.claim.einsum, layer.features(kernel_shape)
-    assert on_mesh is not None
-    split: dict[str, MeshAxes] = {}
-    for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
-        # Of several axes of a kind (heads and their features) the first one is split.
-        kernel = zip(labels[1], layer.axes, kernel_shape, strict=True)
-        first = next((c for c, a, n in kernel if a == letter and n > 1), "")
-        split[first] = axes
-    x_spec, kernel_spec, y_spec = (
-        PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
-    )
-    on_one = Activation(dataclasses.replace(layer, layout=None))
-    here = static(Activation.forward, on_one)
-    x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
-    specs = x_spec, y_spec, REPLICATED, kernel_spec
-    return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, m, kernel), layer = residuals, self.layer
+        labels, features = layer.product.claim.einsum, layer.features(kernel.shape)
+        assert features is not None
+        split: dict[str, MeshAxes] = {}
+        for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
+            # Of several axes of a kind (heads and their features) the first is split.
+            of_kernel = zip(labels[1], layer.axes, kernel.shape, strict=True)
+            first = next((c for c, a, n in of_kernel if a == letter and n > 1), "")
+            split[first] = axes
+        x_spec, kernel_spec, y_spec = (
+            PartitionSpec(*(split.get(label) or None for label in part))
+            for part in labels
+        )
+        # XLA might gather the input instead. The kernel is gathered again in the
+        # backward pass, so that it is not saved.
+        place = NamedSharding(features.mesh, kernel_spec)
+        arrays = operand, m, jax.lax.with_sharding_constraint(kernel, place)
+        on_one = Activation(dataclasses.replace(layer, layout=None))
+
+        def here(part: Any, x: jax.Array, m: jax.Array, kernel: jax.Array) -> jax.Array:
+            return on_one.forward((part, m, kernel), x)
+
+        specs = x_spec, REPLICATED, kernel_spec
+        return shared(here, op, arrays, specs, y_spec, features)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again

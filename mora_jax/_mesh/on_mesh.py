@@ -4,135 +4,104 @@ If inputs are split, a device has part of C(x), and the parts are summed: q numb
 each row. If outputs are split, the forward pass needs no communication and the backward
 pass one sum of (rows, q). If C(x) is as large as x, the outputs are summed instead; and
 so they are for every operator where the layer's own output is summed with them (see
-`ways.fused`). The gradient of M is a sum of arrays like M over all axes that split
+`ways.Fused`). The gradient of M is a sum of arrays like M over all axes that split
 anything.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from mora_jax._jax.linear_map import LinearMap, static
+from mora_jax._jax.linear_algebra import transposed
+from mora_jax._jax.linear_map import LinearMap
+from mora_jax._jax.platform import current_platform
+from mora_jax._jax.vma import varying
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
-from mora_jax._mesh.parts import part_of
+from mora_jax._mesh.parts import OperatorPart, part_of
 from mora_jax.operators._base import DeltaMap, Operator
 
 REPLICATED = PartitionSpec()
 
+Here = Callable[..., jax.Array]
+"""A function of one device's part of an operator and of arrays."""
+
+
+def shared(
+    here: Here,
+    operator: Operator,
+    arrays: Sequence[jax.Array],
+    specs: Sequence[PartitionSpec],
+    out_spec: PartitionSpec,
+    features: FeatureSharding,
+) -> jax.Array:
+    """`here(part, *arrays)` on each device that shares features.
+
+    It is summed over the axes of `features` that do not split it. Other axes of the
+    mesh, such as those that split a batch, are left to XLA. `specs` are the splits of
+    the arrays, and `out_spec` is that of the result.
+    """
+    both = features.in_axes, features.out_axes
+    names = (*features.in_axes, *features.out_axes)
+    shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
+
+    def sum_to(spec: PartitionSpec) -> _Sum:
+        split = {axis for entry in spec for axis in mesh_axes(entry)}
+        return _Sum(tuple(axis for axis in names if axis not in split))
+
+    def local(operator: Operator, *arrays: jax.Array) -> jax.Array:
+        sizes = operator.in_features // shards[0], operator.out_features // shards[1]
+        starts = (
+            jax.lax.axis_index(axes) * n if axes else jnp.zeros((), jnp.int32)
+            for axes, n in zip(both, sizes, strict=True)
+        )
+        part = part_of(operator, *starts, *sizes)
+        own = (
+            sum_to(spec)((), array, transposed=True)
+            for array, spec in zip(arrays, specs, strict=True)
+        )
+        return sum_to(out_spec)((), here(part, *own))
+
+    context = jax.sharding.get_abstract_mesh()
+    mapped = jax.shard_map(
+        local,
+        mesh=features.mesh if context.empty else context,
+        in_specs=(REPLICATED, *specs),
+        out_specs=out_spec,
+        axis_names=set(names),
+    )
+    return mapped(operator, *arrays)
+
 
 @dataclasses.dataclass(frozen=True)
-class ShardMappedMap(LinearMap):
-    """A linear map around an operator that devices compute in parts.
+class _Sum(LinearMap):
+    """The sum over devices, or their own arrays as one that differs between them.
 
-    The first residual is the operator. The result is the sum of the parts over those
-    axes of `features` that do not split it. Other axes of the mesh, such as those that
-    split a batch, are left to XLA.
-
-    Attributes:
-      features: The axes that split something, or whose devices have parts of a sum.
-      forward_here: The function that one device computes, of its residuals and its
-        operand. Its first residual is its part of the operator.
-      whole: The type of the whole operand: its shape and dtype.
-      specs: The splits of the operand, of the result, and of the residuals behind the
-        operator.
-      gathers_last: True if other axes may split the last residual as well, so that it
-        has to be gathered from them.
+    Each is the transpose of the other one.
     """
 
-    features: FeatureSharding
-    forward_here: Callable[..., Any]
-    whole: Any
-    specs: tuple[PartitionSpec, ...]
-    gathers_last: bool = False
+    # JAX derives the same, but up to 0.8 cannot map its sum over a batch (`jax.vmap`).
+    # And each gradient is summed once, not once for each use of an array.
+    axes: MeshAxes
+
+    elementwise = True
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        mapped = self._mapped(self.forward_here, *self.specs[:2])
-        return mapped(operand, *self._gathered(residuals))
+        if not self.axes:
+            return operand
+        dtype = operand.dtype
+        # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.
+        if current_platform() == "cpu":
+            operand = operand.astype(jnp.promote_types(dtype, jnp.float32))
+        return jax.lax.psum(operand, self.axes).astype(dtype)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        (in_spec, out_spec), whole = self.specs[:2], self.whole
-        place = NamedSharding(self.features.mesh, in_spec)
-        like = jax.ShapeDtypeStruct(place.shard_shape(whole.shape), whole.dtype)
-
-        def transposed(here: Any, y: jax.Array) -> jax.Array:
-            of_x = functools.partial(self.forward_here, here)
-            return jax.linear_transpose(of_x, like)(y)[0]
-
-        mapped = self._mapped(transposed, out_spec, in_spec)
-        return mapped(cotangent, *self._gathered(residuals))
-
-    def _mapped(
-        self, apply: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
-    ) -> Callable[..., jax.Array]:
-        """The function of an array and residuals that is `apply` on each device."""
-        features = self.features
-        both = features.in_axes, features.out_axes
-        shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
-
-        def local(x: jax.Array, op: Any, *rest: Any) -> jax.Array:
-            sizes = op.in_features // shards[0], op.out_features // shards[1]
-            starts = (
-                jax.lax.axis_index(axes) * n if axes else jnp.zeros((), jnp.int32)
-                for axes, n in zip(both, sizes, strict=True)
-            )
-            part = part_of(op, *starts, *sizes)
-            return self._sum(apply((part, *rest), x), out_spec)
-
-        context = jax.sharding.get_abstract_mesh()
-        return jax.shard_map(
-            local,
-            mesh=features.mesh if context.empty else context,
-            in_specs=(in_spec, REPLICATED, *self.specs[2:]),
-            out_specs=out_spec,
-            axis_names={axis for axes in both for axis in axes},
-            check_vma=False,
-        )
-
-    def _sum(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The sum over the devices that do not split it."""
-        split = {axis for entry in spec for axis in mesh_axes(entry)}
-        names = (*self.features.in_axes, *self.features.out_axes)
-        axes = tuple(axis for axis in names if axis not in split)
-        if not axes:
-            return x
-        # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.
-        mesh = self.features.mesh
-        device = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
-        if (device or jax.default_backend()) == "cpu":
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            return jax.lax.psum(wide, axes).astype(x.dtype)
-        return jax.lax.psum(x, axes)
-
-    def _gathered(self, residuals: Any) -> Any:
-        if not self.gathers_last:
-            return residuals
-        # XLA might gather the operand instead. The residual is gathered again in the
-        # backward pass, so that it is not saved.
-        *others, last = residuals
-        sharding = NamedSharding(self.features.mesh, self.specs[-1])
-        return *others, jax.lax.with_sharding_constraint(last, sharding)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _RowsInParts(ShardMappedMap):
-    """The same with the derivative by M, whose residuals are the operand and M."""
-
-    # JAX would transpose the sum over devices as well, to another sum.
-    by_m: ShardMappedMap
-
-    def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
-        op, m = residuals
-        return self.by_m, (op, operand, m)
-
-
-PartForm = Callable[..., jax.Array]
-"""A function of a part and of arrays, such as `chips.matrix_of`."""
+        return varying(cotangent, self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +120,23 @@ class OnMesh(DeltaMap):
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
-        here, in_spec = static(_here, "enter"), last_axis(axes, x.ndim)
-        of_x = self._map(here, x, in_spec, REPLICATED, out_axes=())
-        return of_x((self.operator,), x)
+
+        def here(part: OperatorPart, x: jax.Array) -> jax.Array:
+            return part.enter(x)
+
+        specs = [last_axis(axes, x.ndim)]
+        return self._shared(here, [x], specs, REPLICATED, out_axes=())
 
     def leave(self, h: jax.Array) -> jax.Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
-        here, out_spec = static(_here, "leave"), last_axis(axes, h.ndim)
-        of_h = self._map(here, h, REPLICATED, out_spec, in_axes=())
-        return of_h((self.operator,), h)
+
+        def here(part: OperatorPart, h: jax.Array) -> jax.Array:
+            return part.leave(h)
+
+        out_spec = last_axis(axes, h.ndim)
+        return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
 
     def product(self, h: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         return self.operator.product(h, m, precision)
@@ -169,14 +144,12 @@ class OnMesh(DeltaMap):
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)
-        of_x = _RowsInParts(
-            self.features,
-            static(_rows, precision),
-            jax.typeof(x),
-            (*self._specs(x), REPLICATED),
-            by_m=self._by_m(x, m, precision),
-        )
-        return of_x((self.operator, m), x)
+
+        def here(part: OperatorPart, x: jax.Array, m: jax.Array) -> jax.Array:
+            return part.rows(x, m, precision)
+
+        x_spec, y_spec = self._specs(x.ndim)
+        return self._shared(here, [x, m], [x_spec, REPLICATED], y_spec)
 
     def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
         return x, m
@@ -184,14 +157,19 @@ class OnMesh(DeltaMap):
     def tangent(
         self, kept: Any, tangent: jax.Array, precision: Any = None
     ) -> jax.Array:
-        by_m = self._by_m(kept[0], tangent, precision)
-        return by_m((self.operator, *kept), tangent)
+        def here(part: OperatorPart, x: jax.Array, m: jax.Array, t: Any) -> jax.Array:
+            rows = functools.partial(part.rows, x, precision=precision)
+            return jax.jvp(rows, (m,), (t.astype(m.dtype),))[1]
+
+        x_spec, y_spec = self._specs(kept[0].ndim)
+        specs = x_spec, REPLICATED, REPLICATED
+        return self._shared(here, [*kept, tangent], specs, y_spec)
 
     def gradient(
         self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
     ) -> jax.Array:
-        by_m = self._by_m(kept[0], g, precision)
-        return by_m((self.operator, *kept), g, transposed=True)
+        tangent = functools.partial(self.tangent, kept, precision=precision)
+        return transposed(tangent, self.operator.m_shape, g)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Any = None
@@ -200,51 +178,36 @@ class OnMesh(DeltaMap):
 
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
-        here = static(_here, "unit_rows", precision)
+
+        def here(part: OperatorPart, indices: jax.Array, m: jax.Array) -> jax.Array:
+            return part.unit_rows(indices, m, precision)
+
         out_spec = last_axis(self.features.out_axes, indices.ndim + 1)
-        of_m = self._map(here, m, REPLICATED, out_spec, REPLICATED, in_axes=())
-        return self._of_m(of_m, m, indices)
+        specs = REPLICATED, REPLICATED
+        return self._shared(here, [indices, m], specs, out_spec, in_axes=())
 
-    def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
+    def matrix(self, m: jax.Array, matrix_of: Here) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        here = static(_here, matrix_of)
-        return self._of_m(self._map(here, m, REPLICATED, self._kernel_spec), m)
+        return self._shared(matrix_of, [m], [REPLICATED], self._kernel_spec)
 
-    def added(self, m: jax.Array, kernel: jax.Array, add: PartForm) -> jax.Array:
+    def added(self, m: jax.Array, kernel: jax.Array, add: Here) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
 
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-        here, spec = static(_here, add), self._kernel_spec
-        sums = self._map(here, kernel, spec, spec, REPLICATED)
-        # Without a transpose, since it is not linear.
-        return sums.forward((self.operator, m), kernel)
+        spec = self._kernel_spec
+        return self._shared(add, [m, kernel], [REPLICATED, spec], spec)
 
-    def _map(
-        self, here: PartForm, like: Any, *specs: PartitionSpec, **axes: Any
-    ) -> ShardMappedMap:
-        """A map of an operand `like` that, with some other `axes` of the features."""
+    def _shared(self, here: Here, *args: Any, **axes: Any) -> jax.Array:
+        """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
-        return ShardMappedMap(features, here, jax.typeof(like), specs)
+        return shared(here, self.operator, *args, features)
 
-    def _of_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
-        # Of a delta that is not linear in M JAX takes the derivative.
-        apply = of_m if self.operator.linear else of_m.forward
-        return apply((self.operator, *arrays), m)
-
-    def _by_m(self, x: jax.Array, m: Any, precision: Any) -> ShardMappedMap:
-        """The derivative by M as a map of its tangent, in the dtype of `m`."""
-        x_spec, y_spec = self._specs(x)
-        specs = REPLICATED, y_spec, x_spec, REPLICATED
-        here = static(_tangent, precision)
-        whole = jax.ShapeDtypeStruct(self.operator.m_shape, m.dtype)
-        return ShardMappedMap(self.features, here, whole, specs)
-
-    def _specs(self, x: jax.Array) -> tuple[PartitionSpec, ...]:
+    def _specs(self, ndim: int) -> tuple[PartitionSpec, PartitionSpec]:
         """The splits of x, and of the output."""
-        both = self.features.in_axes, self.features.out_axes
-        return tuple(last_axis(axes, x.ndim) for axes in both)
+        features = self.features
+        return last_axis(features.in_axes, ndim), last_axis(features.out_axes, ndim)
 
     @property
     def _kernel_spec(self) -> PartitionSpec:
@@ -254,25 +217,3 @@ class OnMesh(DeltaMap):
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
     """PartitionSpec of an array of `ndim` axes, the last one split by `axes`."""
     return PartitionSpec(*[None] * (ndim - 1), axes)
-
-
-def _here(method: str | PartForm, *args: Any) -> jax.Array:
-    """A method of the operator's part on one device, or a function of the part.
-
-    The arguments are the method's last ones, the residuals and the operand.
-    """
-    *settings, (part, *arrays), operand = args
-    function = getattr(type(part), method) if isinstance(method, str) else method
-    return function(part, *arrays, operand, *settings)
-
-
-def _rows(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
-    part, m = residuals
-    return part.rows(x, m, precision)
-
-
-def _tangent(precision: Any, residuals: Any, tangent: jax.Array) -> jax.Array:
-    """The derivative of a part's rows by M."""
-    part, x, m = residuals
-    rows = functools.partial(part.rows, x, precision=precision)
-    return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]
