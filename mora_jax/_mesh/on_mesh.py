@@ -144,12 +144,7 @@ class OnMesh(DeltaMap):
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)
-
-        def here(part: OperatorPart, x: jax.Array, m: jax.Array) -> jax.Array:
-            return part.rows(x, m, precision)
-
-        x_spec, y_spec = self._specs(x.ndim)
-        return self._shared(here, [x, m], [x_spec, REPLICATED], y_spec)
+        return self._in_parts(x, m, precision)
 
     def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
         return x, m
@@ -157,13 +152,9 @@ class OnMesh(DeltaMap):
     def tangent(
         self, kept: Any, tangent: jax.Array, precision: Any = None
     ) -> jax.Array:
-        def here(part: OperatorPart, x: jax.Array, m: jax.Array, t: Any) -> jax.Array:
-            rows = functools.partial(part.rows, x, precision=precision)
-            return jax.jvp(rows, (m,), (t.astype(m.dtype),))[1]
-
-        x_spec, y_spec = self._specs(kept[0].ndim)
-        specs = x_spec, REPLICATED, REPLICATED
-        return self._shared(here, [*kept, tangent], specs, y_spec)
+        x, m = kept
+        rows = functools.partial(self._in_parts, x, precision=precision)
+        return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]
 
     def gradient(
         self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
@@ -199,15 +190,22 @@ class OnMesh(DeltaMap):
         spec = self._kernel_spec
         return self._shared(add, [m, kernel], [REPLICATED, spec], spec)
 
+    def _in_parts(self, x: jax.Array, m: jax.Array, precision: Any) -> jax.Array:
+        """The rows of x, where the output is what devices sum."""
+
+        def here(part: OperatorPart, x: jax.Array, m: jax.Array) -> jax.Array:
+            return part.rows(x, m, precision)
+
+        x_spec, y_spec = (
+            last_axis(axes, x.ndim)
+            for axes in (self.features.in_axes, self.features.out_axes)
+        )
+        return self._shared(here, [x, m], [x_spec, REPLICATED], y_spec)
+
     def _shared(self, here: Here, *args: Any, **axes: Any) -> jax.Array:
         """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
         return shared(here, self.operator, *args, features)
-
-    def _specs(self, ndim: int) -> tuple[PartitionSpec, PartitionSpec]:
-        """The splits of x, and of the output."""
-        features = self.features
-        return last_axis(features.in_axes, ndim), last_axis(features.out_axes, ndim)
 
     @property
     def _kernel_spec(self) -> PartitionSpec:
