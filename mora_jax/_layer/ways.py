@@ -242,11 +242,8 @@ class Fused(_OfLayer):
         arrays = operand, m, jax.lax.with_sharding_constraint(kernel, place)
         on_one = Activation(dataclasses.replace(layer, layout=None))
 
-        def here(part: Any, x: jax.Array, m: jax.Array, kernel: jax.Array) -> jax.Array:
-            return on_one.forward((part, m, kernel), x)
-
         specs = x_spec, REPLICATED, kernel_spec
-        return shared(here, op, arrays, specs, y_spec, features)
+        return shared(on_one.forward, op, arrays, specs, y_spec, features)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again

@@ -23,13 +23,13 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import current_platform
 from mora_jax._jax.vma import varying
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
-from mora_jax._mesh.parts import OperatorPart, part_of
+from mora_jax._mesh.parts import part_of
 from mora_jax.operators._base import DeltaMap, Operator
 
 REPLICATED = PartitionSpec()
 
 Here = Callable[..., jax.Array]
-"""A function of one device's part of an operator and of arrays."""
+"""A function on one device, of the part of an operator there, and of arrays."""
 
 
 def shared(
@@ -40,7 +40,7 @@ def shared(
     out_spec: PartitionSpec,
     features: FeatureSharding,
 ) -> jax.Array:
-    """`here(part, *arrays)` on each device that shares features.
+    """`here((part, *others), first)` of arrays on each device that shares features.
 
     It is summed over the axes of `features` that do not split it. Other axes of the
     mesh, such as those that split a batch, are left to XLA. `specs` are the splits of
@@ -61,11 +61,11 @@ def shared(
             for axes, n in zip(both, sizes, strict=True)
         )
         part = part_of(operator, *starts, *sizes)
-        own = (
+        first, *others = (
             sum_to(spec)((), array, transposed=True)
             for array, spec in zip(arrays, specs, strict=True)
         )
-        return sum_to(out_spec)((), here(part, *own))
+        return sum_to(out_spec)((), here((part, *others), first))
 
     context = jax.sharding.get_abstract_mesh()
     mapped = jax.shard_map(
@@ -121,8 +121,8 @@ class OnMesh(DeltaMap):
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
 
-        def here(part: OperatorPart, x: jax.Array) -> jax.Array:
-            return part.enter(x)
+        def here(residuals: Any, x: jax.Array) -> jax.Array:
+            return residuals[0].enter(x)
 
         specs = [last_axis(axes, x.ndim)]
         return self._shared(here, [x], specs, REPLICATED, out_axes=())
@@ -132,8 +132,8 @@ class OnMesh(DeltaMap):
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
 
-        def here(part: OperatorPart, h: jax.Array) -> jax.Array:
-            return part.leave(h)
+        def here(residuals: Any, h: jax.Array) -> jax.Array:
+            return residuals[0].leave(h)
 
         out_spec = last_axis(axes, h.ndim)
         return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
@@ -170,7 +170,8 @@ class OnMesh(DeltaMap):
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
 
-        def here(part: OperatorPart, indices: jax.Array, m: jax.Array) -> jax.Array:
+        def here(residuals: Any, indices: jax.Array) -> jax.Array:
+            part, m = residuals
             return part.unit_rows(indices, m, precision)
 
         out_spec = last_axis(self.features.out_axes, indices.ndim + 1)
@@ -179,7 +180,11 @@ class OnMesh(DeltaMap):
 
     def matrix(self, m: jax.Array, matrix_of: Here) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        return self._shared(matrix_of, [m], [REPLICATED], self._kernel_spec)
+
+        def here(residuals: Any, m: jax.Array) -> jax.Array:
+            return matrix_of(*residuals, m)
+
+        return self._shared(here, [m], [REPLICATED], self._kernel_spec)
 
     def added(self, m: jax.Array, kernel: jax.Array, add: Here) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
@@ -187,13 +192,18 @@ class OnMesh(DeltaMap):
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
+
+        def here(residuals: Any, kernel: jax.Array) -> jax.Array:
+            return add(*residuals, kernel)
+
         spec = self._kernel_spec
-        return self._shared(add, [m, kernel], [REPLICATED, spec], spec)
+        return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
 
     def _in_parts(self, x: jax.Array, m: jax.Array, precision: Any) -> jax.Array:
         """The rows of x, where the output is what devices sum."""
 
-        def here(part: OperatorPart, x: jax.Array, m: jax.Array) -> jax.Array:
+        def here(residuals: Any, x: jax.Array) -> jax.Array:
+            part, m = residuals
             return part.rows(x, m, precision)
 
         x_spec, y_spec = (
@@ -202,10 +212,12 @@ class OnMesh(DeltaMap):
         )
         return self._shared(here, [x, m], [x_spec, REPLICATED], y_spec)
 
-    def _shared(self, here: Here, *args: Any, **axes: Any) -> jax.Array:
+    def _shared(
+        self, here: Here, arrays: Any, specs: Any, out_spec: PartitionSpec, **axes: Any
+    ) -> jax.Array:
         """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
-        return shared(here, self.operator, *args, features)
+        return shared(here, self.operator, arrays, specs, out_spec, features)
 
     @property
     def _kernel_spec(self) -> PartitionSpec:
