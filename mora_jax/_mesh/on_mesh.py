@@ -43,8 +43,8 @@ def shared(
     """`here((part, *others), first)` of arrays on each device that shares features.
 
     It is summed over the axes of `features` that do not split it. Other axes of the
-    mesh, such as those that split a batch, are left to XLA. `specs` are the splits of
-    the arrays, and `out_spec` is that of the result.
+    mesh, such as those that split a batch, are left to XLA. The arrays are split as in
+    `specs`, and the result as in `out_spec`.
     """
     both = features.in_axes, features.out_axes
     names = (*features.in_axes, *features.out_axes)
