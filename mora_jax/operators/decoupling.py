@@ -52,7 +52,11 @@ class Decoupling(Operator):
 
     @property
     def isometry(self) -> bool:
-        return self.aligned and self.in_features == self.out_features
+        # A truncated C picks inputs. Otherwise C adds up blocks, or D repeats them.
+        ins, outs = self.in_features, self.out_features
+        return outs % self.square_rank == 0 and (
+            outs <= ins if self.truncate else outs == ins
+        )
 
     @property
     def num_in_blocks(self) -> int:
