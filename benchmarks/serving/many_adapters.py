@@ -35,7 +35,7 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import MoRAConfig, linen, serving
-from mora_jax._jax.platform import current_platform, traced_for
+from mora_jax._jax.platform import chosen_platform, current_platform
 
 FROZEN, ONE, EACH = "no adapter", "one adapter", "one for each row"
 EQUAL, MERGED, LORA = "LoRA of equal budget", "merged copies", "LoRA of rank q"
@@ -207,8 +207,10 @@ def priced(case: Case, chip: str, where: Any, args: argparse.Namespace) -> list[
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
             (shapes, shared, x, index),
         )
-        with traced_for(platform_of(chip)):  # the baselines choose as they are traced
-            lowered = jax.jit(run).lower(*placed)
+        # The baselines choose as they are traced.
+        token = chosen_platform.set(platform_of(chip))
+        lowered = jax.jit(run).lower(*placed)
+        chosen_platform.reset(token)
         seconds = measure(lowered.compile(), chip).seconds
         time = seconds / rows[0]["seconds"] if rows else 1.0
         row = {"method": name, "seconds": seconds, "time": time}
