@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._layer.adapter import delta_of, wide
-from mora_jax._layer.merge_loss import shares_lost
+from mora_jax._layer.merge_loss import share_lost
 from mora_jax._layer.rounding import Rounding, check_rounding
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import merged_kernel
@@ -43,7 +43,7 @@ def merge_loss(
         merged = merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
         delta = delta_of(adapter)
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
-        loss["/".join(path)] = float(shares_lost(change, delta)[0])
+        loss["/".join(path)] = float(share_lost(change, delta))
     return loss
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import delta_kernel
-from mora_jax._layer.merge_loss import shares_lost
+from mora_jax._layer.merge_loss import share_lost
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_digests, kernel_digests
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
         after = merged.astype(dtype)
         if not np.isfinite(after).all() and np.isfinite(before).all():
             raise AdapterFileError(f"{name!r} overflows {tensor.dtype} with its delta")
-        return merged, float(shares_lost(after - before, delta)[0])
+        return merged, float(share_lost(after - before, delta))
 
     def check_base(self, read: Callable[[str], np.ndarray]) -> None:
         """Raise if the adapter is known to be trained on another kernel."""
