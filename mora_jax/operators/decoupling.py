@@ -52,11 +52,7 @@ class Decoupling(Operator):
 
     @property
     def isometry(self) -> bool:
-        # A truncated C picks inputs. Otherwise C adds up blocks, or D repeats them.
-        ins, outs = self.in_features, self.out_features
-        return outs % self.square_rank == 0 and (
-            outs <= ins if self.truncate else outs == ins
-        )
+        return self.aligned and self.in_features == self.out_features
 
     @property
     def num_in_blocks(self) -> int:
