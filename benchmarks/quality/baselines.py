@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 import mora_jax
 from benchmarks.quality import learners
@@ -162,16 +163,17 @@ class MiSS(Operator):
         """The sign of each input."""
         return np.ones(self.in_features, np.float32)
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        """C(x)."""
+    def _compress(self, x: jax.Array) -> jax.Array:
         x = x * self.signs.astype(x.dtype)
         missing = -self.in_features % self.square_rank
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
         return x.reshape(*x.shape[:-1], -1, self.square_rank).sum(-2)
 
-    def leave(self, h: jax.Array) -> jax.Array:
-        """D(h)."""
+    def _decompress(self, h: jax.Array) -> jax.Array:
         return h
+
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
 
 @operator

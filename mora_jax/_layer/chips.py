@@ -54,7 +54,7 @@ THIN = 16
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
     aligned = isinstance(op, Decoupling) and op.aligned
-    if aligned and op.num_in_blocks <= MAX_UNROLLED_SLICES:
+    if aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES:
         if current_chip() == "tpu":
             is_ordered = isinstance(op, Permutation)
             products = _ordered_products if is_ordered else _sliced_products
@@ -104,7 +104,7 @@ def folds_in_place(op: Any) -> bool:
 
 def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
     rotated = op.rotate_m(m)  # R_k M for all blocks, (n, q, q)
-    return jnp.broadcast_to(rotated, (op.num_in_blocks, *rotated.shape[1:]))
+    return jnp.broadcast_to(rotated, (op.compressed_shape[0], *rotated.shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class BlockMap(DeltaMap):
     ) -> jax.Array:
         products = self.products_of(self.op, kept, g, shards, precision)
         # Blocks that are left out come last, and lack gradients.
-        products = pad_to(products, self.op.num_in_blocks, axis=0)
+        products = pad_to(products, self.op.compressed_shape[0], axis=0)
         rotated = functools.partial(_rotated_m, self.op)
         unrotate = functools.partial(transposed, rotated, self.op.m_shape)
         return jax.vmap(unrotate, in_axes=1)(products).sum(0).astype(g.dtype)
@@ -161,7 +161,7 @@ def _sliced_products(
     op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The same for products of a slice of x and one of the gradient."""
-    n, q, groups = op.num_in_blocks, op.square_rank, op.num_groups
+    n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
     y = sum_tiles(g, groups * q)
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
 
@@ -246,7 +246,7 @@ def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
     # one. It goes through its blocks of that side which has more of them in the whole
     # kernel; each meets one block of the other side, and adds zeros if that is away.
     op, q = part.operator, part.operator.square_rank
-    n, p = op.num_in_blocks, op.num_out_blocks
+    n, p = op.compressed_shape[0], op.num_out_blocks
     ins, outs = min(q, part.in_features), min(q, part.out_features)
     starts = part.in_start.astype(jnp.uint32), part.out_start.astype(jnp.uint32)
     (first_in, row_in_m), (first_out, column_in_m) = (divide(s, q) for s in starts)

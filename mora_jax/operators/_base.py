@@ -52,11 +52,11 @@ class DeltaMap:
         raise NotImplementedError
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """C(x): (..., in_features) -> (..., *compressed_shape)."""
+        """C(x), or a sum of its blocks where M may multiply the sum."""
         raise NotImplementedError
 
     def leave(self, h: jax.Array) -> jax.Array:
-        """D, of what M has made of C(x)."""
+        """D, of what M has made of `enter(x)`."""
         raise NotImplementedError
 
     def product(
@@ -106,9 +106,9 @@ class Operator(DeltaMap):
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
-    and C and D as `enter` and `leave`. All else follows: the product `rows`, its
-    derivative by M and the delta as a `matrix`, which it also gives where it knows a
-    faster way. If M is not a square that multiplies the rows of C(x), it says which
+    and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
+    its derivative by M and the delta as a `matrix`, which it also gives where it knows
+    a faster way. If M is not a square that multiplies the rows of C(x), it says which
     array it is, `m_shape`, and how rows are multiplied, `product`; and if the delta is
     not linear in it, the derivative, as `LowRank` does. Equality and hash go by the
     settings. Arrays that a seed determines are pytree leaves: a jitted function takes
@@ -242,24 +242,38 @@ class Operator(DeltaMap):
         """Trained array that stands for `factor` times the delta of `m`."""
         return factor * m
 
-    def enter_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress(self, x: jax.Array) -> jax.Array:
+        """C: (..., in_features) -> (..., *compressed_shape)."""
+        raise NotImplementedError
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        """D: (..., *compressed_shape) -> (..., out_features)."""
+        raise NotImplementedError
+
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         """C of unit vectors by their numbers: (...) -> (..., *compressed_shape)."""
         # Subclasses need not make `in_features` numbers for each.
-        return self.enter(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
+        return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self._compress(x)
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return self._decompress(h)
 
     def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
 
         The delta is their product.
         """
-        return self.compress_matrix(m.dtype), self.leave(m)
+        return self.compress_matrix(m.dtype), self._decompress(m)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """Rows of the delta by their numbers: (...) -> (..., out_features)."""
-        h = self.enter_units(indices, m.dtype)
-        return self.leave(self.product(h, m, precision))
+        h = self._compress_units(indices, m.dtype)
+        return self._decompress(self.product(h, m, precision))
 
     def matrix(self, m: jax.Array) -> jax.Array:
         """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features)."""
@@ -269,21 +283,21 @@ class Operator(DeltaMap):
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
 
         def column(column: jax.Array) -> jax.Array:
-            return transposed(self.enter, (self.in_features,), column)
+            return transposed(self._compress, (self.in_features,), column)
 
-        return jax.vmap(column, in_axes=-1, out_axes=-1)(self.leave(m))
+        return jax.vmap(column, in_axes=-1, out_axes=-1)(self._decompress(m))
 
     def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
-        return self.enter(check_array("x", x, (self.in_features,)))
+        return self._compress(check_array("x", x, (self.in_features,)))
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
-        return self.leave(check_array("h", h, self.compressed_shape))
+        return self._decompress(check_array("h", h, self.compressed_shape))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
-        rows = self.enter_units(jnp.arange(self.in_features), dtype)
+        rows = self._compress_units(jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(

@@ -25,10 +25,10 @@ class Projection(Operator):
         basis: Any = getattr(self, f"{side}_basis")
         return jnp.asarray(basis).astype(dtype)
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: jax.Array) -> jax.Array:
         return matmul(x, self.basis("in", x.dtype))
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: jax.Array) -> jax.Array:
         return _times_transpose(h, self.basis("out", h.dtype))
 
     def matrix(self, m: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ class Projection(Operator):
             return _times_transpose(jax.lax.optimization_barrier(matmul(c, m)), d)
         return matmul(c, jax.lax.optimization_barrier(_times_transpose(m, d)))
 
-    def enter_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         return self.basis("in", dtype)[indices]
 
 

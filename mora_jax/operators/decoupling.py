@@ -22,7 +22,6 @@ class Decoupling(Operator):
     Input block k feeds output block k mod p, p = ceil(out / q); outputs beyond the n
     input blocks repeat them, so every input has an effect whatever the two widths. The
     input blocks that feed the same output block are a *group*; there are min(n, p).
-    Since M is the same for all of a group, C(x) has the sums of the groups.
 
     Attributes:
       truncate: Leave out the input blocks beyond the p-th instead, as the reference
@@ -48,16 +47,11 @@ class Decoupling(Operator):
 
     @property
     def compressed_shape(self) -> Shape:
-        return (self.num_groups, self.square_rank)
+        return (num_blocks(self.in_features, self.square_rank), self.square_rank)
 
     @property
     def isometry(self) -> bool:
         return self.aligned and self.in_features == self.out_features
-
-    @property
-    def num_in_blocks(self) -> int:
-        """Number n of the blocks that cover the inputs."""
-        return num_blocks(self.in_features, self.square_rank)
 
     @property
     def num_out_blocks(self) -> int:
@@ -67,26 +61,40 @@ class Decoupling(Operator):
     @property
     def num_groups(self) -> int:
         """Number of groups of input blocks: min(n, p)."""
-        return min(self.num_in_blocks, self.num_out_blocks)
+        return min(self.compressed_shape[0], self.num_out_blocks)
 
     @property
     def gains(self) -> tuple[float, float]:
-        """1 each, since C and D move numbers; C adds up n / p blocks if p < n."""
-        # Their numbers have either sign, so that the squares of the numbers add up.
-        return math.sqrt(self.num_feeding / self.num_groups), 1.0
+        """1 each, since C and D move numbers; an output adds up n / p if p < n."""
+        # Their changes have either sign, so that the squares of the changes add up.
+        return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        n, (groups, q) = self.num_in_blocks, self.compressed_shape
+    def _compress(self, x: jax.Array) -> jax.Array:
+        n, q = self.compressed_shape
         blocks = tile_to(self.order_inputs(x), n * q)
-        h = self.rotate_rows(blocks.reshape(*x.shape[:-1], n, q))
-        if n == groups:
+        return self.rotate_rows(blocks.reshape(*x.shape[:-1], n, q))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        return self.leave(self.sum_groups(h))
+
+    def sum_groups(self, h: jax.Array) -> jax.Array:
+        """(..., n, q) -> (..., groups, q): the sum of the blocks in each group."""
+        *batch, n, q = h.shape
+        if n <= self.num_out_blocks:
             return h
         if self.truncate:
-            return h[..., :groups, :]
-        h = sum_tiles(h.reshape(*x.shape[:-1], n * q), groups * q)
-        return h.reshape(*x.shape[:-1], groups, q)
+            return h[..., : self.num_out_blocks, :]
+        h = sum_tiles(h.reshape(*batch, n * q), self.num_out_blocks * q)
+        return h.reshape(*batch, self.num_out_blocks, q)
+
+    # D sums the blocks of a group. M multiplies them all, so it may multiply the sum
+    # instead: n blocks become min(n, p).
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self.sum_groups(self._compress(x))
 
     def leave(self, h: jax.Array) -> jax.Array:
+        """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
         *batch, groups, q = h.shape
         y = tile_to(h.reshape(*batch, groups * q), self.out_features)
         return self.outputs_in_place(y)
@@ -106,7 +114,7 @@ class Decoupling(Operator):
     def matrix(self, m: jax.Array) -> jax.Array:
         # In whole rows, which compilers vectorise; in tiles of q columns it took four
         # times as long.
-        n, q, outs = self.num_in_blocks, self.square_rank, self.out_features
+        (n, q), outs = self.compressed_shape, self.out_features
         columns = stored(lambda m: tile_to(m, outs), m)
         group = jnp.asarray(self.in_group(np.arange(n)))
         wanted = jnp.asarray(np.arange(outs) // q % self.num_groups)
@@ -143,7 +151,7 @@ class Decoupling(Operator):
     @property
     def num_feeding(self) -> int:
         """Number of input blocks that feed an output block: all, or those kept."""
-        return self.num_groups if self.truncate else self.num_in_blocks
+        return self.num_groups if self.truncate else self.compressed_shape[0]
 
     def in_group(self, block: Any) -> Any:
         """The group of each input block, (...), or one without outputs if left out."""
@@ -171,8 +179,8 @@ class SignedDecoupling(Decoupling):
 
     seed: int = 0
     in_signs: ArrayLike = seeded(
-        lambda op: signs(op.num_in_blocks * op.square_rank, op.seed).reshape(
-            op.num_in_blocks, op.square_rank
+        lambda op: signs(math.prod(op.compressed_shape), op.seed).reshape(
+            op.compressed_shape
         )
     )
 

@@ -49,7 +49,7 @@ class Rotation(Decoupling):
 
     def _tables(self, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and signed sine of the angle of each block and feature, (n, q)."""
-        n, q = self.num_in_blocks, self.square_rank
+        n, q = self.compressed_shape
         angle = np.outer(np.arange(n), BASE ** (-2 * np.arange(q // 2) / q))
         cos, sin = np.cos(angle), np.sin(angle)
         tables = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)

@@ -77,18 +77,18 @@ class Sharing(Operator):
         c_scale, d_scale = (float(self._scale(s, np.float64)) for s in ("in", "out"))
         return math.sqrt(group) * c_scale, d_scale
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: jax.Array) -> jax.Array:
         strided = self.compress_groups == "strided"
         sums = _sum_strided if strided else _sum_contiguous
         return sums(x, self.square_rank) * self._scale("in", x.dtype)
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: jax.Array) -> jax.Array:
         h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
         if self.decompress_groups == "strided":
             return tile_to(h, self.out_features)
         return _repeat_contiguous(h, self.out_features)
 
-    def enter_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         width, features = self.square_rank, self.in_features
         if self.compress_groups == "contiguous":
             group = _contiguous_group(indices, features, width)[..., None]
@@ -127,16 +127,16 @@ class SignedSharing(Sharing):
 
     name = "signed_sharing"
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        return super().enter(x * jnp.asarray(self.in_signs, x.dtype))
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
 
-    def leave(self, h: jax.Array) -> jax.Array:
-        y = super().leave(h)
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        y = super()._decompress(h)
         return y * jnp.asarray(self.out_signs, y.dtype)
 
-    def enter_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         signs = jnp.asarray(self.in_signs, dtype)[indices]
-        return super().enter_units(indices, dtype) * signs[..., None]
+        return super()._compress_units(indices, dtype) * signs[..., None]
 
 
 def _sum_strided(x: jax.Array, groups: int) -> jax.Array:

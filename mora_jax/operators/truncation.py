@@ -35,8 +35,8 @@ class Truncation(Operator):
         """1 each, of the inputs and outputs that are kept."""
         return 1.0, 1.0
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: jax.Array) -> jax.Array:
         return x[..., : self.square_rank]
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: jax.Array) -> jax.Array:
         return pad_to(h, self.out_features)

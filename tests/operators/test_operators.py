@@ -54,10 +54,10 @@ def maps(op, m, x, h):
     return {
         "compress": op.compress(x),
         "decompress": op.decompress(h),
-        "general rows": op.leave(op.enter(x) @ m),
+        "general rows": op._decompress(op._compress(x) @ m),
         "general rows of units": Operator.unit_rows(op, jnp.arange(op.in_features), m),
-        "general lookup": op.leave(
-            op.enter_units(jnp.arange(op.in_features), m.dtype) @ m
+        "general lookup": op._decompress(
+            op._compress_units(jnp.arange(op.in_features), m.dtype) @ m
         ),
         **_matrices(op, m.dtype),
     }
@@ -290,10 +290,10 @@ def test_an_operator_without_gains_says_so():
     class Halved(Operator):
         name = "halved"
 
-        def enter(self, x):
+        def _compress(self, x):
             return x[..., : self.square_rank] / 2
 
-        def leave(self, h):
+        def _decompress(self, h):
             return h
 
     with pytest.raises(NotImplementedError, match=r"Halved .* property `gains`"):

@@ -97,22 +97,7 @@ def signed_sharing(op):
     return ins[:, None, None] * c, d * outs
 
 
-def _grouped(c, d):
-    """Blocks that M sends to the same outputs, as one: C adds them up."""
-    first = {}
-    for block, to in enumerate(d):
-        if to.any():
-            first.setdefault(to.tobytes(), []).append(block)
-    summed = [c[:, blocks].sum(1) for blocks in first.values()]
-    return np.stack(summed, 1), d[[blocks[0] for blocks in first.values()]]
-
-
 def decoupling(op):
-    return _grouped(*_blocks(op))
-
-
-def _blocks(op):
-    """C and D of single blocks."""
     ins, outs, q = _sizes(op)
     n, p = math.ceil(ins / q), math.ceil(outs / q)
     c, d = np.zeros((ins, n, q)), np.zeros((n, q, outs))
@@ -133,12 +118,12 @@ def _blocks(op):
 
 
 def signed_decoupling(op):
-    c, d = _blocks(op)
-    return _grouped(c * np.asarray(op.in_signs, np.float64), d)
+    c, d = decoupling(op)
+    return c * np.asarray(op.in_signs, np.float64), d
 
 
 def rotation(op):
-    c, d = _blocks(op)
+    c, d = decoupling(op)
     q = op.square_rank
     rotated = c.copy()
     for block in range(c.shape[1]):
@@ -149,17 +134,17 @@ def rotation(op):
             rotated[:, block, j + q // 2] = high * math.cos(angle) + low * math.sin(
                 angle
             )
-    return _grouped(rotated, d)
+    return rotated, d
 
 
 def permutation(op):
-    c, d = _blocks(op)
+    c, d = decoupling(op)
     moved_c, moved_d = np.zeros_like(c), np.zeros_like(d)
     for place, feature in enumerate(np.asarray(op.in_order)):
         moved_c[feature] = c[place]
     for place, feature in enumerate(np.asarray(op.out_order)):
         moved_d[..., feature] = d[..., place]
-    return _grouped(moved_c, moved_d)
+    return moved_c, moved_d
 
 
 def orthogonal(op):
