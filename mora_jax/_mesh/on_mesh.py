@@ -138,6 +138,9 @@ class OnMesh(DeltaMap):
         out_spec = last_axis(axes, h.ndim)
         return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
 
+    def product(self, h: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+        return self.operator.product(h, m, precision)
+
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)

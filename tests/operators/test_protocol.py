@@ -18,7 +18,7 @@ from platforms import as_if_on
 import mora_jax
 from mora_jax import Adapter, AdapterSpec, FrozenDense, MoRAConfig, sharding
 from mora_jax._jax.tiles import pad_to
-from mora_jax.operators import OPERATORS, Operator
+from mora_jax.operators import OPERATORS, Operator, Truncation
 from mora_jax.operators._pytree import operator
 
 ALPHA = 0.7
@@ -160,6 +160,44 @@ def test_on_a_mesh(execution, dropout):
     places = PartitionSpec(), PartitionSpec(None, "inputs"), split
     run = functools.partial(results, execution, layout=layout, dropout=dropout)
     close(jax.jit(run)(*put(arrays, mesh, places)), expected(*arrays))
+
+
+@operator
+class Diagonal(Truncation):
+    """M is a diagonal, (q,)."""
+
+    name = "diagonal"
+    square = False
+
+    @property
+    def m_shape(self):
+        return (self.square_rank,)
+
+    def product(self, h, m, precision=None):
+        return h * m
+
+
+@pytest.mark.parametrize("split", ["inputs", (None, "outputs")], ids=str)
+def test_devices_that_share_c_take_its_product(split):
+    """Under a dropout, of nothing, with which layer and delta are never joined."""
+    op, split = Diagonal(12, 10, 8), PartitionSpec(*np.atleast_1d(split))
+    m, x, kernel = random(0, 8), random(1, 5, 12), random(2, 12, 10)
+    mesh = make_mesh(inputs=2, outputs=2)
+    plan = {"kernel_mora": Adapter(m, AdapterSpec(op, (12, 10), dropout=1e-12))}
+    known = sharding.on_mesh(plan, {"kernel": split}, batch_axes=(), mesh=mesh)
+    spec = known["kernel_mora"].spec
+    settings = {"dropout": spec.dropout, "layout": spec.layout}
+
+    @jax.jit
+    def y(m, x, kernel):
+        frozen = FrozenDense(kernel, None, op, **settings)
+        key = jax.random.key(0)
+        return mora_jax.mora_apply({"kernel_mora": m}, frozen, x, key=key)
+
+    delta = np.zeros((12, 10))
+    np.fill_diagonal(delta[:8, :8], m)
+    args = put((m, x, kernel), mesh, (PartitionSpec(), PartitionSpec(), split))
+    close(y(*args), x @ (kernel + delta))
 
 
 @pytest.mark.usefixtures("registered")
