@@ -85,7 +85,7 @@ def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:
 def joined(values: Iterable[Value]) -> Value:
     """All that an array depends on that is computed from several arrays."""
     trails: dict[Start, Trail] = {}
-    for start, trail in (pair for value in values for pair in value.items()):
+    for start, trail in [pair for value in values for pair in value.items()]:
         if (other := trails.setdefault(start, trail)) != trail:
             other = other._replace(view=None, numbers=None)
             through = trail.through | other.through
@@ -115,7 +115,7 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
     """The `trail` from `start` after an equation whose operands have `values`."""
     at = [k for k, value in enumerate(values) if start in value]
     name, alone = eqn.primitive.name, len(at) == 1
-    before, result = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
+    before, result = [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars]
     if numbers := _function(eqn, start, values):
         views = {values[k][start].view for k in at}
         view = views.pop() if len(views) == 1 else None
@@ -265,10 +265,10 @@ def _fault_of_rows(eqn: Any, call: MarkedCall, function: Any) -> str:
 def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
     """The view of the product of kernel `w` and `x`, if they sum over the same axes."""
     views = (w, x) if kernel_first else (x, w)
-    contracted, batch = (
+    contracted, batch = [
         [(views[0][k], views[1][n]) for k, n in zip(*axes, strict=True)]
         for axes in numbers
-    )
+    ]
     # Under vmap, each of many inputs has its layer of a stack.
     lifted = [pair for pair in batch if _is_of_stack(pair[not kernel_first])]
     if any(a != b and (a, b) not in lifted for a, b in (*contracted, *batch)):

@@ -29,12 +29,12 @@ View = tuple[Axis, ...]
 def named(axes: Iterable[Hashable], shape: Shape) -> View:
     """The view of an array of `shape` whose axes have the names `axes`."""
     pairs = zip(axes, shape, strict=True)
-    return tuple((Piece(axis, size),) if size != 1 else () for axis, size in pairs)
+    return tuple([(Piece(axis, size),) if size != 1 else () for axis, size in pairs])
 
 
 def length(axis: Axis) -> int:
     """The number of indices of an axis of a view."""
-    return math.prod(piece.size for piece in axis)
+    return math.prod([piece.size for piece in axis])
 
 
 def reshape(view: View, shape: Shape) -> View | None:

@@ -124,4 +124,4 @@ def test_few_calls_make_a_program():
     The first includes the proof that the call reads the kernels as the plan does.
     """
     first, second = json.loads(python("-c", CALLS))
-    assert first <= 1260 and second <= 690, (first, second)
+    assert first <= 1140 and second <= 680, (first, second)
