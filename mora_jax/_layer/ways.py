@@ -123,7 +123,7 @@ class Adapted(_OfLayer):
         way = self.layer.way(kernel, operator.work, current_tuning())
         if way == "fused":
             return Fused(self.layer)
-        return Folded(self.layer) if way == "fold" else Activation(self.layer)
+        return Fold(self.layer) if way == "fold" else Activation(self.layer)
 
     def mapped(self, residuals: Any) -> LinearMap:
         # Each of many M's would make a folded kernel of its own.
@@ -164,7 +164,7 @@ class Activation(_OfLayer):
         return y + layer.product.from_rows(rows, outs)
 
 
-class Folded(_OfLayer):
+class Fold(_OfLayer):
     """x times the folded kernel."""
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
