@@ -148,6 +148,7 @@ def test_what_is_trained_and_what_is_added(method):
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, trained)
 
 
+@pytest.mark.slow
 def test_lora_plus_trains_b_faster():
     base = small.base(32, layers=1)
     way = small.lora(base, 2, 16.0)
