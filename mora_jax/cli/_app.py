@@ -1,19 +1,20 @@
 """The commands of `mora-jax`."""
 
+import functools
 import importlib.metadata
-import json
-from operator import itemgetter
-from typing import Annotated, Any
+import re
+import shlex
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
 from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax._tree.plan import summary
-from mora_jax.cli import _output as opt
-from mora_jax.cli._output import as_options, progress
 from mora_jax.diagnostics._measures import effective_rank, spectrum
 from mora_jax.io._files import (
     CONFIG,
@@ -22,8 +23,10 @@ from mora_jax.io._files import (
     PathLike,
     as_path,
     check_free,
+    holds,
 )
-from mora_jax.io._json import read_json
+from mora_jax.io._json import parse, read_json
+from mora_jax.io._names import bijection
 
 app = typer.Typer(
     name="mora-jax",
@@ -33,8 +36,42 @@ app = typer.Typer(
 )
 
 
+def _names_of(text: str | None) -> io.Names:
+    """The `names` of an option: a family, templates, or templates in a file."""
+    names: io.Names = text
+    if text is not None and text.lstrip().startswith("{"):
+        names = parse(text.encode(), "--names")
+    elif text is not None and text.endswith(".json"):
+        names = read_json(as_path("--names", text))
+    bijection(names)  # refuses them now, also for commands that come to need none
+    return names
+
+
+_BASE = "The base's safetensors: a file, a directory or a URL."
+_WHY = "The reference's adapters need it, since they do not say how large kernels are."
+
+Adapter = Annotated[str, typer.Argument(help="Directory of an adapter, or its URL.")]
+Out = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
+Base = Annotated[str | None, typer.Option(metavar="PATH", help=f"{_BASE} {_WHY}")]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        "--names",
+        callback=_names_of,
+        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
+        'tunix, gm; or JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
+        "file of it whose name ends in .json. By default any family.",
+    ),
+]
+Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
+
+
 @app.callback(invoke_without_command=True)
-def options(version: opt.Version = False) -> None:
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
+) -> None:
     """Look at MoRA adapters, merge them into a base, and write them for others."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
@@ -63,71 +100,18 @@ def read_adapter(
     return io.load_peft(path, checkpoint and checkpoint.shapes(names), names)
 
 
-@app.command()
-def inspect(
-    adapter: opt.Adapter,
-    base: opt.Base = None,
-    names: opt.Family = None,
-    all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Show an adapter: its layers and settings, the norms and ranks of its deltas."""
-    adapters, kind = read_adapter(adapter, base, names), format_of(adapter)
-    metadata = io.read_metadata(adapter) if kind == "mora" else {}
-    layers, trained = describe(adapters)
-    if as_json:
-        report = {"format": kind, "metadata": metadata, "adapters": len(layers)}
-        report["parameters"] = sum(row["parameters"] for row in (*layers, *trained))
-        report |= {"layers": layers, "trained": trained}
-        typer.echo(json.dumps(report, indent=1))
-        return
-    typer.echo(f"format: {kind}\nmetadata: {metadata}")
-    typer.echo(summary(adapters, collapse=not all_layers))
-    for key in ("norm", "effective_rank"):
-        rows = sorted(layers, key=itemgetter(key))
-        ends = (f"{row[key]:.4g} of {row['path']}" for row in (rows[0], rows[-1]))
-        typer.echo(f"{key.replace('_', ' ')} of the deltas: {' to '.join(ends)}")
+def read_metadata(adapter: PathLike) -> dict[str, Any]:
+    """The metadata of an adapter in this library's format; others have none."""
+    return io.read_metadata(adapter) if format_of(adapter) == "mora" else {}
 
 
-def describe(adapters: Tree) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each kernel's adapter, and one for each array that trains itself."""
-    spectra, layers, trained = spectrum(adapters), [], []
-    for path, found in adapters_in(adapters).items():
-        name, spec = "/".join(path), found.spec
-        row: dict[str, Any] = {"path": name, "parameters": spec.parameters}
-        if (values := spectra.get(name)) is None:
-            trained.append(row | {"shape": list(spec.shape)})
-            continue
-        row |= {"in": spec.in_features, "out": spec.out_features}
-        row |= {"operator": spec.operator.name, "q": spec.operator.square_rank}
-        row |= {"norm": float(np.linalg.norm(values))}
-        row |= {"effective_rank": float(np.mean(effective_rank(values)))}
-        layers.append(row)
-    return layers, trained
-
-
-@app.command()
-def merge(
-    base: opt.WholeBase,
-    adapter: opt.Adapter,
-    out: opt.Out,
-    names: opt.Family = None,
-    force: opt.Force = False,
-    any_base: opt.AnyBase = False,
-    rounding: Annotated[
-        Rounding, typer.Option(help="Rounding to 16 bits; dither keeps small deltas.")
-    ] = "dither",
-) -> None:
-    """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    adapters = read_adapter(adapter, base, names)
-    opt.check_apart(out, adapter)
-    settings: dict[str, Any] = {"force": force, "any_base": any_base}
-    settings["rounding"], arrays = rounding, adapters_in(adapters).trained
-    with progress("merging", base) as settings["progress"]:
-        lost = io.merge_checkpoint(base, adapters, out, names, **settings)
-    also = f", {len(arrays)} trained arrays put in" if arrays else ""
-    said = f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean"
-    typer.echo(f"{said} {_most(lost)}.")
+def check_apart(out: str, adapter: str) -> None:
+    """Raise if `out` is the adapter's directory, holds it or lies in it."""
+    there, here = as_path("out", out), as_path("adapter", adapter)
+    if holds(there, here) or holds(here, there):
+        raise ValueError(
+            f"out must not be the adapter's directory, hold it or lie in it, got {out}"
+        )
 
 
 def _most(lost: dict[str, float]) -> str:
@@ -136,44 +120,116 @@ def _most(lost: dict[str, float]) -> str:
 
 
 @app.command()
-def export(
-    adapter: opt.Adapter,
-    out: opt.Out,
-    target: opt.Target,
-    base: opt.Base = None,
-    names: opt.Family = None,
-    base_model: Annotated[str, typer.Option(help="The base that it loads.")] = "",
-    rank: opt.Rank = None,
-    max_error: opt.MaxError = 0.1,
-    force: opt.Force = False,
-    any_base: opt.AnyBase = False,
+def inspect(
+    adapter: Adapter,
+    base: Base = None,
+    names: Family = None,
+    all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
 ) -> None:
-    """Write what a program loads: an adapter, or the base into which it is merged."""
+    """Show an adapter: its layers and settings, the norms and ranks of its deltas."""
     adapters = read_adapter(adapter, base, names)
-    opt.check_apart(out, adapter)
-    if rank is not None and target != "peft":
-        raise ValueError(f"rank is of a LoRA for PEFT, and not --for {target}")
+    typer.echo(f"format: {format_of(adapter)}\nmetadata: {read_metadata(adapter)}")
+    typer.echo(summary(adapters, collapse=not all_layers))
+    values = spectrum(adapters)
+    norms = {name: float(np.linalg.norm(one)) for name, one in values.items()}
+    ranks = {name: np.mean(effective_rank(one)) for name, one in values.items()}
+    for what, found in ("norm", norms), ("effective rank", ranks):
+        names_of_ends = (most(found, key=found.__getitem__) for most in (min, max))
+        ends = (f"{found[name]:.4g} of {name}" for name in names_of_ends)
+        typer.echo(f"{what} of the deltas: {' to '.join(ends)}")
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help=_BASE)],
+    adapter: Adapter,
+    out: Out,
+    names: Family = None,
+    force: Force = False,
+    any_base: Annotated[
+        bool, typer.Option(help="Merge into any weights of that shape.")
+    ] = False,
+    rounding: Annotated[
+        Rounding, typer.Option(help="Rounding to 16 bits; dither keeps small deltas.")
+    ] = "dither",
+) -> None:
+    """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
+    adapters = read_adapter(adapter, base, names)
+    check_apart(out, adapter)
+    settings: dict[str, Any] = {"force": force, "any_base": any_base}
+    settings["rounding"], console = rounding, Console(stderr=True)
+    hidden = not console.is_terminal  # a log would keep every state of the bar
+    with Progress(console=console, transient=True, disable=hidden) as bar:
+        size = io.Checkpoint(as_path("base", base)).size
+        advance = functools.partial(bar.advance, bar.add_task("merging", total=size))
+        settings["progress"] = advance
+        lost = io.merge_checkpoint(base, adapters, out, names, **settings)
+    arrays = adapters_in(adapters).trained
+    also = f", {len(arrays)} trained arrays put in" if arrays else ""
+    said = f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean"
+    typer.echo(f"{said} {_most(lost)}.")
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    out: Out,
+    program: Annotated[
+        Literal["mora", "peft", "vllm", "sglang"],
+        typer.Option("--for", help="This library, PEFT, or the server that loads it."),
+    ],
+    base: Base = None,
+    names: Family = None,
+    base_model: Annotated[
+        str, typer.Option(help="The base, a directory or a name on the Hub.")
+    ] = "",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most singular values that a LoRA keeps; by default as many as "
+            "--max-error asks for.",
+        ),
+    ] = None,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of its delta a LoRA may lose; 1 accepts any loss.",
+        ),
+    ] = 0.1,
+    force: Force = False,
+) -> None:
+    """Write an adapter as a LoRA for other programs, or in this library's format."""
+    adapters = read_adapter(adapter, base, names)
+    check_apart(out, adapter)
     told = f"{out}: {len(adapters_in(adapters).kernels)} adapters"
-    kwargs: dict[str, Any] = {"base_model": base_model, "force": force}
-    kwargs["max_error"] = max_error
-    if target == "mora":
+    if program == "mora":
+        if rank is not None:
+            raise ValueError("rank is of a LoRA, and not --for mora")
         check_free("out", out, [TENSORS], force)
-        # Other formats have none.
-        kept = io.read_metadata(adapter) if format_of(adapter) == "mora" else None
-        io.save(out, adapters, kept)
-    elif target == "peft":
-        kwargs["rank"] = rank
-        lost = io.save_peft_lora(out, adapters, names, **kwargs)
-        told += f" as a LoRA\nit lacks {_most(lost)}"
+        io.save(out, adapters, read_metadata(adapter))
     else:
-        kwargs |= {"base": base, "any_base": any_base}
-        with progress("writing", base) as kwargs["progress"]:
-            done = io.export(out, adapters, target, names, **kwargs)
-        form, lost = f"as a LoRA of rank {done.rank}", "it lacks"
-        if done.rank is None:
-            form, lost = "merged into the base", "rounding lost"
-        told += f" {form}\n{lost} {_most(done.lost)}\n{done.command}"
+        settings: Any = {"rank": rank, "max_error": max_error}
+        settings |= {"base_model": base_model, "force": force}
+        done = io.export(out, adapters, program, names, **settings)
+        told += f" as a LoRA of rank {done.rank}\nit lacks {_most(done.lost)}"
+        told += f"\n{done.command}"
     typer.echo(told)
+
+
+def as_options(text: str) -> str:
+    """A message of the library with arguments as the command line has them."""
+
+    # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        flag = "--" + name.replace("_", "-")
+        return flag if value == "True" else f"{flag} {shlex.quote(value)}"
+
+    arguments = r"\b(any_base|force|max_error|names|rank|rounding)"
+    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
 
 
 def run() -> None:

@@ -12,8 +12,7 @@ This library's format::
 PEFT's formats::
 
   load_peft             read a LoRA of PEFT, or the paper's authors' adapters
-  save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
-  export                the same or a merged checkpoint, with the command that serves it
+  export                write adapters as a plain LoRA, for PEFT, vLLM or SGLang
   Export                the result of `export`
   reference_operator    the operator that the authors' code computes with
   Names                 the type of `names`: PyTorch's modules as kernels
@@ -37,6 +36,5 @@ from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
-from mora_jax.io.peft._export import save_peft_lora as save_peft_lora
 from mora_jax.io.peft._read import load_peft as load_peft
 from mora_jax.io.peft._reference import reference_operator as reference_operator

@@ -1,18 +1,16 @@
-"""What servers load: a LoRA near enough of a rank that they take, or a merged base."""
+"""What programs load: a LoRA near enough, for servers of a rank that they take."""
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
-from adapter_files import assert_same, contents, made, run, single, specs_of
+from adapter_files import made, run, single, specs_of
 from base_files import sharded
 from helpers import random_like
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import mora_jax
 from mora_jax import MoRAConfig, MoRAWarning, io, make_operator
-from mora_jax.io import AdapterFileError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -74,27 +72,35 @@ def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
     assert done.command == expected[server]
 
 
-def test_what_no_server_takes_is_merged(tmp_path, base, monkeypatch):
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+@pytest.mark.parametrize("operator", ["signed_sharing", "rotation"])
+def test_what_no_server_takes_is_refused(tmp_path, base, monkeypatch, server, operator):
+    """The message names what holds all of it, and the rank that servers take."""
     monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
-    adapters = adapted(base, "rotation")
+    adapters = adapted(base, operator)
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="needs rank .* servers take 8 .* base"):
-        io.export(out, adapters, "vllm")
+    with pytest.raises(ValueError, match="needs rank .* servers take 8 .*") as told:
+        io.export(out, adapters, server)
+    for remedy in ("io.merge_checkpoint(base, ", "mora-jax merge BASE ", "rank=8"):
+        assert remedy in str(told.value)
     assert not out.exists()
-    done = io.export(out, adapters, "vllm", base=base)
-    assert done.rank is None and done.command == f"vllm serve {out}"
-    io.merge_checkpoint(base, adapters, tmp_path / "merged")
-    for file in (tmp_path / "merged").glob("*.safetensors"):
-        assert_same(load_file(out / file.name), load_file(file))
-    rough = io.export(tmp_path / "rough", adapters, "vllm", max_error=0.9)
-    assert rough.rank is not None and rough.rank <= 8
+    rough = io.export(out, adapters, server, rank=8, max_error=0.9)
+    assert rough.rank == 8 and 0 < max(rough.lost.values()) <= 0.9
+    assert io.export(tmp_path / "peft", adapters, "peft").rank > 8
+
+
+def test_peft_has_a_line_that_loads_it(tmp_path, base):
+    done = io.export(tmp_path / "a b", adapted(base, "rotation"), "peft")
+    place = str(tmp_path / "a b")
+    assert done.command == f"peft.PeftModel.from_pretrained(model, {place!r})"
 
 
 def test_the_command_writes_and_tells(tmp_path, base):
     adapters = adapted(base, "signed_sharing")
     mora_jax.save(tmp_path / "a", adapters)
     out = tmp_path / "o o"
-    printed = run("export", tmp_path / "a", out, "--for", "vllm", "--base", base)
+    told = "--for", "vllm", "--base-model", base
+    printed = run("export", tmp_path / "a", out, *told)
     assert f"{len(specs_of(adapters))} adapters as a LoRA of rank" in printed
     assert f"vllm serve {base} --enable-lora" in printed and f"'o o={out}'" in printed
     assert updates(out).keys()
@@ -104,11 +110,10 @@ def test_the_command_writes_and_tells(tmp_path, base):
 
 
 def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch):
-    """`~` and `file://` are ours, and servers load a directory, not one file of it."""
+    """`~` and `file://` are ours."""
     adapters = adapted(base, "signed_sharing")
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = sorted(base.glob("*.safetensors"))[0]
-    done = io.export("~/a", adapters, "vllm", base=file)
+    done = io.export("~/a", adapters, "vllm", base_model=str(base))
     assert done.command.startswith(f"vllm serve {base} ")
     assert done.command.endswith(f" a={tmp_path / 'a'}")
     url = (tmp_path / "b").as_uri()
@@ -117,57 +122,26 @@ def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch
     assert done.command.endswith(f" b={tmp_path / 'b'}")
 
 
-@pytest.mark.parametrize(
-    ("head", "config", "merged"),
-    [
-        (False, None, True),
-        (True, None, False),
-        (False, {"tie_word_embeddings": False}, False),
-        (False, {"text_config": {"tie_word_embeddings": False}}, False),
-    ],
-)
-def test_an_embedding_that_is_the_head_is_merged(tmp_path, head, config, merged):
-    """A LoRA would change what is looked up, and not the head that is tied to it."""
-    base, out = tmp_path / "model.safetensors", tmp_path / "out"
-    table = np.ones((40, 24), np.float32)
-    tensors = {"model.embed_tokens.weight": table}
-    save_file(tensors | ({"lm_head.weight": table} if head else {}), base)
-    if config:
-        (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("program", ["peft", "vllm"])
+def test_an_embedding_may_be_the_head(tmp_path, program):
+    """A LoRA would change what is looked up, and not a head that is tied to it."""
     path = "model", "embed_tokens", "embedding"
     plan = single(make_operator("sharing", 40, 24, 6), path=path)
-    warned = pytest.warns(MoRAWarning, match="not a head that is tied")
-    with warned if not merged else contextlib.nullcontext():
-        done = io.export(out, made(plan), "vllm", "llama", base=base)
-    assert (done.rank is None) == merged
-    with warned:
-        assert io.export(tmp_path / "lora", made(plan), "vllm").rank == 6
-
-
-def test_a_merged_base_replaces_no_adapter(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
-    adapters = adapted(base, "rotation")
-    out = tmp_path / "out"
-    mora_jax.save(out, adapters)
-    before = contents(out)
-    with pytest.raises(FileExistsError, match="adapter_model.safetensors"):
-        io.export(out, adapters, "vllm", base=base, force=True)
-    assert contents(out) == before
+    told = "not a head that is tied .* io.merge_checkpoint changes both"
+    with pytest.warns(MoRAWarning, match=told):
+        assert io.export(tmp_path / "lora", made(plan), program).rank == 6
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_bad_input(tmp_path, base, monkeypatch):
+def test_bad_input(tmp_path, base):
     adapters = adapted(base, "rotation")
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="server must be one of"):
+    with pytest.raises(ValueError, match="program must be one of"):
         io.export(out, adapters, "tgi")
     with pytest.raises(ValueError, match="max_error must be between"):
         io.export(out, adapters, "vllm", max_error=2)
     with pytest.raises(ValueError, match="adapters hold no adapter"):
         io.export(out, {}, "vllm")
-    monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 2))
-    with pytest.raises(AdapterFileError, match="there is no"):
-        io.export(out, adapters, "vllm", base=tmp_path / "none")
     with pytest.raises(TypeError, match="rank must be a positive integer"):
-        io.save_peft_lora(out, adapters, rank="all")
+        io.export(out, adapters, "peft", rank="all")
     assert not out.exists()

@@ -16,11 +16,11 @@ import mora_jax
 from mora_jax import MoRAConfig
 from mora_jax.io import (
     AdapterFileError,
+    export,
     load,
     load_base,
     merge_checkpoint,
     save,
-    save_peft_lora,
 )
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"
@@ -139,7 +139,7 @@ def test_each_module_is_a_lora_of_its_outputs(tmp_path, names, fused, operator):
     params = in_flax(torch_state("float32", fused), names, fused)
     adapters = adapted(params, operator)
     rank = None if operator == "sharing" else 64
-    lost = save_peft_lora(tmp_path / "lora", adapters, names, rank=rank)
+    lost = export(tmp_path / "lora", adapters, "peft", names, rank=rank).lost
     assert len(lost) == 14 and max(lost.values()) < 1e-6
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
@@ -179,7 +179,7 @@ def test_a_missing_module_is_named(tmp_path, base):
             merge_checkpoint(base, adapters, tmp_path / "out", "tunix")
     mapping = {"k{layer}": "layers/{layer}/attn/kv_einsum/w[0]"}
     with pytest.raises(ValueError, match=r"no module for the kernel"):
-        save_peft_lora(tmp_path / "lora", adapters, mapping, rank=8)
+        export(tmp_path / "lora", adapters, "peft", mapping, rank=8)
 
 
 def test_axes_that_do_not_fit_are_refused(base):

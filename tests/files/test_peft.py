@@ -104,18 +104,15 @@ def test_lora_is_the_update(tmp_path, case, size):
     plan = single(operator, path=UP_PROJ, alpha=0.5)
     adapters = made(plan)
     delta = delta_of(case, adapters)
-    if operator.block:
-        with pytest.raises(ValueError, match="rank"):
-            io.save_peft_lora(tmp_path / "a", adapters)
     for rank in (2, 1000) if operator.block else (None, 2, 1000):
         target = tmp_path / str(rank)
-        lost = io.save_peft_lora(target, adapters, rank=rank, max_error=1)
-        (lost,) = lost.values()
+        done = io.export(target, adapters, "peft", rank=rank, max_error=1)
+        (lost,) = done.lost.values()
         tensors = load_file(target / TENSORS)
         config = config_of(target)
         name = "base_model.model.model.layers.0.mlp.up_proj"
         a, b = (tensors.pop(f"{name}.lora_{x}.weight").astype(np.float64) for x in "AB")
-        assert not tensors and len(a) == config["r"]
+        assert not tensors and len(a) == config["r"] == done.rank
         kept = config["lora_alpha"] / config["r"] * (b @ a).T
         assert operator.name == "low_rank" or config["lora_alpha"] == config["r"]
         error = np.linalg.norm(kept - delta) / np.linalg.norm(delta)
@@ -135,7 +132,7 @@ def test_embeddings_have_names_of_their_own(tmp_path, operator):
     plan = single(make_operator(operator, 24, 10, 4), path=path, alpha=0.5)
     adapters, names = made(plan), {"model.embed_tokens": "/".join(path)}
     with pytest.warns(mora_jax.MoRAWarning, match="not a head that is tied to it"):
-        lost = io.save_peft_lora(tmp_path / "a", adapters, names, rank="auto")
+        lost = io.export(tmp_path / "a", adapters, "peft", names).lost
     tensors = load_file(tmp_path / "a" / TENSORS)
     name = "base_model.model.model.embed_tokens.lora_embedding_"
     assert sorted(tensors) == [f"{name}A", f"{name}B"]
@@ -152,7 +149,7 @@ def test_tables_that_are_stored_with_their_rows_as_outputs(tmp_path):
     plan = single(operator, (24, 10), path, axes="oi")
     adapters = made(plan)
     with pytest.warns(mora_jax.MoRAWarning, match="tied"):
-        io.save_peft_lora(tmp_path / "a", adapters)
+        io.export(tmp_path / "a", adapters, "peft")
     tensors = load_file(tmp_path / "a" / TENSORS)
     a, b = (tensors[name] for name in sorted(tensors))
     (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
@@ -176,14 +173,10 @@ def test_convolutions_are_refused_by_name(tmp_path, path, axes, shape):
         MoRAConfig(rank=1, targets=".*", overrides={".*": {"axes": axes}}),
     )
     names = {"conv{n}": path.replace("/k", "{n}/k")}
-    for write in (io.save_peft_lora, export):
+    for program in ("peft", "vllm"):
         with pytest.raises(ValueError, match=f"{path}: .* of a convolution"):
-            write(tmp_path / "a", made(plan), names=names)
+            io.export(tmp_path / "a", made(plan), program, names)
     assert not (tmp_path / "a").exists()
-
-
-def export(directory, adapters, names):
-    io.export(directory, adapters, "vllm", names)
 
 
 def test_dense_layers_over_several_axes_are_linear(tmp_path):
@@ -196,9 +189,8 @@ def test_dense_layers_over_several_axes_are_linear(tmp_path):
     axes = {"o.*": {"axes": "iio"}, "q.*": {"axes": "ioo"}}
     config = MoRAConfig(rank=1, operator="sharing", overrides=axes)
     plan = mora_jax.plan(shapes, config)
-    lost = io.save_peft_lora(
-        tmp_path, made(plan), {"{name}_proj": "{name}_proj/kernel"}
-    )
+    names = {"{name}_proj": "{name}_proj/kernel"}
+    lost = io.export(tmp_path, made(plan), "peft", names).lost
     assert lost == {"o_proj": 0, "q_proj": 0}
 
 
@@ -206,33 +198,32 @@ def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     """The message names the worst module, and the least rank that does for all."""
     plan = layers(*(make_operator("rotation", 24, width, 8) for width in (24, 40)))
     adapters, target = made(plan), tmp_path / "a"
-    with pytest.raises(ValueError, match="full rank") as told:
-        io.save_peft_lora(target, adapters)
-    (rank,) = re.findall(r"rank=(\d+)", str(told.value))
+    write = functools.partial(io.export, adapters=adapters, program="peft")
     with pytest.raises(ValueError, match="max_error=0.1;") as told:
-        io.save_peft_lora(target, adapters, rank=4)
-    assert re.findall(r"rank=(\d+)", str(told.value)) == [rank]
-    lost = io.save_peft_lora(tmp_path / "4", adapters, rank=4, max_error=1)
+        write(target, rank=4)
+    (rank,) = re.findall(r"rank=(\d+)", str(told.value))
+    assert write(tmp_path / "fewest").rank == int(rank)
+    lost = write(tmp_path / "4", rank=4, max_error=1).lost
     worst = max(lost, key=lost.__getitem__)
     assert f"{worst} would lose {lost[worst]:.1%}" in str(told.value)
     with pytest.raises(ValueError, match="would lose"):
-        io.save_peft_lora(target, adapters, rank=int(rank) - 1)
+        write(target, rank=int(rank) - 1)
     assert not target.exists()
-    lost = io.save_peft_lora(target, adapters, rank=int(rank))
+    lost = write(target, rank=int(rank)).lost
     assert 0 < max(lost.values()) <= 0.1
     for value, error in ((-0.1, ValueError), (1.5, ValueError), (True, TypeError)):
         with pytest.raises(error, match="max_error"):
-            io.save_peft_lora(tmp_path / "x", adapters, rank=4, max_error=value)
+            write(tmp_path / "x", rank=4, max_error=value)
     exact = layers(make_operator("sharing", 24, 40, 11))
-    lost = io.save_peft_lora(tmp_path / "s", made(exact), max_error=0)
-    assert not any(lost.values())
+    done = io.export(tmp_path / "s", made(exact), "peft", max_error=0)
+    assert not any(done.lost.values())
 
 
 def test_r_is_the_largest_rank(tmp_path):
     """Servers make room for that many; each module still is scaled by 1."""
     sharing = functools.partial(make_operator, "sharing", 24)
     plan = layers(*[sharing(24, 4)] * 3, sharing(40, 11))
-    io.save_peft_lora(tmp_path / "a", made(plan))
+    io.export(tmp_path / "a", made(plan), "peft")
     config = config_of(tmp_path / "a")
     assert config["r"] == config["lora_alpha"] == 11
     small = {f"model.layers.{k}.mlp.up_proj": 4 for k in range(3)}
@@ -241,7 +232,7 @@ def test_r_is_the_largest_rank(tmp_path):
 
 def test_force_replaces_nothing_but_an_adapter(tmp_path):
     plan, target = layers(make_operator("sharing", 24, 40, 11)), tmp_path / "a"
-    write, args = io.save_peft_lora, (target, made(plan))
+    write, args = io.export, (target, made(plan), "peft")
     for _ in range(2):
         write(*args, force=True)
     with pytest.raises(FileExistsError, match="new or empty"):
@@ -255,7 +246,11 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path):
         write(*args, force=True)
 
 
-@pytest.mark.parametrize("write", [mora_jax.save, io.save_peft_lora])
+def as_lora(directory, adapters):
+    return io.export(directory, adapters, "peft")
+
+
+@pytest.mark.parametrize("write", [mora_jax.save, as_lora])
 def test_what_cannot_be_written(tmp_path, write):
     with pytest.raises(ValueError, match="adapters hold no adapter"):
         write(tmp_path / "a", {})
@@ -276,7 +271,7 @@ def test_stacked_kernels(tmp_path):
     modules = {f"model.layers.{n}.mlp.up_proj": (np.asarray(m[n]), 2) for n in range(3)}
     write_reference(tmp_path / "a", 1, modules)
     assert_same(io.load_peft(tmp_path / "a", plan, names), adapters)
-    lost = io.save_peft_lora(tmp_path / "b", adapters, names)
+    lost = io.export(tmp_path / "b", adapters, "peft", names).lost
     assert lost == dict.fromkeys(modules, 0)
     del modules["model.layers.1.mlp.up_proj"]
     write_reference(tmp_path / "c", 1, modules)

@@ -137,7 +137,7 @@ def test_saved_again_the_tensors_are_the_same_bits(tmp_path, how, dtype):
     changes, ranks, _ = FACTORS[how]
     tensors = tensors_of(ranks=ranks, dtype=dtype)
     adapters = io.load_peft(write(tmp_path / "a", tensors, **changes))
-    io.save_peft_lora(tmp_path / "b", adapters)
+    io.export(tmp_path / "b", adapters, "peft")
     again = load_file(tmp_path / "b" / TENSORS)
     assert_same(again, tensors)
     back = io.load_peft(tmp_path / "b")
@@ -190,7 +190,7 @@ def test_what_was_trained_whole(tmp_path):
     np.testing.assert_array_equal(
         merged["model"]["norm"]["scale"], whole["model.norm.weight"]
     )
-    io.save_peft_lora(tmp_path / "b", adapters)
+    io.export(tmp_path / "b", adapters, "peft")
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
     assert config_of(tmp_path / "b")["modules_to_save"] == ["lm_head", "model.norm"]
     config = MoRAConfig(rank=1, train=("lm_head/kernel", ".*scale"))
@@ -221,7 +221,7 @@ def test_an_embedding(tmp_path):
     delta = mora_jax.delta_weight(adapters)["model"]["embed_tokens"]["embedding"]
     close(delta, 2 * (b @ a).T)
     with pytest.warns(mora_jax.MoRAWarning, match="a head that is tied"):
-        io.save_peft_lora(tmp_path / "b", adapters)
+        io.export(tmp_path / "b", adapters, "peft")
     assert_same(load_file(tmp_path / "b" / TENSORS), names)
 
 
@@ -237,7 +237,7 @@ def test_a_conv1d_of_gpt2(tmp_path):
     adapters = io.load_peft(directory, model)
     (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     close(delta, exact(tensors, module, 1.5).T)
-    io.save_peft_lora(tmp_path / "b", adapters)
+    io.export(tmp_path / "b", adapters, "peft")
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
     assert config_of(tmp_path / "b")["fan_in_fan_out"] is True
 
@@ -277,7 +277,7 @@ def test_two_modules_that_are_one_kernel(tmp_path):
     for part, module in enumerate((k, v)):  # (heads, in, width)
         rows = np.transpose(delta[part], (1, 0, 2)).reshape(8, 12)
         close(rows, exact(tensors, module, 1.5))
-    io.save_peft_lora(tmp_path / "b", adapters, "gm")
+    io.export(tmp_path / "b", adapters, "peft", "gm")
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
 
 

@@ -114,7 +114,7 @@ def test_somebody_elses_adapter_is_not_replaced(tmp_path, kept, config):
     """PEFT's, or one of which nobody can say whose it is."""
     path = "model", "layers", "0", "mlp", "up_proj", "kernel"
     plan = single(make_operator("sharing", 12, 20, 6), path=path)
-    io.save_peft_lora(tmp_path, made(plan))
+    io.export(tmp_path, made(plan), "peft")
     for name in {CONFIG, TENSORS}.difference(kept):
         (tmp_path / name).unlink()
     if config is not None:

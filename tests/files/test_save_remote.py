@@ -59,23 +59,23 @@ def test_a_url_holds_what_a_path_does(tmp_path):
 
 
 def test_peft_directories_have_their_config_last(tmp_path):
-    write = io.save_peft_lora
-    write(tmp_path / "a", ADAPTED)
+    write = functools.partial(io.export, adapters=ADAPTED, program="peft")
+    write(tmp_path / "a")
     with cloud.states() as seen:
-        write(URL, ADAPTED)
+        write(URL)
     for state in seen[:-1]:
         assert not any(name.endswith(CONFIG) for name in state)
     assert contents(URL) == contents(tmp_path / "a")
     with pytest.raises(FileExistsError, match="new or empty"):
-        write(URL, ADAPTED)
-    write(URL, ADAPTED, force=True)
+        write(URL)
+    write(URL, force=True)
     with pytest.raises(FileExistsError, match="adapter of another format"):
         save(URL, ADAPTED)
     assert contents(URL) == contents(tmp_path / "a")
     cloud.restore({})
     cloud.failures.add(CONFIG)
     with pytest.raises(OSError, match="network"):
-        write(URL, ADAPTED)
+        write(URL)
     assert not cloud.OBJECTS
 
 
@@ -209,7 +209,7 @@ CALLS = {
     "format_of": (format_of, "directory"),
     "read_adapter": (read_adapter, "adapter"),
     "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
-    "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN)), "directory"),
+    "export": (lambda p: io.export(p, made(PLAN), "peft"), "directory"),
     "Checkpoint": (io.Checkpoint, "path"),
     "base": (lambda p: io.merge_checkpoint(p, made(PLAN), "out"), "base"),
     "out": (lambda p: io.merge_checkpoint(".", made(PLAN), p), "out"),
@@ -237,7 +237,7 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
         assert_same(load(place), adapters)
     assert {"a", "b", "c d", TENSORS} <= set(os.listdir(tmp_path))
     assert_same(load(epath.Path(tmp_path / "a")), adapters)
-    io.save_peft_lora(f"file://{tmp_path}/lora", ADAPTED)
+    io.export(f"file://{tmp_path}/lora", ADAPTED, "peft")
     assert format_of("~/lora") == "peft-lora"
     assert io.load_peft("~/lora")
 
@@ -253,11 +253,11 @@ def test_errors_name_the_users_path(tmp_path):
         (OSError, "the network is gone", lambda: save(URL, adapted)),
         (OSError, "/proc/", lambda: save("/proc/adapter", adapted)),
         (OSError, "/sys", lambda: save("/sys", adapted)),
-        (OSError, "/proc/", lambda: io.save_peft_lora("/proc/adapter", ADAPTED)),
+        (OSError, "/proc/", lambda: io.export("/proc/a", ADAPTED, "peft")),
         (OSError, "/proc/", lambda: merge("/proc/x")),
         (NotADirectoryError, str(file), lambda: save(file, adapted)),
         (NotADirectoryError, str(file), lambda: save(file / "below", adapted)),
-        (NotADirectoryError, "file", lambda: io.save_peft_lora(file, ADAPTED)),
+        (NotADirectoryError, "file", lambda: io.export(file, ADAPTED, "peft")),
         (AdapterFileError, "not a directory", lambda: io.Checkpoint(file / "x")),
         (AdapterFileError, f"no directory {tmp_path}/x,", lambda: load(tmp_path / "x")),
         (AdapterFileError, f"no directory {Path.cwd()}/no, ", lambda: load("no")),

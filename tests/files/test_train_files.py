@@ -257,16 +257,11 @@ def test_a_stack_of_layers_goes_into_their_tensors(tmp_path):
     assert not (tmp_path / "large").exists()
 
 
-def test_servers_get_a_merged_base(tmp_path):
-    file, out = tmp_path / "base.safetensors", tmp_path / "out"
-    save_file(torch(PARAMS), file)
-    with pytest.raises(ValueError, match="kernel trains itself.* base must be .* None"):
-        io.export(out, ADAPTERS, "vllm")
-    done = io.export(out, ADAPTERS, "vllm", base=file)
-    assert done.rank is None
-    io.merge_checkpoint(file, ADAPTERS, tmp_path / "merged")
-    merged = load_file(tmp_path / "merged" / file.name)
-    assert_same(load_file(out / file.name), merged)
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_are_refused_a_lora_that_lacks_them(tmp_path, server):
+    with pytest.raises(ValueError, match="kernel trains itself.*io.merge_checkpoint"):
+        io.export(tmp_path / "out", ADAPTERS, server)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_checkpoint_has_not_is_refused(tmp_path):
@@ -293,9 +288,6 @@ def test_what_a_checkpoint_has_not_is_refused(tmp_path):
 
 def test_inspect_shows_them(tmp_path):
     save(tmp_path / "a", ADAPTERS)
-    report = json.loads(run("inspect", tmp_path / "a", "--json"))
-    assert report["parameters"] == PLAN.trainable_parameters
-    assert [one["path"] for one in report["trained"]] == [*PLAN.trained]
     text = run("inspect", tmp_path / "a")
     (row,) = [line for line in text.splitlines() if line.startswith("lm_head/kernel")]
     assert "8 x 20" in row and "trained" in row and "160" in row
@@ -307,7 +299,7 @@ def test_export_keeps_them(tmp_path):
     for name in ("a", "b"):
         assert (tmp_path / name / TENSORS).read_bytes()
     assert_same(load(tmp_path / "b"), ADAPTERS)
-    io.save_peft_lora(tmp_path / "c", ADAPTERS)
+    io.export(tmp_path / "c", ADAPTERS, "peft")
     whole = load_file(tmp_path / "c" / TENSORS)
     merged = torch(merge(PARAMS, ADAPTERS))
     names = [name for name in merged if "q_proj.weight" not in name]

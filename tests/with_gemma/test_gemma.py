@@ -172,7 +172,7 @@ def test_checkpoints_of_transformers_are_read_and_merged_into(tmp_path):
     io.merge_checkpoint(data / "gemma3", adapters, merged, "gm")
     loaded = io.load_base(merged, shapes, "gm")
     close(loaded, mora_jax.merge(params, adapters))
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, "gm", rank=32)
+    lost = io.export(tmp_path / "lora", adapters, "peft", "gm", rank=32).lost
     assert len(lost) == 7 and max(lost.values()) < 1e-5
 
 

@@ -93,7 +93,7 @@ def test_merged_is_the_lora(tmp_path, family, operator):
     adapters = made(plan, scale=0.1)
     io.merge_checkpoint(base, adapters, tmp_path / "merged", family)
     rank = 32 if OPERATORS[operator].block else None  # all of it
-    lost = io.save_peft_lora(lora, adapters, family, task_type=None, rank=rank)
+    lost = io.export(lora, adapters, "peft", family, rank=rank, task_type=None).lost
     assert len(lost) == len(plan) and max(lost.values()) < 1e-5
     ids = torch.tensor(IDS)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_kernels_of_tunix(tmp_path, operator):
     adapters = made(plan, scale=0.1)
     io.merge_checkpoint(base, adapters, tmp_path / "merged", "tunix")
     lora, rank = tmp_path / "lora", 32 if operator == "rotation" else None
-    io.save_peft_lora(lora, adapters, "tunix", task_type=None, rank=rank)
+    io.export(lora, adapters, "peft", "tunix", task_type=None, rank=rank)
     ids = torch.tensor(IDS)
     with torch.no_grad():
         before = model(ids).logits

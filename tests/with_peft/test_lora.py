@@ -53,7 +53,7 @@ def test_logits(tmp_path, operator):
     adapters = made(plan, scale=0.1)
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     rank = 64 if operator in BLOCKS else None  # all of it
-    lost = io.save_peft_lora(tmp_path / "a", adapters, NAMES, rank=rank)
+    lost = io.export(tmp_path / "a", adapters, "peft", NAMES, rank=rank).lost
     assert len(lost) == 14 and max(lost.values()) < 1e-5
     model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
@@ -71,7 +71,7 @@ def test_logits_of_an_adapted_embedding(tmp_path):
     adapters = made(plan, scale=0.1)
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     with pytest.warns(MoRAWarning, match="tied"):
-        io.save_peft_lora(tmp_path / "a", adapters, NAMES | TABLE)
+        io.export(tmp_path / "a", adapters, "peft", NAMES | TABLE)
     io.merge_checkpoint(BASE, adapters, tmp_path / "merged", NAMES | TABLE)
     merged = torch_llama(tmp_path / "merged" / BASE.name)
     np.testing.assert_allclose(logits(merged), expected, atol=1e-4)
@@ -127,7 +127,7 @@ def test_a_lora_of_peft_comes_in_and_goes_out(tmp_path, how):
     wrapped = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     np.testing.assert_allclose(wrapped, expected, atol=1e-4)
     assert np.abs(expected - np.asarray(MODEL.apply(variables, IDS))).max() > 0.1
-    io.save_peft_lora(tmp_path / "ours", adapters, names)
+    io.export(tmp_path / "ours", adapters, "peft", names)
     one, other = (load(tmp_path / d / TENSORS) for d in ("peft", "ours"))
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)

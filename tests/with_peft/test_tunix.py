@@ -36,6 +36,6 @@ def test_logits_are_those_of_tunix(tmp_path, name):
     io.merge_checkpoint(base, adapters, tmp_path / "merged", "tunix")
     merged = logits(loaded(tmp_path / "merged"))
     close(merged, expected["adapted"], 1e-5)
-    io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
+    io.export(tmp_path / "lora", adapters, "peft", "tunix", rank=32)
     model = peft.PeftModel.from_pretrained(loaded(base), tmp_path / "lora")
     close(logits(model), expected["adapted"], 1e-5)

@@ -122,7 +122,7 @@ def test_merged_files_are_the_adapted_model(tmp_path, name):
             )
             close(logits(loaded), logits(expected))
     assert np.abs(logits(adapted) - logits(base)).max() > 0.05
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
+    lost = io.export(tmp_path / "lora", adapters, "peft", "tunix", rank=32).lost
     assert {f"{module}.weight" for module in lost} == {
         name for name in tensors if name.endswith("_proj.weight")
     }

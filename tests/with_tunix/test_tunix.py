@@ -470,7 +470,7 @@ def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
         )
         np.testing.assert_allclose(logits(loaded), logits(expected), atol=1e-4)
     assert np.abs(logits(adapted) - logits(base)).max() > 0.05
-    lost = io.save_peft_lora(tmp_path / "lora", adapters, "tunix", rank=32)
+    lost = io.export(tmp_path / "lora", adapters, "peft", "tunix", rank=32).lost
     modules = {f"{module}.weight" for module in lost}
     assert modules <= tensors.keys() and len(modules) == len(
         [name for name in tensors if name.endswith("_proj.weight")]

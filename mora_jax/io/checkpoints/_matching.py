@@ -247,11 +247,6 @@ class Source:
                 return True
         return _names.BUFFERS.fullmatch(name) is not None
 
-    def stands_for_two(self, tensor: str) -> bool:
-        """True if a tensor is there, and also for one that is tied to it."""
-        own = self.named(tensor)
-        return own != "" and own in map(self.named, _tied_to(tensor))
-
 
 def _tied_to(name: str) -> tuple[str, ...]:
     """The canonical names of the tensors that may be tied to one."""
