@@ -138,7 +138,7 @@ def test_bad_input(tmp_path, base):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="program must be one of"):
         io.export(out, adapters, "tgi")
-    with pytest.raises(ValueError, match="max_error must be between"):
+    with pytest.raises(ValueError, match="max_error must be from 0 to 1"):
         io.export(out, adapters, "vllm", max_error=2)
     with pytest.raises(ValueError, match="adapters hold no adapter"):
         io.export(out, {}, "vllm")

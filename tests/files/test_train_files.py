@@ -109,7 +109,7 @@ def test_a_plan_as_json_has_them():
     text = io.plan_to_json(PLAN)
     assert io.plan_from_json(text) == io.plan_from_json(text, like=PLAN) == PLAN
     fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=TRAIN[1:]))
-    with pytest.raises(AdapterFileError, match="no such array"):
+    with pytest.raises(AdapterFileError, match="an array .* the plan nothing"):
         io.plan_from_json(text, like=fewer)
     with pytest.raises(AdapterFileError, match="at 'model/layers/0/input_layer"):
         io.plan_from_json(io.plan_to_json(fewer), like=PLAN)
@@ -124,7 +124,7 @@ def test_a_plan_as_json_has_them():
         (lambda c: c["trained"].append(c["trained"][0]), "is there twice"),
         (lambda c: c["trained"][0].pop("shape"), "trained.0. of .* lacks 'shape'"),
         (lambda c: c["trained"][0].update(path=["a", ".."]), "must have a path"),
-        (lambda c: c["trained"][0].update(path=["a"]), "lacks a|no such array"),
+        (lambda c: c["trained"][0].update(path=["a"]), "lacks a"),
         (lambda c: c["trained"][0].update(shape=[3]), r"must have shape \(3,\)"),
         (lambda c: c["trained"][0].update(shape=[-1]), "shape must be integers"),
         (lambda c: c["trained"][0].update(dtype="int8"), "must be a floating-point"),
@@ -145,7 +145,7 @@ def test_what_is_wrong_in_a_file_is_refused(tmp_path, change, message):
 def test_params_that_do_not_fit_are_refused(tmp_path):
     save(tmp_path, ADAPTERS)
     for params, message in (
-        ({**PARAMS, "lm_head": {}}, "no such array"),
+        ({**PARAMS, "lm_head": {}}, "params lack 'lm_head/kernel', which is trained"),
         ({**PARAMS, "lm_head": {"kernel": jnp.ones((3, 8))}}, "must have shape"),
     ):
         with pytest.raises(AdapterFileError, match=message):

@@ -76,12 +76,15 @@ def load(
     """
     path = _files.as_path("directory", directory)
     leaves = None if params_or_shapes is None else named_leaves(params_or_shapes)
-    kernels = leaves and {name: leaf for name, (_, leaf) in leaves.items()}
-    found = Found(_restored(*_content(path), kernels))
-    if leaves is not None and not any_base:
+    limit = _records.room(leaf.shape for _, leaf in (leaves or {}).values())
+    found = Found(_restored(*_content(path), limit))
+    if leaves is not None:
         try:
-            check_base(found.specs, leaves)
-        except ValueError as error:
+            for place, spec in found.specs.items():
+                find_array(leaves, place, spec)
+            if not any_base:
+                check_base(found.specs, leaves)
+        except (TypeError, ValueError) as error:
             raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
     return found.tree()
 
@@ -132,14 +135,12 @@ def _content(
 
 
 def _restored(
-    config: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    base: Mapping[str, Any] | None,
+    config: dict[str, Any], arrays: dict[str, np.ndarray], limit: int
 ) -> dict[TreePath, Adapter]:
     """The adapters that a file holds, by the paths of the base's arrays."""
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    found = _records.restore(config, WHERE, base, arrays)
+    found = _records.restore(config, WHERE, limit, arrays)
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
@@ -216,8 +217,8 @@ def save(
     text = _records.text_of(dict(sorted(found.items())), more)
     data = encode(arrays, {KEY: text})
     # Nothing is written that cannot be read.
-    base = _records.arrays_of({path: a.spec for path, a in found.items()})
-    _restored(*_content(target, data), base)
+    shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
+    _restored(*_content(target, data), _records.room(shapes))
     _files.replace_file(target / TENSORS, data)
 
 

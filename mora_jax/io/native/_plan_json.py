@@ -78,9 +78,9 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
         raise AdapterFileError(
             f"base_parameters of {WHERE} must be an integer from 0 on, got {count}"
         )
-    # With a model, operators are made only for its shapes.
-    base = None if like is None else _records.arrays_of(check_plan(like, "like").parts)
-    found = _records.restore(content, WHERE, base)
+    known = {} if like is None else check_plan(like, "like")
+    limit = _records.room(spec.kernel_shape for spec in known.values())
+    found = _records.restore(content, WHERE, limit)
     parts = {path: adapter.spec for path, adapter in found.items()}
     if like is not None:
         try:

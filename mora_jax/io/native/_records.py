@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import features, sizes
-from mora_jax._common.checks import LEAVE_OUT, check_finite, check_leaf
-from mora_jax._common.suggestions import lacking
+from mora_jax._common.checks import check_finite, check_leaf
 from mora_jax._common.types import FIRST, Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
@@ -40,8 +39,8 @@ from mora_jax.operators._registry import OPERATORS
 
 VERSION = 1
 
-LARGEST_WIDTH, LARGEST_ARRAY = 2**22, 2**28
-"""The most features on a side of a kernel, and numbers in an array, of a file alone."""
+LARGEST_ARRAY = 2**28
+"""The most numbers in an array that a file alone may ask for."""
 
 LARGEST_SIZE, DEEPEST = 2**31, 100
 """The end of all sizes and ranks, and the most names in a path."""
@@ -184,7 +183,7 @@ def parse_record(
 class Reading(NamedTuple):
     """A file that is read, as in `restore`, and the version that wrote it."""
 
-    base: Mapping[str, Any] | None
+    limit: int
     arrays: dict[str, np.ndarray] | None
     writer: str
 
@@ -197,31 +196,25 @@ class Reading(NamedTuple):
         check_finite(self.arrays[name], name, " in the file")
         return self.arrays.pop(name)
 
-    def check_base(
-        self, name: str, what: str, shape: Shape, otherwise: str = ""
-    ) -> None:
-        """Raise unless the model has an array, which messages call `what`."""
-        if self.base is None:
-            return
-        if name not in self.base:
-            why = lacking(name, self.base)
-            raise ValueError(f"the model has no such {what}{why}")
-        check_leaf(self.base[name], f"the model's {what}", shape, otherwise)
+
+def room(shapes: Iterable[Shape] = ()) -> int:
+    """The most numbers of an array for a model with arrays of these shapes."""
+    # Its kernels are in memory, or could be.
+    return max(LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes), 0)
 
 
 def restore(
     content: Record,
     where: str,
-    base: Mapping[str, Any] | None = None,
+    limit: int,
     arrays: dict[str, np.ndarray] | None = None,
 ) -> dict[Path, Adapter]:
     """{path of its array in the base: adapter} of a record, everything checked.
 
-    Messages call it `where`. `base` is {path: array or shape} of the model, or None for
-    any. `arrays` are the file's, until they are taken; without them each adapter
-    has None for its own, as in a plan.
+    Messages call it `where`, and `limit` is as `room` has it. `arrays` are the file's,
+    until they are taken; without them each adapter has None for its own, as in a plan.
     """
-    file = Reading(base, arrays, content["library_version"])
+    file = Reading(limit, arrays, content["library_version"])
     found: dict[Path, Adapter] = {}
     tables = ("layers", LAYER, _kernel_spec), ("trained", TRAINED, _trained_spec)
     for key, fields, spec_of in tables:
@@ -271,7 +264,6 @@ def _shape(name: str, values: list[Any], least: int) -> Shape:
 def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
     """The meaning of a kernel's adapter; a subspace takes its arrays from the file."""
     shape = _shape("kernel_shape", record["kernel_shape"], least=1)
-    file.check_base(name, "kernel", shape, LEAVE_OUT)
     axes, q, rank = record["axes"], record["square_rank"], record["rank"]
     widths, stack = (*features(shape, axes), q), math.prod(sizes(shape, axes, "s"))
     _check_sizes(record["operator"], widths, file)
@@ -290,18 +282,13 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
 def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
     """Raise if a file asks for arrays that are larger than any model has."""
     ins, outs, q = widths
-    kind, limit = OPERATORS.get(str(settings.get("name")), Operator), LARGEST_ARRAY
-    if file.base is not None:  # its kernel is in memory, or could be
-        limit = max(limit, 4 * ins * outs)
-    elif (side := max(ins, outs)) > LARGEST_WIDTH:
-        must = f"sides must have at most {LARGEST_WIDTH:,} features"
-        raise ValueError(f"{must}, got {side:,}")
-    # Random maps have q rows of the wider side. To check a plan, which lacks its M's,
-    # takes one of that size, and a few copies.
-    numbers = q * max(ins, outs) if hasattr(kind, "seed") else 0
+    kind = OPERATORS.get(str(settings.get("name")), Operator)
+    # Random maps have q rows of the wider side, and each operator is tried on a few.
+    numbers = max(ins, outs) * max(16, q * hasattr(kind, "seed"))
     if file.arrays is None:
+        # A plan lacks its M's: one of that size is made, and a few copies.
         numbers = max(numbers, 4 * q * (q if kind.linear else ins + outs))
-    if numbers > limit:
+    if numbers > file.limit:
         raise ValueError(
             f"a kernel of {ins} -> {outs} features with q = {q} takes too much memory "
             "for a file alone to ask for; give the model's params or plan"
@@ -339,7 +326,6 @@ def _operator(
 def _trained_spec(record: Record, name: str, file: Reading) -> TrainedArray:
     """The meaning of the copy of an array that trains itself."""
     shape = _shape("shape", record["shape"], least=0)
-    file.check_base(name, "array", shape)
     return TrainedArray(shape, record["dtype"], record["base_dtype"])
 
 
@@ -366,13 +352,3 @@ def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
         # Texts are compared, since True == 1 == 1.0.
         if dump(mine) != dump(value):
             raise ValueError(f"{key} must be {mine!r}, got {short(value)}")
-
-
-def arrays_of(specs: Mapping[Path, Spec]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape} of the base's arrays that belong to what is trained."""
-    shape, found = jax.ShapeDtypeStruct, {}
-    for path, spec in specs.items():
-        is_kernel = isinstance(spec, AdapterSpec)
-        size = spec.kernel_shape if is_kernel else spec.shape
-        found["/".join(path)] = shape(size, jnp.float32 if is_kernel else spec.dtype)
-    return found

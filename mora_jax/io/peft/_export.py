@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import check_choice, check_number, positive_integer
+from mora_jax._common.checks import check_choice, positive_integer, share
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
@@ -108,9 +108,7 @@ def export(
       (16, {'fc': 0.0})
     """
     check_choice("program", program, get_args(Program))
-    check_number("max_error", max_error)
-    if not 0 <= max_error <= 1:
-        raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
+    max_error = share("max_error", max_error)
     rank = None if rank is None else positive_integer("rank", rank)
     path = check_free("directory", directory, ADAPTER, force)
     whole = _whole_modules(adapters, names, program)

@@ -25,7 +25,7 @@ from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
 from mora_jax.io.peft._modules import MatrixPair, checked, modules_in, rows_looked_up
-from mora_jax.io.peft._reference import reference_operator, reference_square_rank
+from mora_jax.io.peft._reference import reference_operator
 from mora_jax.operators import LowRank, Operator
 
 ByIndex = dict[Shape, MatrixPair]
@@ -156,13 +156,15 @@ def _adapter_of(
     if odd := by_index.keys() ^ set(np.ndindex(places)):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {odd}")
     widths, modules = (features_of[0], features_of[1] // parts), []
+    operator: Operator
     for pair in (by_index[place] for place in np.ndindex(places)):
         module, table, a, b, rank, *_ = pair
         if table:
             a, b = rows_looked_up(name, axes, module, a, b, "here both change")
         left, right = (widths[0], rank), (rank, widths[1])
         if mora_type:
-            left = right = (reference_square_rank(mora_type, *widths, rank),) * 2
+            operator = reference_operator(mora_type, *widths, rank)
+            left = right = operator.m_shape
         if (a.shape, b.shape) != (left, right):
             raise ValueError(
                 f"lora_A and lora_B of {module} must be of shape {left[::-1]} and "
@@ -176,10 +178,9 @@ def _adapter_of(
         modules.append(pair._replace(a=a, b=b))
     if not mora_type:
         alpha, ms = modules[0].factor, _low_rank(modules, parts)
-        operator: Operator = LowRank(*features_of, ms[0].shape[1])
+        operator = LowRank(*features_of, ms[0].shape[1])
     elif len({pair.a.shape for pair in modules}) == 1:
         alpha, ms = 1.0, [pair.a for pair in modules]
-        operator = reference_operator(mora_type, *features_of, modules[0].rank)
     else:  # the M's are to be one array
         raise ValueError("a stacked kernel must have one rank in all its layers")
     m = np.stack(ms).reshape(*stack, *ms[0].shape)

@@ -13,15 +13,6 @@ REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {
 """How the sharing types of the reference group inputs and outputs."""
 
 
-def reference_square_rank(
-    mora_type: int, in_features: int, out_features: int, rank: int
-) -> int:
-    """The q that the reference computes: rounded to the nearest, for type 6 to even."""
-    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
-    # A rotation turns pairs of numbers.
-    return q // 2 * 2 if mora_type == 6 else q
-
-
 def reference_operator(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> Operator:
@@ -51,9 +42,9 @@ def reference_operator(
     positive_integer("rank", rank)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
-    q = reference_square_rank(mora_type, in_features, out_features, rank)
-    if mora_type == 6:
-        return Rotation(in_features, out_features, q, truncate=True)
+    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    if mora_type == 6:  # a rotation turns pairs of numbers
+        return Rotation(in_features, out_features, q // 2 * 2, truncate=True)
     if mora_type in REFERENCE_GROUPS:
         groups = REFERENCE_GROUPS[mora_type]
         return Sharing(in_features, out_features, q, *groups, normalised=False)
