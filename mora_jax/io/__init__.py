@@ -14,7 +14,6 @@ PEFT's formats::
   load_peft             read a LoRA of PEFT, or the paper's authors' adapters
   export                write adapters as a plain LoRA, for PEFT, vLLM or SGLang
   Export                the result of `export`
-  reference_operator    the operator that the authors' code computes with
   Names                 the type of `names`: PyTorch's modules as kernels
 
 Whole checkpoints::
@@ -37,4 +36,3 @@ from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
 from mora_jax.io.peft._read import load_peft as load_peft
-from mora_jax.io.peft._reference import reference_operator as reference_operator

@@ -216,30 +216,30 @@ def split_index(kernel: str) -> tuple[str, Shape]:
 # --- The names that would fit ---
 
 
-def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
+def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
     """The `names` that would fit, as the end of a message.
 
     `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
     may be the kernels. If none of them is like a kernel, names are guessed.
     """
     numbers, templates = re.compile(r"\d+"), {}
+
+    def template(name: str) -> str:
+        fields = iter(("{n}", "{m}", "{k}"))
+        return numbers.sub(lambda number: next(fields, number[0]), name)
+
     for kernel in kernels:
         guess = _guess(kernel)
         alike = [m for m in modules if numbers.findall(m) == numbers.findall(guess)]
         # Of the last names one may be short for the other, as up for up_proj.
-        ends = [sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike]
-        pairs = zip(alike, ends, strict=True)
-        alike = [m for m, (short, long) in pairs if long.startswith(short)]
+        last = {m: sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike}
+        alike = [m for m, (short, long) in last.items() if long.startswith(short)]
         module = next(iter(difflib.get_close_matches(guess, alike, 1, 0.0)), guess)
         if numbers.findall(module) == numbers.findall(kernel):
             # All layers of a model have one template.
-            fields = {text: iter(("{n}", "{m}", "{k}")) for text in (module, kernel)}
-            module, kernel = (
-                numbers.sub(lambda number, own=own: next(own, number[0]), text)
-                for text, own in fields.items()
-            )
+            module, kernel = template(module), template(kernel)
         templates.setdefault(module, kernel)
-    shown = json.dumps(dict(list(templates.items())[:8]))
+    shown = json.dumps(templates)
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
 
 

@@ -27,6 +27,7 @@ import mora_jax
 from mora_jax import MoRAConfig, Plan, io, linen
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io.peft._reference import reference_operator
 from mora_jax.operators import make_operator
 
 MODEL = llama()
@@ -75,7 +76,7 @@ def layers(*operators):
 def test_all_types_and_layouts(tmp_path, mora_type, rank):
     """Three layers of other sizes and ranks, so that rank_pattern is needed."""
     sizes = (24, 24, rank), (24, 40, 2), (40, 24, 3)
-    plan = layers(*(io.reference_operator(mora_type, *size) for size in sizes))
+    plan = layers(*(reference_operator(mora_type, *size) for size in sizes))
     adapters = made(plan)
     ms = map(np.asarray, jax.tree.leaves(adapters))
     squares = {
@@ -263,7 +264,7 @@ def test_what_cannot_be_written(tmp_path, write):
 
 def test_stacked_kernels(tmp_path):
     """One module for each place in a stack."""
-    operator, path = io.reference_operator(1, 24, 40, 2), ("layers", "up", "kernel")
+    operator, path = reference_operator(1, 24, 40, 2), ("layers", "up", "kernel")
     plan = single(operator, (3, 24, 40), path, axes="sio")
     names = {"model.layers.{n}.mlp.{name}_proj": "layers/{name}/kernel[{n}]"}
     adapters = made(plan)
@@ -309,6 +310,7 @@ BAD_CONFIGS = [
     ({"use_mora": False}, "lora_A and lora_B of .* must be of shape"),
     ({"mora_type": 5}, "must be 1, 2, 3, 4 or 6"),
     ({"mora_type": "1"}, "must be 1, 2, 3, 4 or 6"),
+    ({"mora_type": None}, "must be 1, 2, 3, 4 or 6"),
     ({"r": 0}, "positive integer"),
     ({"r": 10**9}, "layers_0"),
     ({"r": 5}, "must be of shape"),
