@@ -31,8 +31,8 @@ RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
 """The numbers that vLLM 0.32 takes for `--max-lora-rank`."""
 
 MERGE = (
-    "io.merge_checkpoint(base, adapters, out), or mora-jax merge BASE ADAPTER OUT, "
-    "makes a checkpoint that holds all of it"
+    "io.merge_checkpoint(base, adapters, out, names), or mora-jax merge BASE ADAPTER "
+    "OUT, makes a checkpoint that holds all of it"
 )
 """The remedy where a LoRA does not do, as the end of a message."""
 
@@ -110,7 +110,8 @@ def export(
     check_choice("program", program, get_args(Program))
     max_error = share("max_error", max_error)
     rank = None if rank is None else positive_integer("rank", rank)
-    path = check_free("directory", directory, ADAPTER, force)
+    free = "directory", directory, ADAPTER, force
+    path = check_free(*free)  # before minutes are spent
     whole = _whole_modules(adapters, names, program)
     matrices, lost = _make_lora(adapters, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
@@ -124,6 +125,7 @@ def export(
         if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
             matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
+    check_free(*free)
     _write(path, matrices, base_model, task_type, whole)
     return Export(most, lost, _command(program, base_model, most, str(path)))
 
