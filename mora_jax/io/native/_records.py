@@ -200,7 +200,7 @@ class Reading(NamedTuple):
 def room(shapes: Iterable[Shape] = ()) -> int:
     """The most numbers of an array for a model with arrays of these shapes."""
     # Its kernels are in memory, or could be.
-    return max(LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes), 0)
+    return max([LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes)])
 
 
 def restore(
