@@ -260,6 +260,14 @@ def test_a_stack_of_layers(tmp_path):
         close(delta[layer], exact(tensors, module, factor))
 
 
+def test_a_name_asks_for_no_memory(tmp_path):
+    """Without a model, the names in a file alone say how deep a stack is."""
+    tensors = tensors_of({f"model.layers.{10**12}.mlp.up_proj": (8, 16)})
+    names = {"model.layers.{n}.mlp.{p}": "layers/{p}/kernel[{n}]"}
+    with pytest.raises(AdapterFileError, match="stacked .* got modules for"):
+        io.load_peft(write(tmp_path / "a", tensors), names=names)
+
+
 def test_two_modules_that_are_one_kernel(tmp_path):
     """Gemma's keys and values: each has columns of A and rows of B of its own."""
     k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "kv")

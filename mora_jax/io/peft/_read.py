@@ -153,18 +153,19 @@ def _adapter_of(
     mora_type = config["use_mora"] and config["mora_type"]
     parts = 1 if mora_type else len(by_index) // math.prod(stack)
     places = (*stack, parts) if parts > 1 else stack
-    if odd := by_index.keys() ^ set(np.ndindex(places)):
-        raise ValueError(f"the kernel is stacked {stack}, and does not fit {odd}")
+    # Numbers first: without a model the file's names alone say how deep a stack is.
+    whole = len(by_index) == math.prod(places)
+    if not whole or by_index.keys() != set(np.ndindex(places)):
+        got = short(sorted(by_index))
+        raise ValueError(f"the kernel is stacked {stack}, got modules for {got}")
     widths, modules = (features_of[0], features_of[1] // parts), []
-    operator: Operator
     for pair in (by_index[place] for place in np.ndindex(places)):
         module, table, a, b, rank, *_ = pair
         if table:
             a, b = rows_looked_up(name, axes, module, a, b, "here both change")
         left, right = (widths[0], rank), (rank, widths[1])
         if mora_type:
-            operator = reference_operator(mora_type, *widths, rank)
-            left = right = operator.m_shape
+            left = right = reference_operator(mora_type, *widths, rank).m_shape
         if (a.shape, b.shape) != (left, right):
             raise ValueError(
                 f"lora_A and lora_B of {module} must be of shape {left[::-1]} and "
@@ -178,9 +179,10 @@ def _adapter_of(
         modules.append(pair._replace(a=a, b=b))
     if not mora_type:
         alpha, ms = modules[0].factor, _low_rank(modules, parts)
-        operator = LowRank(*features_of, ms[0].shape[1])
+        operator: Operator = LowRank(*features_of, ms[0].shape[1])
     elif len({pair.a.shape for pair in modules}) == 1:
         alpha, ms = 1.0, [pair.a for pair in modules]
+        operator = reference_operator(mora_type, *features_of, modules[0].rank)
     else:  # the M's are to be one array
         raise ValueError("a stacked kernel must have one rank in all its layers")
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
