@@ -3,7 +3,7 @@
 A trace shows one way of Python through a model. Another call may take another way where
 the two differ in anything that Python sees, which is all but the numbers in arrays. So
 calls are alike if JAX would not trace the second one again: if structures, shapes,
-dtypes, and the values of all that is no array, are equal.
+dtypes, and the values of all but arrays, are equal.
 """
 
 import contextlib
@@ -14,12 +14,13 @@ import time
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from mora_jax._common.warnings import warn
 from mora_jax._jax.qwix_guard import intercepted
@@ -32,8 +33,9 @@ MANY = 16
 class Proofs:
     """The calls of one model that were checked.
 
-    It lives as long as the model. NNX makes new objects of a model for each trace; as
-    an attribute of one it is handed on to them, and equal to that of any other model.
+    They live as long as the model. NNX makes new objects of a model for each trace, and
+    hands on its attributes to them. Those of any two models are equal, or `nnx.jit`
+    would compile a program for each model.
     """
 
     def __init__(self) -> None:
@@ -70,7 +72,7 @@ class Proofs:
             own = content(model)
             like = self.models.setdefault(own, own), content(call)
             why = self.found.get(like)
-        except (Incomparable, TypeError):  # or it has no hash
+        except (Incomparable, TypeError):  # or it cannot be hashed
             like = why = None
         if is_new := why is None:
             start = time.perf_counter()
@@ -116,14 +118,14 @@ PLAIN = type("", (), {}).__basicsize__
 
 
 class Incomparable(Exception):
-    """A value may have changed, or differ from another one, without a sign of it."""
+    """A value may differ from another one without a sign of it."""
 
 
 def content(value: Any) -> Hashable:
-    """What Python sees in a value; equal contents are values that it cannot tell apart.
+    """All that Python sees in a value, equal for values that it cannot tell apart.
 
     Raises:
-      Incomparable: The value keeps things where nobody can read them.
+      Incomparable: Not all of it can be read.
     """
     try:
         return _content(value, {})
@@ -147,9 +149,10 @@ def _content(value: Any, met: dict[int, Any]) -> Hashable:
 
 _VALUES = {bool, int, str, bytes, type(None)}
 _ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, Proofs
-_ARRAYS = jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct
+_ARRAYS = jax.Array, Tracer, jax.ShapeDtypeStruct
 
-Whole, Parts = Callable[[Any], Hashable], Callable[[Any], Iterable[Any]]
+Whole: TypeAlias = Callable[[Any], Hashable]
+Parts: TypeAlias = Callable[[Any], Iterable[Any]]
 
 
 @functools.cache
@@ -178,7 +181,7 @@ def _readers(kind: type) -> tuple[Whole | None, Parts]:
     return None, _parts_of_object
 
 
-def _shaped(array: Any) -> Hashable:
+def _shaped(array: Any) -> tuple[Any, ...]:
     return array.shape, array.dtype
 
 
@@ -229,4 +232,4 @@ _PARTS: dict[Any, Parts] = {
     nnx.Variable: lambda variable: [variable.get_raw_value()],
     nnx.Pytree: _parts_of_nnx,
 }
-"""{type: function of a value to all that Python sees in it}."""
+"""{type: function of a value to its parts}."""
