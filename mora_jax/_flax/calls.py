@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.types import ArrayLike
-from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import static
 from mora_jax._jax.qwix_guard import intercepted
@@ -51,58 +49,6 @@ class Call:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vars(self).update(args=args, kwargs=kwargs)
-
-
-def kind_of_call(*args: Any) -> Hashable:
-    """Key of all calls that Python may take another way through a model for.
-
-    Flags, texts, methods and the names of collections are in it. Shapes and numbers are
-    not, or a loop over positions would have a key for each of them.
-    """
-    leaves, structure = jax.tree.flatten(args)
-    return str(structure), tuple(map(_kind, leaves))
-
-
-def _kind(leaf: Any) -> Hashable:
-    if isinstance(leaf, bool | str | bytes):
-        return leaf
-    if inspect.ismethod(leaf) or inspect.isfunction(leaf):
-        return leaf.__code__  # a lambda is another object each time
-    return type(leaf)
-
-
-_inside: ContextVar[bool] = ContextVar("inside", default=False)
-
-
-@contextlib.contextmanager
-def proving(
-    proven: dict[Hashable, str], kind: Hashable, check: Callable[..., str], *args: Any
-) -> Iterator[None]:
-    """Before a call that runs inside, `check(*args)` if it is the first of its kind.
-
-    `proven` keeps the results: "", or why a trace does not show what the call does.
-    """
-    if _inside.get() or intercepted():
-        yield
-        return
-    with jax.transfer_guard("allow"):  # the check computes with a few numbers
-        why = proven[kind] if kind in proven else check(*args)
-    # Methods that it calls itself are parts of the same program.
-    with unchecked(not why):
-        yield
-    if why and kind not in proven:  # and not for a call that fails
-        warn(why)
-    proven[kind] = why
-
-
-@contextlib.contextmanager
-def unchecked(value: bool = True) -> Iterator[None]:
-    """No call that runs inside is checked."""
-    token = _inside.set(value)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import jax
 
 
 def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays and shapes in a tree of arguments, and a function to replace them."""
+    """JAX's arrays and shapes among arguments, and a function that replaces them."""
+    # NumPy's stay what they are: code may compute with their numbers.
     leaves, structure = jax.tree.flatten(args)
-    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    traced = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves]
 
     def join(arrays: list[Any]) -> Any:
         remaining = iter(arrays)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax._common.checks import check_number, check_seed
-from mora_jax._flax.calls import unchecked
+from mora_jax._flax.proofs import unchecked
 from mora_jax._layer.adapter import Adapter, delta_of
 from mora_jax._tree.adapters import init
 from mora_jax._tree.merge import merged_kernel

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +13,9 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import matching
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._flax.calls import Call, LayerCall, adapt_call, kind_of_call, proving
+from mora_jax._flax.calls import Call, LayerCall, adapt_call
 from mora_jax._flax.planning import plan_surveyed
+from mora_jax._flax.proofs import Proofs
 from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
@@ -145,7 +146,7 @@ class AdaptedApply:
 
     model: nn.Module
     plan: Plan
-    proven: dict[Hashable, str] = dataclasses.field(default_factory=dict, repr=False)
+    proofs: Proofs = dataclasses.field(default_factory=Proofs, repr=False)
     _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(
@@ -175,11 +176,11 @@ class AdaptedApply:
         given = {**variables, "params": params}, args, kwargs, self.plan.specs
         programs = functools.partial(program, self.model, *given)
         check = check_call, lambda: self.plan, programs, "method" not in kwargs
-        kind = kind_of_call(args, kwargs, sorted(variables))
+        call = variables, args, kwargs
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (
-            proving(self.proven, kind, *check),
+            self.proofs.proving(self.model, call, *check),
             nn.intercept_methods(layer_calls(adapt)),
         ):
             result = self.model.apply(variables, *args, **kwargs)

@@ -19,6 +19,7 @@ from mora_jax._common.checks import as_jax_array, check_seed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import folded_kernels
+from mora_jax._flax.proofs import Proofs
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.places import adapter_sharding
@@ -34,7 +35,8 @@ from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
 from mora_jax._tree.plan import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
-DROPOUT = "dropout_mora"
+DROPOUT, PROOFS = "dropout_mora", "proofs_mora"
+"""Attributes: of a layer with dropout its switch, of a model its checked calls."""
 
 
 class MoRAParam(nnx.LoRAParam[Any]):
@@ -113,10 +115,12 @@ def set_class(module: nnx.Module, cls: type) -> None:
 def detached(model: Model) -> Model:
     """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
-    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
+    for module, (*_, name), value in attributes(
+        model, MoRAParam | nnx.Dropout | Proofs
+    ):
         if isinstance(value, TrainedParam):
             setattr(module, name, value.plain())
-        elif isinstance(value, MoRAParam) or name == DROPOUT:
+        elif isinstance(value, MoRAParam) or name in (DROPOUT, PROOFS):
             delattr(module, name)
     for _, module in named_modules(model):
         set_class(module, plain_class(module))

@@ -1,16 +1,17 @@
 """Models as they are: their plan, and adapters put into them and taken out again."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
-from mora_jax._flax.calls import Call, errors_of, kind_of_call, proving
+from mora_jax._flax.calls import Call, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
+from mora_jax._flax.proofs import Proofs
 from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding
@@ -202,6 +203,7 @@ def wrap(
         _held.hold_adapter(module, own, adapter, seed)
     if plain_class(model) is type(model):  # a layer alone does what its rule says
         set_class(model, _checked_class(type(model)))
+        setattr(model, _held.PROOFS, Proofs())
     return model
 
 
@@ -284,23 +286,6 @@ def merge_adapters(
     return plain
 
 
-_proven: dict[Hashable, str] = {}
-"""The calls that were checked, as `proving` has them.
-
-Not in the model, since nnx.jit makes a new one for each trace.
-"""
-
-
-def _settings(model: nnx.Module) -> Hashable:
-    """Key of all that a model holds beside its arrays, such as its flags."""
-    graph = nnx.graphdef(model)
-    try:
-        hash(graph)
-    except TypeError:  # an attribute cannot be hashed, such as a config
-        return repr(graph)
-    return graph
-
-
 @functools.cache
 def _checked_class(cls: type) -> type:
     """The class of an adapted model: the public methods of `cls`, checked."""
@@ -312,10 +297,10 @@ def _checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            kind = _settings(self), name, kind_of_call(args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
             check = check_call, lambda: _held.plan_of(self), programs, is_main
-            with proving(_proven, kind, *check):
+            proofs = vars(self).get(_held.PROOFS) or Proofs()
+            with proofs.proving(self, (name, args, kwargs), *check):
                 return method(self, *args, **kwargs)
 
         return call

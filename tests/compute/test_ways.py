@@ -20,7 +20,7 @@ import mora_jax
 from benchmarks.common.ways import choose
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
-from mora_jax._flax.calls import unchecked
+from mora_jax._flax.proofs import unchecked
 from mora_jax._layer.tuning import TUNING
 from mora_jax.products import DENSE, Contraction, Lookup
 

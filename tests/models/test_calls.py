@@ -113,31 +113,6 @@ def test_a_plan_of_names_is_proven_by_the_first_call(api):
         apply(X, train=True)
 
 
-def test_a_kind_of_call_is_checked_once():
-    """For other shapes and numbers the check is not repeated."""
-    runs = []
-
-    class Counted(nn.Module):
-        @nn.compact
-        def __call__(self, x, flag=False, position=0):
-            runs.append(x.shape)
-            return nn.Dense(8)(x)
-
-    model = Counted()
-    variables = model.init(KEY, X)
-    apply = linen.wrap(model, linen.plan(model, variables, CONFIG, X))
-    adapters = mora_jax.init(apply.plan)
-
-    def counted(*args, **kwargs):
-        before = len(runs)
-        apply(adapters, variables, *args, **kwargs)
-        return len(runs) - before
-
-    assert [counted(X), counted(X), counted(X[:1])] == [3, 1, 1]
-    assert [counted(X, True), counted(X, True), counted(X, False, 1)] == [3, 1, 3]
-    assert [counted(X, False, k) for k in range(2, 5)] == [1, 1, 1]
-
-
 def test_what_cannot_be_traced_is_said():
     class Loop(nnx.Module):
         def __init__(self):

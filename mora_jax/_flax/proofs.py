@@ -1,0 +1,235 @@
+"""Proofs of calls: which calls of a model were checked, and which others are like them.
+
+A trace shows one way of Python through a model. Another call may take another way where
+the two differ in anything that Python sees, which is all but the numbers in arrays. So
+calls are alike if JAX would not trace the second one again: if structures, shapes,
+dtypes, and the values of all but arrays, are equal.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import time
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from mora_jax._common.warnings import warn
+from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._plan.spec import SUFFIX
+
+MANY = 16
+"""The number of checks after which a user is told what they cost."""
+
+
+class Proofs:
+    """The calls of one model that were checked.
+
+    They live as long as the model. NNX makes new objects of a model for each trace, and
+    hands on its attributes to them. Those of any two models are equal, or `nnx.jit`
+    would compile a program for each model.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Hashable, str] = {}
+        """{content of a call: "", or why a trace does not show what it does}."""
+        self.models: dict[Hashable, Hashable] = {}
+        """The contents of models that `found` has, each of them once."""
+        self.seconds = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Proofs)
+
+    def __hash__(self) -> int:
+        return hash(Proofs)
+
+    def __reduce__(self) -> Any:  # a copy in another process has to prove its own calls
+        return Proofs, ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self.found)} calls>"
+
+    @contextlib.contextmanager
+    def proving(
+        self, model: Any, call: Any, check: Callable[..., str], *args: Any
+    ) -> Iterator[None]:
+        """Before a call that runs inside, `check(*args)`, unless it is like another.
+
+        All that Python sees in it is in `model` and `call`.
+        """
+        if _inside.get() or intercepted():
+            yield
+            return
+        try:
+            own = content(model)
+            like = self.models.setdefault(own, own), content(call)
+            why = self.found.get(like)
+        except (Incomparable, TypeError):  # or it cannot be hashed
+            like = why = None
+        if is_new := why is None:
+            start = time.perf_counter()
+            with jax.transfer_guard("allow"):  # the check computes with a few numbers
+                why = check(*args)
+            self.seconds += time.perf_counter() - start
+        # Methods that it calls itself are parts of the same program.
+        with unchecked(not why):
+            yield
+        if is_new and why:  # and not for a call that fails
+            warn(why)
+        if is_new and like is not None:
+            self.found[like] = why
+            self._tell_of_many()
+
+    def _tell_of_many(self) -> None:
+        if len(self.found) == MANY:
+            warn(
+                f"{MANY} calls were checked, in {self.seconds:.1f} s: they differ in "
+                "shapes, dtypes or values, so that JAX would trace each of them. Pad "
+                "inputs to a few shapes, and give numbers that change as arrays"
+            )
+
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+@contextlib.contextmanager
+def unchecked(value: bool = True) -> Iterator[None]:
+    """No call that runs inside is checked."""
+    token = _inside.set(value)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+# --- What Python sees ---
+
+
+PLAIN = type("", (), {}).__basicsize__
+"""The bytes of an object that holds nothing but its attributes."""
+
+
+class Incomparable(Exception):
+    """A value may differ from another one without a sign of it."""
+
+
+def content(value: Any) -> Hashable:
+    """All that Python sees in a value, equal for values that it cannot tell apart.
+
+    Raises:
+      Incomparable: Not all of it can be read.
+    """
+    try:
+        return _content(value, {})
+    except RecursionError:
+        raise Incomparable from None
+
+
+def _content(value: Any, met: dict[int, Any]) -> Hashable:
+    kind = type(value)
+    if kind in _VALUES:  # most are, and calls wait for this
+        return kind, value
+    whole, parts = _readers(kind)
+    if whole is not None:
+        return whole(value)
+    if id(value) in met:  # at two places, or in itself
+        return "met", met[id(value)][0]
+    # It is kept, or another object could get its number.
+    met[id(value)] = len(met), value
+    return kind, *[_content(part, met) for part in parts(value)]
+
+
+_VALUES = {bool, int, str, bytes, type(None)}
+_ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, Proofs
+_ARRAYS = jax.Array, Tracer, jax.ShapeDtypeStruct
+
+Whole: TypeAlias = Callable[[Any], Hashable]
+Parts: TypeAlias = Callable[[Any], Iterable[Any]]
+
+
+@functools.cache
+def _readers(kind: type) -> tuple[Whole | None, Parts]:
+    """Functions of a value of a type: its content, or None and the parts of that."""
+    if issubclass(kind, _ALONE):
+        return lambda value: (kind, value), iter
+    if issubclass(kind, float | complex):  # NaN is not equal to itself, -0.0 is to 0.0
+        return lambda value: (kind, repr(value)), iter
+    if issubclass(kind, _ARRAYS):
+        return lambda array: (*_shaped(array), getattr(array, "weak_type", None)), iter
+    if issubclass(kind, np.ndarray):
+        return lambda array: (kind, *_shaped(array)), iter
+    if issubclass(kind, set | frozenset):
+        return lambda values: (kind, frozenset(map(content, values))), iter
+    if issubclass(kind, np.generic):
+        return lambda number: (kind, number.tobytes()), iter
+    for known, parts in _PARTS.items():
+        if issubclass(kind, known):
+            return None, parts
+    if dataclasses.is_dataclass(kind):
+        has_slots = "__slots__" in vars(kind) or issubclass(kind, nn.Module)
+        return None, _fields(kind) if has_slots else lambda value: [vars(value)]
+    if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
+        return lambda value: (kind, value), iter
+    return None, _parts_of_object
+
+
+def _shaped(array: Any) -> tuple[Any, ...]:
+    return array.shape, array.dtype
+
+
+def _parts_of_nnx(value: Any) -> Iterable[Any]:
+    # Adapters may differ: a proof is about kernels. NNX notes the running trace.
+    held, own = vars(value), ("_pytree_", "_object_")
+    names = [name for name in held if name[-5:] != SUFFIX and name[:8] not in own]
+    return " ".join(names), *map(held.__getitem__, names)
+
+
+def _fields(kind: Any) -> Parts:
+    """A function of a dataclass to its fields; a Linen module knows its caller, too."""
+    own = ("parent",) if issubclass(kind, nn.Module) else ()
+    names = [name for f in dataclasses.fields(kind) if (name := f.name) not in own]
+    return lambda value: [getattr(value, name) for name in names]
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[Any]:
+    # A lambda is another object each time. Its globals are not looked at.
+    yield function.__code__
+    yield from (function.__module__, function.__defaults__, function.__kwdefaults__)
+    yield from function.__closure__ or ()
+
+
+def _parts_of_cell(cell: types.CellType) -> Iterator[Any]:
+    with contextlib.suppress(ValueError):  # it is empty
+        yield cell.cell_contents
+
+
+def _parts_of_object(value: Any) -> Iterable[Any]:
+    if (wrapped := getattr(value, "__wrapped__", None)) is not None:  # as by jax.jit
+        return [wrapped]
+    if not hasattr(value, "__dict__") or type(value).__basicsize__ > PLAIN:
+        raise Incomparable  # it holds more than attributes
+    leaves, structure = jax.tree.flatten(value)
+    is_leaf = jax.tree_util.treedef_is_leaf(structure)
+    return [vars(value)] if is_leaf else [structure, *leaves]
+
+
+_PARTS: dict[Any, Parts] = {
+    tuple | list: iter,
+    Mapping: lambda mapping: [*mapping, *mapping.values()],
+    types.FunctionType: _parts_of_function,
+    types.MethodType: lambda method: (method.__func__, method.__self__),
+    types.BuiltinFunctionType: lambda method: (method.__name__, method.__self__),
+    types.CellType: _parts_of_cell,
+    functools.partial: lambda call: (call.func, call.args, call.keywords),
+    nnx.Variable: lambda variable: [variable.get_raw_value()],
+    nnx.Pytree: _parts_of_nnx,
+}
+"""{type: function of a value to its parts}."""
