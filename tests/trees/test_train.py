@@ -13,6 +13,7 @@ from adapter_files import assert_same, flatten
 from flax import nnx
 from helpers import bare, close, random, random_like, wide
 from jax.sharding import PartitionSpec as P
+from merged import merge_errors
 from meshes import make_mesh, put
 
 import mora_jax
@@ -279,7 +280,7 @@ def test_shardings_and_checks(params, made):
     assert jax.tree.structure(found) == jax.tree.structure(init(made, params=params))
     adapters = random_like(init(made, params=params))
     for model, variables in ((Linen(), {"params": params}), (in_nnx(params), None)):
-        found = mora_jax.diagnostics.check(model, variables, made, X)
+        found = merge_errors(model, variables, made, X)
         assert list(found) == ["fc/kernel"]
     assert list(mora_jax.diagnostics.spectrum(adapters)) == ["fc/kernel"]
     loss = mora_jax.diagnostics.merge_loss(params, adapters)
