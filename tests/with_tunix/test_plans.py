@@ -33,6 +33,9 @@ def unregistered(monkeypatch):
     classes = [cls for cls in layer_rules.RULES if isinstance(cls, type)]
     flax = {c: layer_rules.RULES[c] for c in classes if "flax" in c.__module__}
     monkeypatch.setattr(layer_rules, "RULES", flax)
+    layer_rules._registered.cache_clear()
+    yield
+    layer_rules._registered.cache_clear()
 
 
 def tunix_model(name, **settings):
