@@ -173,7 +173,11 @@ def compute(cell: cells.Cell) -> cells.Cell:
     restarts = "restarts" in method or method == "relora"
     interval = every if restarts else steps
     warmup = max(1, every // 10)
-    schedule = remora.restart_schedule(1.0, steps, interval, warmup=warmup)
+    cosine = optax.cosine_decay_schedule(1.0, steps, alpha=0.1)
+
+    def schedule(step: Any) -> Any:
+        return cosine(step) * jnp.minimum((step % interval + 1) / warmup, 1.0)
+
     tx, data = optax.scale_by_adam(), batches(cell["seed"])
     part = start(method, cell["rank"], tx)
     others = tx.init(rest(part.params))

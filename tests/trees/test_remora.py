@@ -101,7 +101,7 @@ def seeds_of(tree):
 def test_the_state_of_the_ms_is_reset_and_no_other(combined):
     """Counts of a schedule go on; Adam's own start again with its moments."""
     params, adapters = made()
-    schedule = remora.restart_schedule(1e-2, 100, every=10, warmup=5)
+    schedule = optax.cosine_decay_schedule(1e-2, 100)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1)
     )
@@ -320,15 +320,6 @@ def test_on_a_mesh():
         assert after.adapters["kernel_mora"].spec.layout == plan["kernel"].layout
 
 
-def test_the_schedule():
-    rate = remora.restart_schedule(2.0, 200, every=50, warmup=10, floor=0.1)
-    steps = np.arange(260)
-    done = np.minimum(steps / 200, 1)
-    expected = 2 * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2)
-    expected *= np.minimum((steps % 50 + 1) / 10, 1)
-    close(jax.jit(jax.vmap(rate))(steps), expected)
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
     params, adapters = made()
@@ -351,9 +342,3 @@ def test_bad_input():
     broken = jax.tree.map(lambda m: m * np.nan, adapters)
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         remora.restart(params, broken, state, tx)
-    with pytest.raises(ValueError, match="warmup must be at most every=5, got 6"):
-        remora.restart_schedule(1.0, 100, every=5, warmup=6)
-    with pytest.raises(ValueError, match="floor must be from 0 to 1, got 2"):
-        remora.restart_schedule(1.0, 100, every=50, floor=2.0)
-    with pytest.raises((TypeError, ValueError), match="every must be a positive"):
-        remora.restart_schedule(1.0, 100, every=0)
