@@ -3,7 +3,6 @@
 Also an optimizer's state, in which the adapters start again.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,23 +11,20 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
 from mora_jax._common import trees
-from mora_jax._common.checks import above_zero, patterns_of
-from mora_jax._common.suggestions import matching
+from mora_jax._common.checks import above_zero
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.combined import combine
 
 
-def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_mask(params: Any) -> Any:
     """True for each adapter of a combined tree, False for the frozen leaves.
 
     Freeze by `optimizer`: `optax.masked` lets the gradients of masked leaves *through*.
 
     Args:
       params: A tree as `combine` makes it, or the state of a model with adapters.
-      base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
-        all of them, which AiDotNet calls freezeBaseLayer=false.
 
     Returns:
       A tree of bools, one for each array, also for an array in a box of metadata; a
@@ -36,7 +32,7 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
 
     Raises:
       TypeError: A model is given instead of its params.
-      ValueError: The tree lacks adapters, or a pattern matches nothing.
+      ValueError: The tree lacks adapters.
 
     Example::
 
@@ -45,22 +41,19 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> mora_jax.trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
-    patterns, trained = patterns_of("base", base), set()
-    for path, leaf in (located := trees.located_leaves(params)).items():
-        if path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None:
-            trained.add("/".join(path))
-    if not trained:
+    trained = [
+        path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None
+        for path, leaf in trees.located_leaves(params).items()
+    ]
+    if not any(trained):
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    names = list(map("/".join, located))
-    leaves = [name for name in names if name not in trained]
-    trained |= matching("base", patterns, leaves, "base leaf")
     structure = jax.tree.structure(params, is_leaf=trees.is_end)
-    return jax.tree.unflatten(structure, [name in trained for name in names])
+    return jax.tree.unflatten(structure, trained)
 
 
-def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_labels(params: Any) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
 
     Example::
@@ -70,14 +63,13 @@ def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> mora_jax.trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
-    mask = trainable_mask(params, base)
+    mask = trainable_mask(params)
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
 def optimizer(
     tx: optax.GradientTransformation,
     params: Any,
-    base: str | Iterable[str] = (),
     *,
     ratio: float | int | None = None,
 ) -> optax.GradientTransformation:
@@ -91,7 +83,6 @@ def optimizer(
     Args:
       tx: Any optax transformation.
       params: As in `trainable_mask`, or a tree of adapters alone.
-      base: As in `trainable_mask`.
       ratio: The factor of the updates of B of a LoRA (`operator="low_rank"`); LoRA+
         takes 16 (https://arxiv.org/abs/2402.12354).
 
@@ -110,7 +101,7 @@ def optimizer(
     check_transformation(tx)
     if ratio is not None:
         tx = with_ratio(tx, params, ratio)
-    labels = trainable_labels(params, base)
+    labels = trainable_labels(params)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))

@@ -63,25 +63,10 @@ def test_frozen_leaves_stay_bitwise_and_adapters_train_as_alone(both):
     close(adapters_after, adapters)
 
 
-def test_chosen_base_leaves_train_too(both):
-    tx = optimizer(optax.adam(0.1), both, base=("norm/.*", "head/kernel"))
-    (before, _), (after, _) = split(both), split(train(tx, both)[0])
-    for name in ("fc", "half", "step"):
-        assert_same(after.pop(name), before.pop(name))
-    assert_all_move(before, after)
-
-
-def test_the_whole_base_trains(both):
-    del both["step"]
-    both["fc"]["kernel"] = jnp.ones((8, 8))
-    assert all(jax.tree.leaves(mask_of(both, ".*")))
-    assert_all_move(both, train(optimizer(optax.sgd(0.1), both, base=".*"), both)[0])
-
-
 def test_labels_and_mask(both):
-    labels, mask = labels_of(both, "norm/scale"), mask_of(both)
+    labels, mask = labels_of(both), mask_of(both)
     assert labels["fc"] == {"kernel": "frozen", "kernel_mora": "trainable"}
-    assert labels["norm"] == {"scale": "trainable"}
+    assert labels["norm"] == {"scale": "frozen"}
     assert mask["norm"] == {"scale": False} and mask["fc"]["kernel_mora"] is True
     # Why `optimizer` exists: optax.masked lets raw gradients through.
     after, _ = train(optax.masked(optax.sgd(0.1), mask), both, steps=1)
@@ -91,19 +76,11 @@ def test_labels_and_mask(both):
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(both):
     base, sgd = split(both)[0], optax.sgd(0.1)
-    cases = [
-        (lambda: optimizer(sgd, base), "hold no"),
-        (lambda: mask_of(both, "("), "base holds '[(]', which is not a regular"),
-    ]
+    cases = [(lambda: optimizer(sgd, base), "hold no")]
     for call in (mask_of, labels_of):
         cases += [
             (lambda call=call: call(base), r"hold no '\*_mora' leaf: pass combine"),
             (lambda call=call: call({}), "hold no"),
-            (
-                lambda call=call: call(both, "norms/.*"),
-                "matches no base leaf; the near",
-            ),
-            (lambda call=call: call(both, ".*kernel_mora"), "matches no base leaf"),
         ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
