@@ -11,7 +11,6 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
 from mora_jax._common import trees
-from mora_jax._common.checks import above_zero
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
@@ -68,23 +67,18 @@ def trainable_labels(params: Any) -> Any:
 
 
 def optimizer(
-    tx: optax.GradientTransformation,
-    params: Any,
-    *,
-    ratio: float | int | None = None,
+    tx: optax.GradientTransformation, params: Any
 ) -> optax.GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
-    tree of adapters needs `tx` itself and not this function, except for a `ratio`; no
-    gradient of the base is computed then.
+    tree of adapters needs `tx` itself and not this function; no gradient of the base is
+    computed then.
 
     Args:
       tx: Any optax transformation.
       params: As in `trainable_mask`, or a tree of adapters alone.
-      ratio: The factor of the updates of B of a LoRA (`operator="low_rank"`); LoRA+
-        takes 16 (https://arxiv.org/abs/2402.12354).
 
     Raises:
       TypeError, ValueError: As `trainable_mask`, or `tx` is not one of optax.
@@ -99,41 +93,11 @@ def optimizer(
       (False, True)
     """
     check_transformation(tx)
-    if ratio is not None:
-        tx = with_ratio(tx, params, ratio)
     labels = trainable_labels(params)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
     return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
-
-
-def with_ratio(
-    tx: optax.GradientTransformation, params: Any, ratio: float
-) -> optax.GradientTransformation:
-    """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
-    factor: float = above_zero("ratio", ratio)
-    leaves = trees.located_leaves(params).values()
-    if not any(map(_lora_of, leaves)):
-        raise ValueError("ratio needs adapters of operator='low_rank'")
-
-    def scaled(leaf: Any) -> Any:
-        if (lora := _lora_of(leaf)) is None:
-            return leaf
-        m = lora.operator.scaled(lora.m, factor)
-        return paths.reboxed(leaf, lora.replace(m=m))
-
-    def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(scaled, updates, is_leaf=trees.is_end)
-
-    return optax.chain(tx, optax.stateless(scale))
-
-
-def _lora_of(leaf: Any) -> Adapter | None:
-    """The adapter at a leaf, if a factor of its array is not one of its delta."""
-    adapter = paths.adapter_of(leaf)
-    is_lora = adapter and adapter.of_kernel and not adapter.operator.linear
-    return adapter if is_lora else None
 
 
 def check_transformation(tx: Any) -> None:
