@@ -57,7 +57,8 @@ class Restarted(NamedTuple):
       params: The base with the deltas merged in.
       adapters: New adapters, between other maps, whose deltas are zero. Arrays that are
         trained themselves go on as they are, in the adapters alone.
-      opt_state: The optimizer's state.
+      opt_state: The optimizer's state: moments of M's start again, with the steps that
+        count them. Schedules and the state of other leaves go on.
     """
 
     params: Any
@@ -73,7 +74,6 @@ def restart(
     *,
     grads: Callable[[Any], Any] | None = None,
     any_base: bool = False,
-    keep_moments: bool = False,
     donate: bool = False,
 ) -> Restarted:
     """Merge the adapters, and start new ones between other maps.
@@ -97,8 +97,6 @@ def restart(
         an iterator as `gradient_bases` takes them. The new maps are the directions of
         these gradients then, which needs concrete arrays, so not under jit.
       any_base: True to merge into any weights, as for `merge`.
-      keep_moments: True to keep the state of the M's. By default it is reset, with the
-        steps that it counts; schedules and the state of other leaves go on.
       donate: True to overwrite the old kernels. Memory then does not hold them twice,
         and `params` cannot be used any more, also if `grads` raises an error.
 
@@ -137,7 +135,7 @@ def restart(
     for path, spec in following.items():
         new[path] = Adapter(_started(path, spec, old[path].m), spec)
     adapters = paths.replace_adapters(adapters, new)
-    state = restarted_state(opt_state, tx, merged, adapters, keep_moments=keep_moments)
+    state = restarted_state(opt_state, tx, merged, adapters)
     return Restarted(merged, adapters, state)
 
 

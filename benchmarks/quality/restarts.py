@@ -161,10 +161,14 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         part.adapters,
         part.state,
         tx,
-        keep_moments=method.endswith("kept"),
         grads=along if method.startswith("subspace") else None,
     )
-    return Part(after.params, after.adapters, part.apply, after.opt_state)
+    state = after.opt_state
+    if method.endswith("kept"):  # the old moments, for the new adapters
+        state = jax.tree.unflatten(
+            jax.tree.structure(state), jax.tree.leaves(part.state)
+        )
+    return Part(after.params, after.adapters, part.apply, state)
 
 
 def compute(cell: cells.Cell) -> cells.Cell:

@@ -108,17 +108,12 @@ def check_transformation(tx: Any) -> None:
 
 
 def restarted_state(
-    opt_state: Any,
-    tx: optax.GradientTransformation,
-    params: Any,
-    adapters: Any,
-    *,
-    keep_moments: bool,
+    opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
 ) -> Any:
     """An optimizer's state for adapters that a restart has made, and the rest of it.
 
-    Their moments start again unless `keep_moments`; all of them mean what the adapters
-    do, and the state of other leaves goes on.
+    Their moments start again, and mean what the adapters do; the state of other leaves
+    goes on.
     """
     before, structure = jax.tree.flatten(opt_state, is_leaf=trees.is_end)
     for tree_of in (lambda: adapters, lambda: combine(params, adapters)):
@@ -134,8 +129,7 @@ def restarted_state(
             f"tree of params and adapters, got one of {len(before)} arrays for other "
             "ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
         )
-    state = shapes if keep_moments else tx.init(trained)
-    leaves = tree_leaves_with_path(state, is_leaf=trees.is_end)
+    leaves = tree_leaves_with_path(tx.init(trained), is_leaf=trees.is_end)
     owners, after = [_owner(*leaf) for leaf in leaves], []
     for old, (keys, new), (own, starts) in zip(before, leaves, owners, strict=True):
         if starts is None:
@@ -145,8 +139,7 @@ def restarted_state(
             starts = (own, True) in owners and (own, False) not in owners
         # The steps of `optax.MultiSteps` are the steps of a schedule.
         steps = map(trees.key_name, keys[-1:])
-        starts = starts and not keep_moments and "gradient_step" not in steps
-        after.append(_following(old, new, starts))
+        after.append(_following(old, new, starts and "gradient_step" not in steps))
     return jax.tree.unflatten(structure, after)
 
 

@@ -114,11 +114,8 @@ def test_the_state_of_the_ms_is_reset_and_no_other(combined):
     for _ in range(3):
         _, state = tx.update(jax.tree.map(jnp.ones_like, trained), state, trained)
     after = remora.restart(params, adapters, state, tx).opt_state
-    kept = remora.restart(params, adapters, state, tx, keep_moments=True)
-    for got, expected in zip(
-        jax.tree.leaves(kept.opt_state), jax.tree.leaves(state), strict=True
-    ):
-        assert got is expected
+    kept = jax.tree.unflatten(jax.tree.structure(after), jax.tree.leaves(state))
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, after)
     assert jax.tree.structure(bare(after)) == jax.tree.structure(bare(state))
     assert seeds_of(after) == {1} and seeds_of(state) == {0}
     before, now = (
@@ -275,10 +272,8 @@ def test_a_model_of_nnx():
     nnx.update(model, after.params, after.adapters)
     close(model(x), expected)
     assert mora_jax.nnx.plan_of(model)["kernel"].operator.seed == 1
-    for keep in (False, True):
-        after = remora.restart(params, adapters, state, tx, keep_moments=keep)
-        updates, _ = tx.update(after.adapters, after.opt_state)
-        assert jax.tree.structure(updates) == jax.tree.structure(after.adapters)
+    updates, _ = tx.update(after.adapters, after.opt_state)
+    assert jax.tree.structure(updates) == jax.tree.structure(after.adapters)
 
 
 def test_the_optimizer_of_a_model_of_nnx_goes_on():
