@@ -156,7 +156,7 @@ def mora(
     mesh, square = model.mesh, ("model" if split else None, None)
     plan = sharding.on_mesh(plan, boxed, batch_axes=llama.BATCH_AXES, mesh=mesh)
     places = jax.tree.map(
-        lambda place: NamedSharding(mesh, PartitionSpec(*place.spec[:-2], *square)),
+        lambda at: NamedSharding(at.mesh, PartitionSpec(*at.spec[:-2], *square)),
         sharding.adapter_shardings(plan, boxed, mesh=mesh),
     )
     wrapped = linen.wrap(model, plan)
