@@ -17,6 +17,7 @@ docs/serving.md has the protocol, the limits, and what happens when files are da
 
 import argparse
 import asyncio
+import functools
 import signal
 import socket
 import sys
@@ -84,13 +85,19 @@ def load(name: str) -> tuple[smollm2.Llama, Any, Any]:
     return smollm2.load(None if name == "smollm2" else Path(name))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def put(stacked: Any, slot: int, adapters: Any) -> Any:
+    """The adapters in slots, with others in one slot, in place."""
+    return jax.tree.map(lambda slots, m: slots.at[slot].set(m), stacked, adapters)
+
+
 def make_engine(
     args: argparse.Namespace, model: smollm2.Llama, params: Any, plan: Plan
 ) -> Engine:
     """The engine, with empty slots."""
     new = mora_jax.init(plan)
     stacked = serving.stack([new], slots=args.slots)
-    stacked = serving.put(stacked, 0, new)  # which compiles it
+    stacked = put(stacked, 0, new)  # which compiles it
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
     print(f"{args.slots} slots for adapters: {held / 2**20:,.0f} MiB", flush=True)
     return Engine(
@@ -98,7 +105,7 @@ def make_engine(
         config=model.config,
         params=params,
         stacked=stacked,
-        put=serving.put,
+        put=put,
         rows=args.rows,
         size=args.context,
         queue=args.queue,

@@ -33,8 +33,7 @@ Layers and models::
   linen                 adapters for unmodified Linen models
   nnx                   adapters for unmodified NNX models
   mora_jax.qwix         (import it) adapters in models that qwix quantizes
-  mora_jax.tunix        (import it) adapters in the models of Tunix
-  mora_jax.gemma        (import it) adapters in Google's gemma models
+  mora_jax.gemma        (import it) a gemma model and its adapters as one module
   sharding              adapters on a mesh of devices
 
 Training::
@@ -52,7 +51,6 @@ After training::
   delta_weight          what the adapters add to the kernels
   diagnostics           spectra, norms, and what rounding loses
   from_lora             adapters of a LoRA of qwix, Tunix or nnx.LoRA
-  to_lora               the other way round
   save                  write adapters to a directory
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
@@ -95,7 +93,6 @@ from mora_jax._tree.combined import split as split
 from mora_jax._tree.gradients import gradient_bases as gradient_bases
 from mora_jax._tree.gradients import gradient_start as gradient_start
 from mora_jax._tree.lora_trees import from_lora as from_lora
-from mora_jax._tree.lora_trees import to_lora as to_lora
 from mora_jax._tree.merge import delta_weight as delta_weight
 from mora_jax._tree.merge import fold as fold
 from mora_jax._tree.merge import merge as merge

@@ -1,10 +1,4 @@
-"""Adapters for the models of `gemma`: Gemma 2, 3, 3n and 4; `mora-jax[gemma]`.
-
-Public names::
-
-  register              check that this version has the layers that `mora_jax` knows
-  MoRA                  a model with its adapters, as samplers and trainers take it
-"""
+"""Adapters for the models of `gemma`: Gemma 2, 3, 3n and 4; `mora-jax[gemma]`."""
 
 import dataclasses
 import importlib
@@ -15,28 +9,10 @@ import flax.linen as nn
 import jax
 from flax.core.scope import subtract_filters
 
-from mora_jax._flax.layers import lacking
 from mora_jax._layer.adapter import is_adapter
 from mora_jax._tree.adapters import init
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen import wrap
-
-
-def register() -> None:
-    """Check that this version of gemma has all the layers that `mora_jax` knows.
-
-    `linen.plan` and `linen.wrap` know them by their names, without this call.
-
-    Raises:
-      ImportError: gemma is not installed, or its version lacks what the rules need.
-
-    Example: see docs/gemma.md, which also says what is adapted by default.
-    """
-    for path, why in lacking("gemma").items():
-        raise ImportError(
-            f"mora_jax.gemma needs {path} as in gemma 4.0.1: {why}; pip install "
-            "'mora-jax[gemma]', on Python 3.12 or newer"
-        )
 
 
 class MoRA(nn.Module):

@@ -31,18 +31,18 @@ from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_finite, check_number
 from mora_jax._layer.adapter import wide
-from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import (
     Found,
     Tree,
     alike_adapters,
     checked_adapters,
-    named_leaves,
     place_of,
     replace_adapters,
 )
 
 __all__ = ["scaled", "weighted_sum"]
+
+NO_DELTA = "and is no delta, which this needs; merge puts it into a base"
 
 
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
@@ -63,10 +63,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
       ValueError: A number is not finite, or an array is trained itself.
     """
     found, factor = checked_adapters(adapters), _factor(factor, "factor")
-    found.refuse_trained(
-        "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
-        "params=, and merge puts them into a base"
-    )
+    found.refuse_trained(NO_DELTA)
     for path, adapter in found.items():
         dtype = adapter.m.dtype
         m = adapter.operator.scaled(wide(adapter.m), factor).astype(dtype)
@@ -78,30 +75,23 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 def weighted_sum(
     adapters: Sequence[Any],
     weights: Sequence[ArrayLike] | jax.Array,
-    params: Any = None,
-    *,
-    any_base: bool = False,
 ) -> Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
-    This is exact, since deltas are linear in M. Of an array that trains itself the
-    delta is what it has moved from the base's :math:`b`, so that the sum is
-    :math:`b + \sum_i w_i (a_i - b)`.
+    This is exact, since deltas are linear in M.
 
     Args:
       adapters: Adapters of the same kernels, operators and factors.
       weights: A real number for each, or an array of them.
-      params: The base's params, which are needed if arrays of them are trained.
-      any_base: As in `merge`.
 
     Returns:
-      Adapters. Each M, and each array that trains itself, is summed in float32 or wider
-      and has the dtype that it has in the adapters.
+      Adapters. Each M is summed in float32 or wider and has the dtype that it has in
+      the adapters.
 
     Raises:
       TypeError, ValueError: Meanings, bases or numbers of adapters and weights differ;
         an M, a weight or the sum is not finite; deltas are not linear in what is
-        trained; or `params` lack an array that is trained, or are not the base alone.
+        trained; or an array is trained itself.
     """
     found = alike_adapters(adapters)
     if not isinstance(weights, list | tuple) and getattr(weights, "ndim", 0) != 1:
@@ -114,22 +104,12 @@ def weighted_sum(
     found[0].refuse_nonlinear(
         "so that sums of adapters are not sums of deltas: merge one after another"
     )
-    starts, sums = {}, Found()
-    if trained := found[0].trained:
-        if params is None:
-            raise ValueError(
-                f"params must be given, since {'/'.join([*trained][0])!r} is trained "
-                "itself, and its delta is what it has moved from the base's array"
-            )
-        arrays = trained.in_base(params)
-        starts = {path: wide(array) for path, (_, array) in arrays.items()}
-        if not any_base:
-            check_base(found[0].specs, named_leaves(params))
+    found[0].refuse_trained(NO_DELTA)
+    sums = Found()
     for path, adapter in found[0].items():
-        arrays, start = [one[path].m for one in found], starts.get(path, 0.0)
-        # An M starts at zero, and an array that trains itself where the base has it.
-        moves = (f * (wide(a) - start) for f, a in zip(factors, arrays, strict=True))
-        total = jnp.asarray(sum(moves, start)).astype(jnp.result_type(*arrays))
+        arrays = [one[path].m for one in found]
+        moves = (f * wide(a) for f, a in zip(factors, arrays, strict=True))
+        total = jnp.asarray(sum(moves)).astype(jnp.result_type(*arrays))
         place = "/".join(place_of(path, adapter.spec))
         check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
         sums[path] = adapter.replace(m=total)

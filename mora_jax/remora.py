@@ -15,10 +15,7 @@ Example::
   >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
   >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
   >>> plan = mora_jax.plan(params, config)
-  >>> rate = remora.restart_schedule(1.0, 1000, every=100, warmup=10)
-  >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
-  [0.1, 1.0, 0.978, 0.098, 0.01]
-  >>> adapters, tx = mora_jax.init(plan), optax.adam(rate)
+  >>> adapters, tx = mora_jax.init(plan), optax.adam(1e-3)
   >>> after = remora.restart(params, adapters, tx.init(adapters), tx)
   >>> after.adapters["fc"]["kernel_mora"].operator.seed
   4
@@ -36,13 +33,7 @@ import optax
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import (
-    check_concrete,
-    check_finite,
-    check_number,
-    positive_integer,
-    share,
-)
+from mora_jax._common.checks import check_concrete, check_finite, check_number
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
@@ -56,7 +47,7 @@ from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Sharing
 from mora_jax.operators.low_rank import nearest_factors
 
-__all__ = ["Restarted", "learned", "restart", "restart_schedule"]
+__all__ = ["Restarted", "learned", "restart"]
 
 
 class Restarted(NamedTuple):
@@ -66,7 +57,8 @@ class Restarted(NamedTuple):
       params: The base with the deltas merged in.
       adapters: New adapters, between other maps, whose deltas are zero. Arrays that are
         trained themselves go on as they are, in the adapters alone.
-      opt_state: The optimizer's state.
+      opt_state: The optimizer's state: moments of M's start again, with the steps that
+        count them. Schedules and the state of other leaves go on.
     """
 
     params: Any
@@ -82,7 +74,6 @@ def restart(
     *,
     grads: Callable[[Any], Any] | None = None,
     any_base: bool = False,
-    keep_moments: bool = False,
     donate: bool = False,
 ) -> Restarted:
     """Merge the adapters, and start new ones between other maps.
@@ -106,8 +97,6 @@ def restart(
         an iterator as `gradient_bases` takes them. The new maps are the directions of
         these gradients then, which needs concrete arrays, so not under jit.
       any_base: True to merge into any weights, as for `merge`.
-      keep_moments: True to keep the state of the M's. By default it is reset, with the
-        steps that it counts; schedules and the state of other leaves go on.
       donate: True to overwrite the old kernels. Memory then does not hold them twice,
         and `params` cannot be used any more, also if `grads` raises an error.
 
@@ -146,7 +135,7 @@ def restart(
     for path, spec in following.items():
         new[path] = Adapter(_started(path, spec, old[path].m), spec)
     adapters = paths.replace_adapters(adapters, new)
-    state = restarted_state(opt_state, tx, merged, adapters, keep_moments=keep_moments)
+    state = restarted_state(opt_state, tx, merged, adapters)
     return Restarted(merged, adapters, state)
 
 
@@ -181,7 +170,9 @@ def learned(
       >>> learned(params, merged, adapters)
       ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
-    max_error = share("max_error", max_error)
+    max_error = check_number(
+        "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
+    )
     found, made, lost = paths.adapters_in(adapters), Found(), {}
     old, new = found.kernels.in_base(base, "base"), found.in_base(merged, "merged")
     for path, adapter in found.items():
@@ -198,38 +189,6 @@ def learned(
         spec = dataclasses.replace(spec, base_digest=None)
         made[path] = lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))
     return made.tree(), lost
-
-
-def restart_schedule(
-    peak: float, steps: int, every: int, *, warmup: int = 50, floor: float = 0.1
-) -> optax.Schedule:
-    r"""A cosine over all of training, with a warm-up after each restart.
-
-    .. math:: \eta_t = \eta\, \Bigl(f + (1 - f)\, \frac{1 + \cos(\pi t / T)}{2}\Bigr)\,
-        \min\Bigl(1, \frac{(t \bmod N) + 1}{w}\Bigr)
-
-    Args:
-      peak: The largest learning rate.
-      steps: T, the number of steps of the whole training; the floor stays after it.
-      every: N, the number of steps from one restart to the next.
-      warmup: w, the number of steps until the rate is at the cosine again.
-      floor: f, what is left of the largest rate at the end.
-
-    Raises:
-      TypeError, ValueError: A number of steps is not a positive integer, `warmup` is
-        more than `every`, or `floor` is not between 0 and 1.
-    """
-    for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
-        positive_integer(name, value)
-    if warmup > every:
-        raise ValueError(f"warmup must be at most every={every}, got {warmup}")
-    peak, floor = check_number("peak", peak), share("floor", floor)
-    cosine = optax.cosine_decay_schedule(peak, steps, alpha=floor)
-
-    def schedule(count: Any) -> Any:
-        return cosine(count) * jnp.minimum((count % every + 1) / warmup, 1.0)
-
-    return schedule
 
 
 def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:

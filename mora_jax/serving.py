@@ -8,7 +8,6 @@ stay products of the whole batch. Slots and index are data: one compiled program
 any mixture of adapters, also after one of them was replaced by another.
 
   stack                 adapters of one meaning in one tree, in slots
-  put                   the same tree with another adapter in one slot
   select                the adapters for the rows of a batch
 
 Example::
@@ -28,11 +27,14 @@ Example::
   >>> stacked = serving.stack([ones], slots=2)
   >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
   Array([ True, False, False,  True], dtype=bool)
-  >>> is_adapted(serving.put(stacked, 1, ones), jnp.array([0, -1, 1, 0]))
+
+Another adapter in one slot is a line of JAX, which refuses adapters of other meanings::
+
+  >>> stacked = jax.tree.map(lambda slots, m: slots.at[1].set(m), stacked, ones)
+  >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
   Array([ True, False,  True,  True], dtype=bool)
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,19 +45,12 @@ from jax.core import Tracer
 
 from mora_jax._common import checks
 from mora_jax._common.trees import located_leaves
-from mora_jax._layer.adapter import Adapter, is_adapter
+from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_alike
-from mora_jax._tree.paths import (
-    Found,
-    Tree,
-    alike_adapters,
-    checked_adapters,
-    nest,
-    place_of,
-)
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.paths import Found, Tree, alike_adapters
 
-__all__ = ["put", "select", "stack"]
+__all__ = ["select", "stack"]
 
 
 def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
@@ -65,7 +60,7 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
       adapters: Adapters of the same kernels, operators and factors. New ones add
         nothing, so that `[mora_jax.init(plan)]` makes a tree of empty slots.
       slots: The number of slots, N, which all take memory; None for one for each
-        adapter. Others hold zeros, which add nothing, until `put` fills them.
+        adapter. Others hold zeros, which add nothing.
 
     Returns:
       A tree as of one adapter, in which each M is (N, *stack, *m_shape), in the widest
@@ -93,45 +88,6 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
     return stacked.tree()
 
 
-def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
-    """The stacked adapters with another adapter in one slot.
-
-    The arrays of `stacked` are donated: they are changed in place where the platform
-    can, and cannot be used afterwards. All slots share one compiled program.
-
-    Args:
-      stacked: Adapters in slots, as `stack` makes them.
-      slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
-        not known, another number changes nothing.
-      adapters: Adapters of the same meaning, rounded to the slots' dtypes.
-
-    Raises:
-      TypeError, ValueError: The slot does not exist; or the adapters have other M's
-        than the slots, or hold numbers that are not finite in the slots' dtype.
-    """
-    slots, number = _slots_of(stacked)
-    new = checked_adapters(adapters)
-    check_alike(new.specs, slots.specs, "the slots")
-    # All of them are checked before the slots, which are donated, are lost.
-    for path, adapter in slots.items():
-        dtype, place = adapter.m.dtype, place_of(path, adapter.spec)
-        where = f" in {dtype}, the dtype of the slots"
-        checks.check_finite(new[path].m.astype(dtype), "/".join(place), where)
-    at = _check_indices(slot, "slot", 0, number, ndim=0)
-    ms = {place: adapter.m for place, adapter in new.placed.items()}
-    return _put(stacked, at, nest(ms))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stacked: Tree, slot: jax.Array, ms: Tree) -> Tree:
-    def changed(slots: Adapter, m: jax.Array) -> Adapter:
-        # A traced `slot` may be one that does not exist. Then it changes nothing.
-        at = slots.m.at[_beyond_if_none(slot, len(slots.m))]
-        return slots.replace(m=at.set(m.astype(slots.m.dtype), mode="drop"))
-
-    return jax.tree.map(changed, stacked, ms, is_leaf=is_adapter)
-
-
 def select(stacked: Tree, index: Any) -> Tree:
     """The adapters for the rows of a batch, one for each row.
 
@@ -155,8 +111,9 @@ def select(stacked: Tree, index: Any) -> Tree:
       ValueError: `index` has more or fewer axes than one, or a number without a slot.
     """
     slots, number = _slots_of(stacked)
-    index = _check_indices(index, "index", -1, number, ndim=1)
-    at, sharding = _beyond_if_none(index, number), explicit_sharding(index)
+    index = _indices(index, number)
+    # JAX would count negative numbers from the end, and fills beyond it.
+    at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
     for path, adapter in slots.items():
         take = adapter.m.at[at].get
         chosen = take(mode="fill", fill_value=0, out_sharding=sharding)
@@ -186,24 +143,17 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
     return slots, numbers.pop()
 
 
-def _beyond_if_none(index: jax.Array, number: int) -> jax.Array:
-    """Slot of each row; rows without an adapter have a number past the last slot."""
-    # JAX would count negative numbers from the end.
-    return jnp.where(index < 0, number, index)
-
-
-def _check_indices(value: Any, name: str, least: int, number: int, ndim: int) -> Any:
-    """`value` as slots from `least` to `number` - 1, checked as far as it is known."""
-    known = not isinstance(value, Tracer)
-    indices = np.asarray(value) if known else value
+def _indices(index: Any, number: int) -> jax.Array:
+    """`index` as slots from -1 to `number` - 1, checked as far as it is known."""
+    known = not isinstance(index, Tracer)
+    indices = np.asarray(index) if known else index
     if not indices.size:  # NumPy takes [] for floats
         indices = indices.astype(jnp.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {indices.dtype}")
-    if indices.ndim != ndim:
-        kind = "an integer for each row, (B,)" if ndim else "one integer"
-        raise ValueError(f"{name} must be {kind}, got shape {indices.shape}")
-    outside = indices[(indices < least) | (indices >= number)] if known else ()
-    for index in outside:
-        raise ValueError(f"{name} must be from {least} to {number - 1}, got {index}")
+        raise TypeError(f"index must be integers, got {indices.dtype}")
+    if indices.ndim != 1:
+        rule = "index must be an integer for each row, (B,)"
+        raise ValueError(f"{rule}, got shape {indices.shape}")
+    for slot in indices[(indices < -1) | (indices >= number)] if known else ():
+        raise ValueError(f"index must be from -1 to {number - 1}, got {slot}")
     return jnp.asarray(indices, jnp.int32)

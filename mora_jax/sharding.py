@@ -31,7 +31,7 @@ from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.places import adapter_sharding, mesh_axes_of, named_sharding
+from mora_jax._plan.places import adapter_sharding, mesh_axes_of
 from mora_jax._plan.spec import AdapterSpec, Spec
 from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan
@@ -44,7 +44,6 @@ def adapter_shardings(
     params_or_shardings: Any,
     *,
     mesh: Mesh | None = None,
-    square: tuple[str | None, str | None] = (None, None),
 ) -> Tree:
     """The shardings of a model's adapters, by the shardings of its kernels.
 
@@ -58,22 +57,19 @@ def adapter_shardings(
         `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
         axes or logical names (see `nn.logical_axis_rules`), and NNX's variables.
       mesh: The devices, if the leaves do not name them.
-      square: The mesh axes that split the last two axes of M, which is then gathered in
-        each step. There are none by default, since M is small.
 
     Returns:
       A tree like the adapters, with a `NamedSharding` instead of each array.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
-      ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
-        that do not divide q.
+      ValueError: A kernel lacks a leaf, or metadata lack a mesh.
     """
     sharding_of, found = _shardings(params_or_shardings, mesh), _found(adapters)
     for path, adapter in found.items():
         sharding = sharding_of(path, adapter.spec)
         if adapter.of_kernel:
-            sharding = adapter_sharding(adapter.spec, sharding, square)
+            sharding = adapter_sharding(adapter.spec, sharding)
         found[path] = adapter.replace(m=sharding)
     return found.tree()
 
@@ -164,7 +160,15 @@ def _shardings(
         placed, axes = _read_sharding(leaves[name], name)
         if (devices := placed or mesh) is None:
             raise ValueError(f"mesh must be given: {name} has names of axes alone")
-        return named_sharding(devices, axes, shape, name)
+        try:
+            sharding = NamedSharding(devices, PartitionSpec(*axes))
+            sharding.shard_shape(shape)
+        except Exception as error:  # some of JAX's errors are not ValueErrors
+            raise ValueError(
+                f"{name} must be split evenly by axes of the mesh, each used once: "
+                f"{error}"
+            ) from error
+        return sharding
 
     return sharding_of
 

@@ -155,7 +155,10 @@ def mora(
     plan = linen.plan(model, {"params": boxed}, config, ids)
     mesh, square = model.mesh, ("model" if split else None, None)
     plan = sharding.on_mesh(plan, boxed, batch_axes=llama.BATCH_AXES, mesh=mesh)
-    places = sharding.adapter_shardings(plan, boxed, mesh=mesh, square=square)
+    places = jax.tree.map(
+        lambda at: NamedSharding(at.mesh, PartitionSpec(*at.spec[:-2], *square)),
+        sharding.adapter_shardings(plan, boxed, mesh=mesh),
+    )
     wrapped = linen.wrap(model, plan)
 
     def apply(adapters: Any, params: Any, ids: jax.Array) -> Any:

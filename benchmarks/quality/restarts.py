@@ -161,10 +161,14 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         part.adapters,
         part.state,
         tx,
-        keep_moments=method.endswith("kept"),
         grads=along if method.startswith("subspace") else None,
     )
-    return Part(after.params, after.adapters, part.apply, after.opt_state)
+    state = after.opt_state
+    if method.endswith("kept"):  # the old moments, for the new adapters
+        state = jax.tree.unflatten(
+            jax.tree.structure(state), jax.tree.leaves(part.state)
+        )
+    return Part(after.params, after.adapters, part.apply, state)
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
@@ -173,7 +177,11 @@ def compute(cell: cells.Cell) -> cells.Cell:
     restarts = "restarts" in method or method == "relora"
     interval = every if restarts else steps
     warmup = max(1, every // 10)
-    schedule = remora.restart_schedule(1.0, steps, interval, warmup=warmup)
+    cosine = optax.cosine_decay_schedule(1.0, steps, alpha=0.1)
+
+    def schedule(step: Any) -> Any:
+        return cosine(step) * jnp.minimum((step % interval + 1) / warmup, 1.0)
+
     tx, data = optax.scale_by_adam(), batches(cell["seed"])
     part = start(method, cell["rank"], tx)
     others = tx.init(rest(part.params))

@@ -92,9 +92,6 @@ def check_number(
 above_zero = functools.partial(
     check_number, fits=lambda number: number > 0, must="be above 0"
 )
-share = functools.partial(
-    check_number, fits=lambda number: 0 <= number <= 1, must="be from 0 to 1"
-)
 
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:

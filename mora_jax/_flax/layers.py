@@ -4,7 +4,6 @@ Flax's own are known by their classes, and layers of transformers, Tunix and gem
 name, so that these packages need not be installed.
 """
 
-import importlib
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.layer_rules import RULES, LayerRule, check_rule, register_layer
+from mora_jax._flax.layer_rules import RULES, LayerRule, register_layer
 from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Product
 from mora_jax.products.contraction import dot_general_equation
 
@@ -123,19 +122,3 @@ RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
     RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
     RULES[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]
-
-
-def lacking(package: str) -> dict[str, str]:
-    """{class of a package that has rules here: why this version does not fit them}."""
-    reasons = {}
-    for path, rules in RULES.items():
-        if not isinstance(path, str) or not path.startswith(f"{package}."):
-            continue
-        module, _, name = path.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-            for rule in rules:
-                check_rule(cls, rule)
-        except (ImportError, AttributeError, TypeError) as error:
-            reasons[path] = str(error)
-    return reasons

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,17 +9,10 @@ import jax.numpy as jnp
 
 from mora_jax._common.checks import above_zero
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.paths import (
-    Found,
-    Tree,
-    checked_adapters,
-    named_leaves,
-    replace_leaves,
-)
+from mora_jax._tree.paths import Found, Tree, named_leaves
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
@@ -57,15 +49,15 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
       Array(16., dtype=float32)
     """
     alpha, adapters = above_zero("alpha", alpha), Found()
-    found = _factors_in(tree, check_plan(plan), "plan")
+    found = _factors_in(tree, check_plan(plan))
     for path, spec in plan.specs.items():
         if not (pair := found.get("/".join(path))):
             continue
-        stack, rank = spec.stack_shape, (pair["a"][1].shape or (0,))[-1]
+        stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
-            factor = jnp.asarray(pair[letter][1])
+            factor = jnp.asarray(pair[letter])
             is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
             if not is_rank or factor.size != math.prod(shape):
                 raise ValueError(
@@ -88,57 +80,9 @@ def lora_adapter(
     return Adapter(m, spec)
 
 
-def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
-    """The other library's tree `like` with the factors of adapters in it.
-
-    Args:
-      adapters: Adapters of the operator "low_rank".
-      like: A tree as for `from_lora`, with factors for their kernels, and no more.
-      alpha: As in `from_lora`. Where an adapter's is another, B has what is missing.
-
-    Raises:
-      TypeError, ValueError: As `from_lora`; an adapter is not a LoRA, or the rank of
-        `like` is another.
-
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax
-      >>> tree = {"kernel_lora_a": jnp.ones((8, 2)), "kernel_lora_b": jnp.ones((2, 6))}
-      >>> lora = mora_jax.from_lora(tree, mora_jax.plan({"kernel": jnp.ones((8, 6))}))
-      >>> bool((mora_jax.to_lora(lora, tree)["kernel_lora_b"] == 1).all())
-      True
-    """
-    alpha, new, items = above_zero("alpha", alpha), {}, {}
-    for path, adapter in checked_adapters(adapters).kernels.items():
-        name, operator = "/".join(path), adapter.operator
-        if not isinstance(operator, LowRank):
-            kind = operator.name
-            raise ValueError(f"{name}: {kind!r} is not 'low_rank', and no LoRA")
-        a, b = operator.factors(adapter.m)
-        items[name] = {"a": a, "b": b * (adapter.spec.factor / alpha)}
-    found = _factors_in(like, items, "adapters")
-    for kernel, factors in items.items():
-        if kernel not in found:
-            raise ValueError(f"like has no factors for {kernel!r}")
-        for letter, (path, leaf) in found[kernel].items():
-            factor = factors[letter]
-            if factor.size != leaf.size:
-                raise ValueError(
-                    f"{kernel}: lora_{letter} of like has shape {leaf.shape}, and the "
-                    f"adapter's {factor.shape}: is the rank another?"
-                )
-            new[path] = factor.reshape(leaf.shape).astype(leaf.dtype)
-    return replace_leaves(like, new)
-
-
-def _factors_in(
-    tree: Any, kernels: Mapping[str, Any], what: str
-) -> dict[str, dict[str, tuple[Path, Any]]]:
-    """{kernel: {"a" or "b": (path, array)}} of the factors, of kernels that `what` has.
-
-    Both are there of each kernel.
-    """
-    found: dict[str, dict[str, tuple[Path, Any]]] = {}
+def _factors_in(tree: Any, plan: Plan) -> dict[str, dict[str, Any]]:
+    """{kernel: {"a": array, "b": array}} of the factors of a plan's kernels."""
+    found: dict[str, dict[str, Any]] = {}
     for path, leaf in named_leaves(tree, "tree").values():
         *parent, last = path
         own, mark, letter = last.rpartition("lora_")
@@ -150,10 +94,10 @@ def _factors_in(
             kernel = (*parent[:-1], "kernel")
         else:
             kernel = (*parent, "base_module", "kernel")
-        if (name := "/".join(kernel)) not in kernels:
-            hint = nearest_paths(name, kernels)
-            raise ValueError(f"{what} must have the kernel {name!r} of a LoRA{hint}")
-        found.setdefault(name, {})[letter] = path, leaf
+        if (name := "/".join(kernel)) not in plan:
+            hint = nearest_paths(name, plan)
+            raise ValueError(f"plan must have the kernel {name!r} of a LoRA{hint}")
+        found.setdefault(name, {})[letter] = leaf
     for name, pair in found.items():
         if len(pair) < 2:
             raise ValueError(f"{name}: tree must have lora_a and lora_b of it")

@@ -3,7 +3,6 @@
 Also an optimizer's state, in which the adapters start again.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,23 +11,19 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
 from mora_jax._common import trees
-from mora_jax._common.checks import above_zero, patterns_of
-from mora_jax._common.suggestions import matching
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.combined import combine
 
 
-def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_mask(params: Any) -> Any:
     """True for each adapter of a combined tree, False for the frozen leaves.
 
     Freeze by `optimizer`: `optax.masked` lets the gradients of masked leaves *through*.
 
     Args:
       params: A tree as `combine` makes it, or the state of a model with adapters.
-      base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
-        all of them, which AiDotNet calls freezeBaseLayer=false.
 
     Returns:
       A tree of bools, one for each array, also for an array in a box of metadata; a
@@ -36,7 +31,7 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
 
     Raises:
       TypeError: A model is given instead of its params.
-      ValueError: The tree lacks adapters, or a pattern matches nothing.
+      ValueError: The tree lacks adapters.
 
     Example::
 
@@ -45,22 +40,19 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> mora_jax.trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
-    patterns, trained = patterns_of("base", base), set()
-    for path, leaf in (located := trees.located_leaves(params)).items():
-        if path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None:
-            trained.add("/".join(path))
-    if not trained:
+    trained = [
+        path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None
+        for path, leaf in trees.located_leaves(params).items()
+    ]
+    if not any(trained):
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    names = list(map("/".join, located))
-    leaves = [name for name in names if name not in trained]
-    trained |= matching("base", patterns, leaves, "base leaf")
     structure = jax.tree.structure(params, is_leaf=trees.is_end)
-    return jax.tree.unflatten(structure, [name in trained for name in names])
+    return jax.tree.unflatten(structure, trained)
 
 
-def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_labels(params: Any) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
 
     Example::
@@ -70,30 +62,23 @@ def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> mora_jax.trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
-    mask = trainable_mask(params, base)
+    mask = trainable_mask(params)
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
 def optimizer(
-    tx: optax.GradientTransformation,
-    params: Any,
-    base: str | Iterable[str] = (),
-    *,
-    ratio: float | int | None = None,
+    tx: optax.GradientTransformation, params: Any
 ) -> optax.GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
-    tree of adapters needs `tx` itself and not this function, except for a `ratio`; no
-    gradient of the base is computed then.
+    tree of adapters needs `tx` itself and not this function; no gradient of the base is
+    computed then.
 
     Args:
       tx: Any optax transformation.
       params: As in `trainable_mask`, or a tree of adapters alone.
-      base: As in `trainable_mask`.
-      ratio: The factor of the updates of B of a LoRA (`operator="low_rank"`); LoRA+
-        takes 16 (https://arxiv.org/abs/2402.12354).
 
     Raises:
       TypeError, ValueError: As `trainable_mask`, or `tx` is not one of optax.
@@ -108,41 +93,11 @@ def optimizer(
       (False, True)
     """
     check_transformation(tx)
-    if ratio is not None:
-        tx = with_ratio(tx, params, ratio)
-    labels = trainable_labels(params, base)
+    labels = trainable_labels(params)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
     return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
-
-
-def with_ratio(
-    tx: optax.GradientTransformation, params: Any, ratio: float
-) -> optax.GradientTransformation:
-    """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
-    factor: float = above_zero("ratio", ratio)
-    leaves = trees.located_leaves(params).values()
-    if not any(map(_lora_of, leaves)):
-        raise ValueError("ratio needs adapters of operator='low_rank'")
-
-    def scaled(leaf: Any) -> Any:
-        if (lora := _lora_of(leaf)) is None:
-            return leaf
-        m = lora.operator.scaled(lora.m, factor)
-        return paths.reboxed(leaf, lora.replace(m=m))
-
-    def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(scaled, updates, is_leaf=trees.is_end)
-
-    return optax.chain(tx, optax.stateless(scale))
-
-
-def _lora_of(leaf: Any) -> Adapter | None:
-    """The adapter at a leaf, if a factor of its array is not one of its delta."""
-    adapter = paths.adapter_of(leaf)
-    is_lora = adapter and adapter.of_kernel and not adapter.operator.linear
-    return adapter if is_lora else None
 
 
 def check_transformation(tx: Any) -> None:
@@ -153,17 +108,12 @@ def check_transformation(tx: Any) -> None:
 
 
 def restarted_state(
-    opt_state: Any,
-    tx: optax.GradientTransformation,
-    params: Any,
-    adapters: Any,
-    *,
-    keep_moments: bool,
+    opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
 ) -> Any:
     """An optimizer's state for adapters that a restart has made, and the rest of it.
 
-    Their moments start again unless `keep_moments`; all of them mean what the adapters
-    do, and the state of other leaves goes on.
+    Their moments start again, and mean what the adapters do; the state of other leaves
+    goes on.
     """
     before, structure = jax.tree.flatten(opt_state, is_leaf=trees.is_end)
     for tree_of in (lambda: adapters, lambda: combine(params, adapters)):
@@ -179,8 +129,7 @@ def restarted_state(
             f"tree of params and adapters, got one of {len(before)} arrays for other "
             "ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
         )
-    state = shapes if keep_moments else tx.init(trained)
-    leaves = tree_leaves_with_path(state, is_leaf=trees.is_end)
+    leaves = tree_leaves_with_path(tx.init(trained), is_leaf=trees.is_end)
     owners, after = [_owner(*leaf) for leaf in leaves], []
     for old, (keys, new), (own, starts) in zip(before, leaves, owners, strict=True):
         if starts is None:
@@ -190,8 +139,7 @@ def restarted_state(
             starts = (own, True) in owners and (own, False) not in owners
         # The steps of `optax.MultiSteps` are the steps of a schedule.
         steps = map(trees.key_name, keys[-1:])
-        starts = starts and not keep_moments and "gradient_step" not in steps
-        after.append(_following(old, new, starts))
+        after.append(_following(old, new, starts and "gradient_step" not in steps))
     return jax.tree.unflatten(structure, after)
 
 

@@ -112,9 +112,7 @@ class Plan(Mapping[str, AdapterSpec]):
         if self.left_out:
             lines += ["left out:", *(f"  {kind}" for kind in self.left_out)]
         if self.unproven:
-            lines.append(
-                "not proven (mora_jax.diagnostics.check compares numbers instead):"
-            )
+            lines.append("not proven (compare numbers, as docs/trace-check.md does):")
         for pattern, kind in alike(self.unproven, lambda pair: pair):
             lines.append(f"  {shown(pattern, len(kind))}: {kind[0][1]}")
         return "\n".join(lines)

@@ -7,17 +7,13 @@ Deltas as numbers::
   effective_rank        the number of directions that a spectrum spreads over
   relative_norm         the norm of each delta, relative to its kernel
 
-Models::
-
-  check                 compare the adapted and the merged model on real inputs
-
 Pictures, for which matplotlib must be installed::
 
   plot_delta            an operator's pattern, or a trained delta
 
 Example::
 
-  >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+  >>> import jax.numpy as jnp, mora_jax
   >>> from mora_jax import diagnostics
   >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
   >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4, scale="paper")
@@ -30,14 +26,10 @@ Example::
   >>> values = diagnostics.spectrum(adapters)["kernel"]
   >>> values.shape, float(diagnostics.effective_rank(values).round(3))
   ((4,), 1.0)
-  >>> model, variables, x = nn.Dense(4, use_bias=False), {"params": params}, jnp.eye(4)
-  >>> diagnostics.check(model, variables, plan, x, tolerance=0.01)["kernel"] < 0.01
-  True
 """
 
 from mora_jax.diagnostics._measures import effective_rank as effective_rank
 from mora_jax.diagnostics._measures import merge_loss as merge_loss
 from mora_jax.diagnostics._measures import relative_norm as relative_norm
 from mora_jax.diagnostics._measures import spectrum as spectrum
-from mora_jax.diagnostics._models import check as check
 from mora_jax.diagnostics._plots import plot_delta as plot_delta

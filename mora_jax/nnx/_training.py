@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._common.trees import located_leaves
-from mora_jax._tree.optim import check_transformation, with_ratio
+from mora_jax._tree.optim import check_transformation
 from mora_jax.nnx._held import MoRAParam, attributes, held_adapters, named_sharding
 
 
@@ -53,17 +53,13 @@ def value_and_grad(
 
 
 def adapter_optimizer(
-    model: nnx.Module,
-    tx: optax.GradientTransformation,
-    *,
-    ratio: float | int | None = None,
+    model: nnx.Module, tx: optax.GradientTransformation
 ) -> nnx.Optimizer:
     """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
     Args:
       model: An adapted model, as `wrap` makes it.
       tx: Any optax transformation. A norm that it clips by is of the adapters only.
-      ratio: As in `mora_jax.optimizer`.
 
     Returns:
       An optimizer, which keeps nothing for the base. Call its `update(model, grads)`.
@@ -77,8 +73,6 @@ def adapter_optimizer(
     check_transformation(tx)
     held_adapters(model)
     shardings = (named_sharding(m) for *_, m in attributes(model, MoRAParam))
-    if ratio is not None:
-        tx = with_ratio(tx, nnx.state(model, MoRAParam), ratio)
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     sharding = next(filter(None, shardings), None)
     if sharding is None:

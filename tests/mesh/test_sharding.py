@@ -330,8 +330,13 @@ def test_shardings_of_adapters():
             assert jax.tree.structure(laid) == jax.tree.structure(mora_jax.init(plan))
     adapters = jax.jit(lambda: mora_jax.init(PLAN), out_shardings=EXPECTED)()
     assert [m.sharding for m in jax.tree.leaves(adapters)] == leaves(EXPECTED)
-    square = sharding.adapter_shardings(PLAN, NAMED, square=(None, "model"))
-    specs = [place.spec for place in leaves(square)]
+    split = jax.tree.map(
+        lambda place: jax.sharding.NamedSharding(
+            MESH, P(*place.spec[:-2], None, "model")
+        ),
+        sharding.adapter_shardings(PLAN, NAMED),
+    )
+    specs = [m.sharding.spec for m in leaves(jax.device_put(adapters, split))]
     assert specs == [P("fsdp", None, "model"), P(None, "model")]
 
 
@@ -374,9 +379,6 @@ def test_refused_settings(unchecked):
         sharding.adapter_shardings(PLAN, free, mesh=MESH)
     with pytest.raises(ValueError, match="batch_axes must be of the mesh's .*'rows'"):
         sharding.on_mesh(PLAN, NAMED, batch_axes="rows")
-    for square in ((ALL, None), ("fsdp", None), ("x", None)):
-        with pytest.raises(ValueError, match="square, with q of 4, must be"):
-            sharding.adapter_shardings(PLAN, NAMED, square=square)
     with pytest.raises(TypeError, match="adapters must hold adapters, got ndarray"):
         sharding.adapter_shardings(PARAMS, NAMED)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import close, random_like
+from merged import merge_errors
 from twins import BARE, BareExperts, X, nnx_model
 
-from mora_jax import MoRAConfig, diagnostics, register_layer
+from mora_jax import MoRAConfig, register_layer
 from mora_jax import nnx as mora
 from mora_jax.products import DENSE, Folded
 
@@ -105,7 +106,7 @@ def test_sixteen_bits_are_rounded_as_merging_rounds_them(dtype):
 def test_one_of_two_kernels():
     config = MoRAConfig(rank=2, targets="down")
     model = trained(nnx_model(BARE), config)
-    errors = diagnostics.check(nnx_model(BARE), None, mora.plan_of(model), X)
+    errors = merge_errors(nnx_model(BARE), None, mora.plan_of(model), X)
     assert list(errors) == ["down"] and errors["down"] < 1e-5
 
 

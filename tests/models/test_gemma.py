@@ -1,8 +1,5 @@
 """What `mora_jax.gemma` does without gemma; the rest is in tests/with_gemma."""
 
-import sys
-from types import ModuleType
-
 import chex
 import flax.linen as nn
 import jax
@@ -12,7 +9,7 @@ from helpers import close, random, trained
 
 import mora_jax.gemma
 from mora_jax import MoRAConfig, linen
-from mora_jax._flax.layer_rules import RULES, rules_of
+from mora_jax._flax.layer_rules import rules_of
 
 KEY, X = jax.random.key(0), random(0, 4, 16)
 
@@ -61,54 +58,31 @@ class Embedder(nn.Module):
 
 @pytest.fixture
 def gemma(monkeypatch):
-    """Modules in the place of those of gemma 9.9."""
-    found = {}
-    for path in [key for key in RULES if str(key).startswith("gemma.")]:
-        name, _, cls = path.rpartition(".")
-        cls = {"Einsum": Einsum, "Embedder": Embedder}[cls]
-        found[name] = module = ModuleType(name)
-        setattr(module, cls.__name__, cls)
-        monkeypatch.setattr(cls, "__module__", name)
-        monkeypatch.setitem(sys.modules, name, module)
-    assert len(found) == 6
-    return found
+    """The classes in the place of those of gemma."""
+    for cls, module in ((Einsum, "_layers"), (Embedder, "_modules")):
+        monkeypatch.setattr(cls, "__module__", f"gemma.gm.nn.gemma4.{module}")
 
 
-def test_layers_are_known_by_their_names_and_a_call_changes_nothing(gemma):
-    first = [rules_of(cls) for cls in (Einsum, Embedder)]
-    mora_jax.gemma.register()
-    assert [rules_of(cls) for cls in (Einsum, Embedder)] == first
-    assert [list(rules) for rules in first] == [["__call__"], ["encode", "decode"]]
+def test_layers_are_known_by_their_names(gemma):
+    rules = [rules_of(cls) for cls in (Einsum, Embedder)]
+    assert [list(found) for found in rules] == [["__call__"], ["encode", "decode"]]
 
 
-NEEDS = r"mora_jax.gemma needs gemma.gm.nn.{}_layers.Einsum as in gemma 4.0.1: "
-INSTALL = "; pip install 'mora-jax.gemma"
+def test_a_class_that_another_version_has_is_left_out_by_name():
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return inputs @ self.param("w", nn.initializers.normal(), (16, 8))
 
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda name, module: setattr(module, "Einsum", nn.Dense),
-            r"argument must be one of \['inputs'\] of Dense.__call__",
-        ),
-        (lambda name, module: delattr(module, "Einsum"), "has no attribute 'Einsum'"),
-        (lambda name, module: sys.modules.update({name: None}), "import of gemma"),
-    ],
-)
-def test_what_another_version_lacks_is_named(gemma, change, said):
-    name = "gemma.gm.nn.gemma4._layers"
-    change(name, gemma[name])
-    match = f"{NEEDS.format('gemma4.')}.*{said}.*{INSTALL}"
-    with pytest.raises(ImportError, match=match):
-        mora_jax.gemma.register()
-
-
-def test_without_gemma_the_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gemma", None)
-    match = f"{NEEDS.format('')}No module named 'gemma.*{INSTALL}"
-    with pytest.raises(ImportError, match=match):
-        mora_jax.gemma.register()
+    Other.__module__, Other.__qualname__ = "gemma.gm.nn.gemma4._layers", "Einsum"
+    model = nn.Sequential([nn.Dense(16), Other()])
+    variables = model.init(KEY, X)
+    with pytest.warns(mora_jax.LeftOutWarning, match="w: .*teach its class Other"):
+        plan = linen.plan(model, variables, MoRAConfig(rank=2), X)
+    assert list(plan) == ["layers_0/kernel"]
+    config = MoRAConfig(rank=2, targets=".*/w")
+    with pytest.raises(ValueError, match="Other"):
+        linen.plan(model, variables, config, X)
 
 
 @pytest.fixture

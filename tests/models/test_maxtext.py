@@ -21,7 +21,7 @@ from meshes import assert_close, make_mesh
 from processes import ROOT
 
 import mora_jax
-from mora_jax import MoRAConfig, diagnostics, linen, sharding
+from mora_jax import MoRAConfig, linen, sharding
 from mora_jax import nnx as mora
 
 WIDTH, HEADS, HEAD, HIDDEN, LAYERS = 16, 2, 8, 32, 3
@@ -123,7 +123,6 @@ def test_every_layer_is_found_and_merging_is_exact(variables):
     assert jnp.abs(adapted - MODEL.apply(variables, X)).max() > 0.1
     names = merged["layers"]["query"]["kernel"].names
     assert names == ("layers", "embed", "heads", "kv")
-    assert diagnostics.check(MODEL, variables, plan, X)
 
 
 @pytest.mark.slow

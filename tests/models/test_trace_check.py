@@ -5,16 +5,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from helpers import close, random, random_like
+from merged import merge_errors
 
 import mora_jax
 from mora_jax import (
     Adapter,
     MoRAConfig,
-    diagnostics,
     linen,
     register_layer,
     serving,
@@ -183,7 +182,8 @@ def test_what_the_rule_says_passes(api, how):
     model, variables = own(api, how)
     plan = plan_of(model, variables)
     assert plan.traced and not plan.unproven
-    diagnostics.check(model, variables, plan, X)
+    bound = 0.05 if how == "half precision" else 1e-5
+    assert merge_errors(model, variables, plan, X)["w"] < bound
 
 
 @by_api
@@ -199,7 +199,7 @@ def test_an_input_of_integers_is_one_of_numbers():
         model = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
         plan = mora_nnx.plan(model, CONFIG, x)
         assert not plan.unproven
-        diagnostics.check(model, None, plan, x)
+        assert merge_errors(model, None, plan, x)["kernel"] < 1e-5
 
 
 def test_a_convolution_of_a_changed_input_is_refused():
@@ -240,7 +240,7 @@ def test_a_product_of_ones_own_says_what_a_trace_may_find(passes):
         return
     plan = plan_of(Layer(), variables)
     assert not plan.unproven
-    assert diagnostics.check(Layer(), variables, plan, X)["w"] < 1e-5
+    assert merge_errors(Layer(), variables, plan, X)["w"] < 1e-5
 
 
 # --- Derivatives of a layer's own ---
@@ -400,11 +400,10 @@ def test_the_modes_of_lookups():
 
 
 @pytest.mark.parametrize("how", ["transposed", "scaled", "scaled before", "beside"])
-def test_the_check_by_numbers_finds_the_same(how):
+def test_numbers_show_the_same(how):
     model, variables = own("linen", how)
     plan = plan_of(model, variables, traced=False)
-    with pytest.raises(ValueError, match=r"differ by more than 0.0014 .* 'w' by"):
-        diagnostics.check(model, variables, plan, X)
+    assert merge_errors(model, variables, plan, X)["w"] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -415,7 +414,7 @@ def test_what_a_trace_cannot_see_is_said(how, primitive):
     plan = plan_of(model, variables)
     assert plan.unproven == (("w", f"a trace cannot look into `{primitive}`"),)
     assert f"w: a trace cannot look into `{primitive}`" in str(plan)
-    diagnostics.check(model, variables, plan, X)
+    assert merge_errors(model, variables, plan, X)["w"] < 1e-5
 
 
 # --- Kernels that their layer scales ---
@@ -446,7 +445,7 @@ def test_a_scaled_kernel_is_merged_into_the_kernel_itself(value, scale):
     layer = scaled_layer(value)
     register_layer(layer, equation=DENSE, kernel="w", scale=scale)
     plan = mora_nnx.plan(layer(), CONFIG, X)
-    assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
+    assert merge_errors(layer(), None, plan, X)["w"] < 1e-5
 
 
 NAMED = {
@@ -499,7 +498,7 @@ def test_a_named_scale_is_compared(how):
         return
     model, variables, plan = planned_scale(compute, "s")
     assert bool(plan.unproven) is (found is None)
-    assert diagnostics.check(model, variables, plan, X)["w"] < 1e-5
+    assert merge_errors(model, variables, plan, X)["w"] < 1e-5
 
 
 @pytest.mark.parametrize("how", NUMBERS)
@@ -507,7 +506,7 @@ def test_a_number_that_scales_is_compared(how):
     number, compute = NUMBERS[how]
     model, variables, plan = planned_scale(compute, lambda _: number)
     assert not plan.unproven
-    assert diagnostics.check(model, variables, plan, X, tolerance=0.01)
+    assert merge_errors(model, variables, plan, X)["w"] < 0.01
     with pytest.raises(ValueError, match=f"scales it by .* and not by {2 * number:.4}"):
         planned_scale(compute, lambda _: jnp.full((1, WIDTH), 2 * number))
     with pytest.raises(ValueError, match="scales it by .* and not by s"):
@@ -525,8 +524,7 @@ def test_a_scale_that_cannot_be_compared_is_said():
         model, variables, plan = planned_scale(compute, scale)
         why = "a trace compares scale= of its rule if it is a number or a parameter"
         assert plan.unproven == (("w", why),) and f"w: {why}" in str(plan)
-    with pytest.raises(ValueError, match="differ by more than"):
-        diagnostics.check(model, variables, plan, X)
+    assert merge_errors(model, variables, plan, X)["w"] > 0.1
     with pytest.raises(ValueError, match="^w: .* does not scale it"):
         planned_scale(lambda x, w, s: (x @ w) * x.mean(), lambda _: 3.0)
 
@@ -557,7 +555,7 @@ def test_a_scaled_embedding_is_merged_into_the_kernel_itself(unchecked):
         register_layer(Table, equation=ATTEND, kernel="w", method="decode")
         plan = mora_nnx.plan(Model(), CONFIG, ids)
         if jnp.ndim(scale) < 2:
-            assert diagnostics.check(Model(), None, plan, ids)["table/w"] < 1e-5
+            assert merge_errors(Model(), None, plan, ids)["table/w"] < 1e-5
         else:
             match = r"got Lookup scaled by shape \(16, 1\)"
             with pytest.raises(ValueError, match=match):
@@ -616,53 +614,6 @@ def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
         mora_nnx.plan(twin, config, X)
 
 
-def test_the_check_passes_nothing_that_overflows():
-    """In float16 the base is finite, and an adapted output is not."""
-
-    class Twice(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            half = {"dtype": jnp.float16, "param_dtype": jnp.float16}
-            layer = nn.Dense(8, **half, kernel_init=nn.initializers.ones, name="a")
-            y = layer(x)
-            return y + x @ layer.variables["params"]["kernel"].T
-
-    model, x = Twice(), jnp.full((1, 8), 4000.0, jnp.float16)
-    variables = model.init(jax.random.key(0), x)
-    plan = mora_jax.plan(variables["params"], MoRAConfig(rank=2))
-    with pytest.raises(ValueError, match="finite outputs with a delta of 'a/kernel'"):
-        diagnostics.check(model, variables, plan, x)
-
-
-def test_the_check_says_which_layer_has_no_effect(unchecked):
-    class Half(nnx.Module):
-        def __init__(self):
-            self.used = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
-            self.idle = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(1))
-
-        def __call__(self, x):
-            self.idle(x)
-            return self.used(x)
-
-    model, plan = Half(), mora_nnx.plan(Half(), CONFIG)
-    found = diagnostics.check(model, None, plan, X)
-    assert np.isnan(found["idle/kernel"]) and found["used/kernel"] < 1e-5
-    with pytest.raises(TypeError, match="model must be a Flax module, got int"):
-        diagnostics.check(3, None, plan, X)
-    with pytest.raises(TypeError, match="plan must be a Plan, got MoRAConfig"):
-        diagnostics.check(model, None, CONFIG, X)
-    with pytest.raises(ValueError, match="tolerance must be finite"):
-        diagnostics.check(model, None, plan, X, tolerance=np.nan)
-    with pytest.raises(ValueError, match="tolerance must be at least 0"):
-        diagnostics.check(model, None, plan, X, tolerance=-1)
-    with pytest.raises(TypeError, match="seed must be an integer"):
-        diagnostics.check(model, None, plan, X, seed="a")
-    with pytest.raises(ValueError, match="finite .* got NaN or infinity"):
-        diagnostics.check(model, None, plan, X * np.nan)
-    with pytest.raises(ValueError, match="variables must be a mapping with 'params'"):
-        diagnostics.check(Own(), None, plan_of(*own("linen", "plain")), X)
-
-
 # --- Models of several layers ---
 
 
@@ -714,8 +665,8 @@ class Direct(nnx.Module):
 def test_a_model_of_layers_that_do_as_said_is_adapted_as_merged():
     model = Net(("remat", "gradient", "outside", "scaled_as_said"))
     variables = variables_of(model)
-    found = diagnostics.check(model, variables, plan_of(model, variables), X)
-    assert len(found) == 4
+    found = merge_errors(model, variables, plan_of(model, variables), X)
+    assert len(found) == 4 and max(found.values()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -728,11 +679,10 @@ def test_a_model_of_layers_that_do_as_said_is_adapted_as_merged():
     ],
 )
 def test_one_wrong_layer_is_refused_by_name_and_matters(make, kernel):
-    """Without the trace, the check by numbers fails: the refusal is not needless."""
+    """Without the trace, numbers would differ: the refusal is not needless."""
     model = make()
     variables = variables_of(model) if isinstance(model, Net) else None
     with pytest.raises(ValueError, match=f"^{kernel}: "):
         plan_of(model, variables)
     plan = plan_of(model, variables, traced=False)
-    with pytest.raises(ValueError, match="differ by more than"):
-        diagnostics.check(model, variables, plan, X)
+    assert merge_errors(model, variables, plan, X)[kernel] > 0.1

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from adapter_files import assert_same
-from helpers import bare, close, random
+from helpers import close, random
 
-from mora_jax import MoRAConfig, combine, init, optimizer, plan, split
+from mora_jax import MoRAConfig, combine, init, mixing, optimizer, plan, split
 from mora_jax import trainable_labels as labels_of
 from mora_jax import trainable_mask as mask_of
 
@@ -63,25 +63,10 @@ def test_frozen_leaves_stay_bitwise_and_adapters_train_as_alone(both):
     close(adapters_after, adapters)
 
 
-def test_chosen_base_leaves_train_too(both):
-    tx = optimizer(optax.adam(0.1), both, base=("norm/.*", "head/kernel"))
-    (before, _), (after, _) = split(both), split(train(tx, both)[0])
-    for name in ("fc", "half", "step"):
-        assert_same(after.pop(name), before.pop(name))
-    assert_all_move(before, after)
-
-
-def test_the_whole_base_trains(both):
-    del both["step"]
-    both["fc"]["kernel"] = jnp.ones((8, 8))
-    assert all(jax.tree.leaves(mask_of(both, ".*")))
-    assert_all_move(both, train(optimizer(optax.sgd(0.1), both, base=".*"), both)[0])
-
-
 def test_labels_and_mask(both):
-    labels, mask = labels_of(both, "norm/scale"), mask_of(both)
+    labels, mask = labels_of(both), mask_of(both)
     assert labels["fc"] == {"kernel": "frozen", "kernel_mora": "trainable"}
-    assert labels["norm"] == {"scale": "trainable"}
+    assert labels["norm"] == {"scale": "frozen"}
     assert mask["norm"] == {"scale": False} and mask["fc"]["kernel_mora"] is True
     # Why `optimizer` exists: optax.masked lets raw gradients through.
     after, _ = train(optax.masked(optax.sgd(0.1), mask), both, steps=1)
@@ -91,19 +76,11 @@ def test_labels_and_mask(both):
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(both):
     base, sgd = split(both)[0], optax.sgd(0.1)
-    cases = [
-        (lambda: optimizer(sgd, base), "hold no"),
-        (lambda: mask_of(both, "("), "base holds '[(]', which is not a regular"),
-    ]
+    cases = [(lambda: optimizer(sgd, base), "hold no")]
     for call in (mask_of, labels_of):
         cases += [
             (lambda call=call: call(base), r"hold no '\*_mora' leaf: pass combine"),
             (lambda call=call: call({}), "hold no"),
-            (
-                lambda call=call: call(both, "norms/.*"),
-                "matches no base leaf; the near",
-            ),
-            (lambda call=call: call(both, ".*kernel_mora"), "matches no base leaf"),
         ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -113,7 +90,7 @@ def test_bad_input(both):
 
 
 @pytest.mark.parametrize("combined", [False, True])
-def test_a_ratio_is_lora_plus(combined):
+def test_scaled_updates_are_lora_plus(combined):
     """B moves faster by it, and A as without; also with weight decay."""
     params = {"fc": {"kernel": jnp.ones((8, 6))}}
     config = MoRAConfig(rank=2, operator="low_rank")
@@ -121,23 +98,13 @@ def test_a_ratio_is_lora_plus(combined):
     tree = combine(params, adapters) if combined else adapters
     grads = jax.tree.map(jnp.ones_like, tree)
     moved = []
-    for ratio in (None, 16):
-        tx = optimizer(optax.adamw(1e-2, weight_decay=0.1), tree, ratio=ratio)
+    adam = optax.adamw(1e-2, weight_decay=0.1)
+    plus = optax.stateless(lambda updates, _: mixing.scaled(updates, 16))
+    for tx in (adam, optax.chain(adam, plus)):
+        tx = optimizer(tx, tree)
         updates, _ = tx.update(grads, tx.init(tree), tree)
         found: Any = updates
         moved.append(np.asarray(found["fc"]["kernel_mora"].m))
     np.testing.assert_allclose(moved[1][:8], moved[0][:8])
     np.testing.assert_allclose(moved[1][8:], 16 * moved[0][8:], rtol=1e-6)
     assert moved[0].all()
-
-
-def test_a_ratio_needs_a_lora():
-    adapters = init(plan({"fc": {"kernel": jnp.ones((8, 8))}}))
-    for tree in (adapters, bare(adapters)):  # plain arrays do not say what they are
-        with pytest.raises(ValueError, match="ratio needs adapters of .*low_rank"):
-            optimizer(optax.sgd(1.0), tree, ratio=16)
-    params = {"kernel": jnp.ones((8, 8))}
-    lora = init(plan(params, MoRAConfig(operator="low_rank")))
-    for ratio, error in ((0, ValueError), (-1, ValueError), ("16", TypeError)):
-        with pytest.raises(error, match="ratio must be"):
-            optimizer(optax.sgd(1.0), lora, ratio=ratio)

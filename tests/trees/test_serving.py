@@ -1,6 +1,7 @@
 """A different adapter for each row of a batch, which is as with that one alone."""
 
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -285,41 +286,47 @@ def test_slots_are_before_layers():
     assert not any(map(np.any, jax.tree.leaves(empty)))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def replaced(stacked, slot, adapters):
+    """As docs/many-adapters.md has it."""
+    return jax.tree.map(lambda slots, m: slots.at[slot].set(m), stacked, adapters)
+
+
 def test_a_slot_is_replaced_in_place_by_one_program():
     adapters = several(PLAN)
     stacked = serving.stack(adapters[:2], slots=3)
     before = jax.tree.leaves(stacked)
-    stacked = serving.put(stacked, 2, adapters[2])
+    stacked = replaced(stacked, 2, adapters[2])
     assert all(m.is_deleted() for m in before)
-    programs = serving._put._cache_size
-    before, stacked = programs(), serving.put(stacked, jnp.int32(0), adapters[1])
-    stacked = serving.put(stacked, 1, adapters[0])
-    assert programs() == before
-    order = [adapters[k] for k in (1, 0, 2)]
-    chex.assert_trees_all_equal(stacked, serving.stack(order))
-    same = jax.jit(serving.put, static_argnums=1)(stacked, 2, adapters[2])
-    chex.assert_trees_all_equal(same, serving.stack(order))
+    stacked = replaced(replaced(stacked, 0, adapters[1]), 1, adapters[0])
+    assert replaced._cache_size() == 1
+    order = serving.stack([adapters[k] for k in (1, 0, 2)])
+    chex.assert_trees_all_equal(stacked, order)
+    chex.assert_trees_all_equal(replaced(stacked, 3, adapters[0]), order)
 
 
-def test_a_slot_that_a_compiled_function_does_not_have_changes_nothing():
-    adapters = several(PLAN)
-    put = jax.jit(serving.put)
-    for slot in (-4, -1, 3, 7):
-        stacked = serving.stack(adapters)
-        chex.assert_trees_all_equal(put(stacked, jnp.int32(slot), adapters[0]), stacked)
-    changed = put(serving.stack(adapters), jnp.int32(1), adapters[0])
-    order = [adapters[k] for k in (0, 0, 2)]
-    chex.assert_trees_all_equal(changed, serving.stack(order))
+def test_adapters_of_another_meaning_or_shape_go_into_no_slot():
+    stacked, (one,) = serving.stack(several(PLAN)), several(PLAN, 1)
+    for other in (
+        mora_jax.init(OTHER),
+        {"a": one["a"]},
+        jax.tree.map(lambda m: m[..., :2], one),
+    ):
+        with pytest.raises(ValueError):
+            replaced(stacked, 0, other)
+    with pytest.raises(ValueError):
+        replaced(one, 0, one)
 
 
-def test_no_number_becomes_infinite_in_a_slot():
-    adapters = several(PLAN)
-    half = [jax.tree.map(lambda m: m.astype(jnp.float16), one) for one in adapters]
-    stacked = serving.stack(half)
-    large = jax.tree.map(lambda m: m * 0 + 1e6, adapters[0])
-    with pytest.raises(ValueError, match="infinity in float16, the dtype of the slots"):
-        serving.put(stacked, 0, large)
-    chex.assert_trees_all_equal(stacked, serving.stack(half))
+def test_a_plan_takes_the_base_off_what_a_file_knows():
+    (one,) = several(PLAN, 1)
+    spec = dataclasses.replace(PLAN["a/kernel"], base_digest=("x",))
+    loaded = one | {"a": {"kernel_mora": one["a"]["kernel_mora"].replace(spec=spec)}}
+    stacked = serving.stack([mora_jax.init(PLAN)], slots=2)
+    with pytest.raises(ValueError):
+        replaced(stacked, 1, loaded)
+    stacked = replaced(stacked, 1, PLAN.adapters(loaded))
+    chex.assert_trees_all_equal(stacked, serving.stack([mora_jax.init(PLAN), one]))
 
 
 def test_no_rows_are_none():
@@ -419,12 +426,8 @@ def test_adapters_of_two_bases_are_refused():
 
     stacked = serving.stack([one, of_base(other, "x")])
     assert stacked["a"]["kernel_mora"].spec.base_digest == ("x",)
-    for call in (
-        lambda: serving.stack([of_base(one, "x"), of_base(other, "y")]),
-        lambda: serving.put(stacked, 0, of_base(one, "y")),
-    ):
-        with pytest.raises(ValueError, match="of one base, got .* 'a/kernel'"):
-            call()
+    with pytest.raises(ValueError, match="of one base, got .* 'a/kernel'"):
+        serving.stack([of_base(one, "x"), of_base(other, "y")])
 
 
 @pytest.mark.parametrize(
@@ -447,28 +450,9 @@ def test_adapters_of_two_bases_are_refused():
             "a/kernel_mora was made for alpha 0.5, not 1.0",
         ),
         (
-            lambda s, a: serving.put(s, 0, mora_jax.init(OTHER)),
-            ValueError,
-            "a/kernel_mora was made for alpha 0.5, not 1.0",
-        ),
-        (lambda s, a: serving.put(s, 4, a[0]), ValueError, "from 0 to 3, got 4"),
-        (lambda s, a: serving.put(s, -1, a[0]), ValueError, "from 0 to 3, got -1"),
-        (lambda s, a: serving.put(s, 0.5, a[0]), TypeError, "slot must be integers"),
-        (lambda s, a: serving.put(a[0], 0, a[0]), ValueError, "stacked must be"),
-        (
-            lambda s, a: serving.put(s, 0, {"a": a[0]["a"]}),
-            ValueError,
-            "have nothing at 's/kernel', the .* a kernel",
-        ),
-        (
-            lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m / 0, a[0])),
+            lambda s, a: serving.stack([jax.tree.map(lambda m: m / 0, a[0])]),
             ValueError,
             "holds NaN",
-        ),
-        (
-            lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m[..., :2], a[0])),
-            ValueError,
-            "must have shape",
         ),
         (lambda s, a: serving.select(s, [0, 4]), ValueError, "from -1 to 3, got 4"),
         (lambda s, a: serving.select(s, 3), ValueError, "an integer for each row"),

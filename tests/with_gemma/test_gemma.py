@@ -74,10 +74,6 @@ LEFT_OUT = dict.fromkeys(MODELS, set()) | {
 """{model: what gets no adapter, beside the table of embeddings}."""
 
 
-def test_this_version_has_all_layers():
-    mora_jax.gemma.register()
-
-
 def tiny(name):
     """A model with a layer of each kind of attention, and its params."""
     from gemma import gm  # pyright: ignore

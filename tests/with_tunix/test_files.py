@@ -25,7 +25,6 @@ from tunix_models import (
     tiny,
 )
 
-import mora_jax.tunix
 from mora_jax import MoRAConfig, io
 from mora_jax import nnx as mora
 
@@ -65,7 +64,6 @@ def read_into(model, file):
 
 def write_data():
     """Write the files of tests/data/tunix."""
-    mora_jax.tunix.register()
     for name, config in CONFIGS.items():
         folder, (base, _) = DATA / name, tiny(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +80,6 @@ def write_data():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_data_is_what_tunix_computes(name):
-    mora_jax.tunix.register()
     model, _ = tiny(name)
     nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     base = read_into(model, DATA / name)
@@ -98,7 +95,6 @@ def test_the_data_is_what_tunix_computes(name):
 @pytest.mark.parametrize("name", ["gemma", "gemma one query", "gemma 2", "gemma3"])
 def test_merged_files_are_the_adapted_model(tmp_path, name):
     """Tunix's own loader, which has no Gemma 1, reads them as ours does."""
-    mora_jax.tunix.register()
     base, _ = tiny(name)
     tensors = as_transformers(name, base)
     (tmp_path / "base").mkdir()

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from helpers import random
+from merged import merge_errors
 
-from mora_jax import LeftOutWarning, MoRAConfig, diagnostics, register_layer
+from mora_jax import LeftOutWarning, MoRAConfig, register_layer
 from mora_jax import nnx as mora
 from mora_jax._flax import layer_rules
 
@@ -32,6 +33,9 @@ def unregistered(monkeypatch):
     classes = [cls for cls in layer_rules.RULES if isinstance(cls, type)]
     flax = {c: layer_rules.RULES[c] for c in classes if "flax" in c.__module__}
     monkeypatch.setattr(layer_rules, "RULES", flax)
+    layer_rules._registered.cache_clear()
+    yield
+    layer_rules._registered.cache_clear()
 
 
 def tunix_model(name, **settings):
@@ -77,4 +81,4 @@ def test_scaled_kernels_are_merged_into_the_kernel():
     register_layer(gemma4.Einsum, **rule, scale=lambda layer: layer.w_scale)
     for model in (make(0.25), make(None)):
         plan = mora.plan(model, config, x)
-        assert diagnostics.check(model, None, plan, x)["w"] < 1e-5
+        assert merge_errors(model, None, plan, x)["w"] < 1e-5

@@ -23,7 +23,6 @@ from processes import ROOT
 from tunix_models import qwen_as_transformers
 
 import mora_jax
-import mora_jax.tunix
 from models import smollm2, smollm2_tunix
 from mora_jax import MoRAConfig, io
 from mora_jax import nnx as mora
@@ -74,7 +73,6 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapted(model):
-    mora_jax.tunix.register()
     return mora.wrap(model, MoRAConfig(rank=8))
 
 
@@ -140,7 +138,6 @@ def load(mesh, **settings):
     """
     version = 3 if "num_experts" in settings else 2
     qwen = importlib.import_module(f"tunix.models.qwen{version}.model")
-    mora_jax.tunix.register()
     sizes = {"num_layers": 2, "vocab_size": 64, "embed_dim": 32}
     sizes |= {"hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 4}
     settings |= {"rope_theta": 10_000, "norm_eps": 1e-6, "use_tied_embedding": True}
