@@ -15,7 +15,7 @@ from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax._tree.plan import summary
-from mora_jax.diagnostics._measures import effective_rank, spectrum
+from mora_jax.diagnostics import effective_rank, spectrum
 from mora_jax.io._files import (
     CONFIG,
     TENSORS,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import check_choice, positive_integer, share
+from mora_jax._common.checks import check_choice, check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
@@ -108,7 +108,9 @@ def export(
       (16, {'fc': 0.0})
     """
     check_choice("program", program, get_args(Program))
-    max_error = share("max_error", max_error)
+    max_error = check_number(
+        "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
+    )
     rank = None if rank is None else positive_integer("rank", rank)
     free = "directory", directory, ADAPTER, force
     path = check_free(*free)  # before minutes are spent
