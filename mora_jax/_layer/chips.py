@@ -13,7 +13,6 @@ slices; on a GPU these are one product with an axis of blocks.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,29 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_algebra import matmul, transposed
+from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
+from mora_jax._mesh.parts import BlockPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._blocks import divide
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.low_rank import LowRank
-from mora_jax.operators.permutation import Permutation
 
 # Products of the gradient of M in one step of a loop. XLA fetches what a product reads
 # while it computes the ones before it, in one step of a loop. With 1, all and 8 a Llama
 # cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e, and took 32, 101 and 37
 # seconds of two cores to compile (`make bench-chips`).
 UNROLLED_PRODUCTS = 8
-
-# Rows of x that are reordered in one step of permutation's gradient of M. 512 and 1,024
-# cost the same on a TPU v5e, 2,048 more on a v6e (`make bench-chips
-# ARGS="--only layers --operators permutation"`).
-ORDERED_ROWS = 1024
 
 # The largest rank of a LoRA whose A B is not a product on a GPU. Such a product is
 # written in float32, and read again where the kernel is added: a Llama of 8B's width
@@ -56,9 +48,7 @@ def map_of(op: Any) -> Any:
     aligned = isinstance(op, Decoupling) and op.aligned
     if aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES:
         if current_chip() == "tpu":
-            is_ordered = isinstance(op, Permutation)
-            products = _ordered_products if is_ordered else _sliced_products
-            return BlockMap(op, _sliced_rows, products)
+            return BlockMap(op, _sliced_rows, _sliced_products)
         if current_chip() == "gpu" and op.num_feeding == op.num_groups:
             return BlockMap(op, type(op).rows, _batched_products)
     return op
@@ -66,10 +56,6 @@ def map_of(op: Any) -> Any:
 
 def matrix_of(op: Any, m: jax.Array) -> jax.Array:
     """`op.matrix(m)`."""
-    if current_chip() == "tpu" and isinstance(op, Permutation):
-        return _ordered_matrix(op, m, op.in_inverse, op.out_inverse)
-    if current_chip() == "tpu" and isinstance(op, PermutationPart):
-        return _ordered_matrix(op.operator, m, *op.places)
     if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
         # A sum of outer products, which XLA fuses with all that follows.
         a, b = op.factors(m)
@@ -89,17 +75,12 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
         return _add_copies(part, m, kernel)
     start, is_whole = (part.in_start, part.out_start), part.is_whole
     delta = matrix_of(part.operator if is_whole else part, m)
-    total = add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
-    # A gathered matrix is formed once more wherever its sum is fused into a product.
-    if is_whole and isinstance(part.operator, Permutation):
-        return jax.lax.optimization_barrier(total)
-    return total
+    return add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
 
 
 def folds_in_place(op: Any) -> bool:
     """True if `add` changes blocks of the kernel, and copies the rest of it."""
-    blocks = isinstance(op, Decoupling) and not isinstance(op, Permutation)
-    return current_chip() == "tpu" and blocks and op.aligned
+    return current_chip() == "tpu" and isinstance(op, Decoupling) and op.aligned
 
 
 def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
@@ -148,13 +129,12 @@ def _sliced_rows(
 ) -> jax.Array:
     """The form for TPUs: a product for each slice of x."""
     rotated, q = _rotated_m(op, m), op.square_rank
-    blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
+    blocks = jax.lax.split(x, (q,) * len(rotated), axis=-1)
     groups: list[Any] = [None] * op.num_groups
     for k, block in enumerate(blocks[: op.num_feeding]):
         h, group = op.product(block, rotated[k], precision), k % op.num_groups
         groups[group] = h if groups[group] is None else groups[group] + h
-    y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
-    return op.outputs_in_place(y)
+    return tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
 
 
 def _sliced_products(
@@ -181,36 +161,11 @@ def _sliced_products(
     )
 
 
-def _ordered_products(
-    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-) -> jax.Array:
-    """The same where features are in another order, some rows at a time."""
-    # A TPU reorders features by transposes that move whole rows of memory. Some rows of
-    # x and y fit in its fast memory, so that both are read once and none is written.
-    rows = math.prod(x.shape[:-1]) // shards
-    steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
-    # With an axis of steps. XLA would transpose all of x if it were to slice rows.
-    x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, g))
-
-    def products(step: ArrayLike) -> jax.Array:
-        at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
-        h = op.enter(at(x, step))
-        back = transposed(op.leave, h.shape, at(y, step))
-        return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
-
-    shape = jax.eval_shape(products, 0)
-    total = zeros_for(shape.shape, shape.dtype, x, y)
-    return jax.lax.fori_loop(
-        0, steps, lambda step, total: total + products(step), total
-    )
-
-
 def _batched_products(
     op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The form for GPUs: one product with an axis of blocks."""
     n, q = op.num_feeding, op.square_rank
-    x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
     blocks = x[..., : n * q], sum_tiles(g, n * q)
     h, back = (a.reshape(shards, -1, n, q) for a in blocks)
     return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
@@ -224,19 +179,6 @@ def _products_of_rows(
     return jax.lax.dot_general(
         h, g, axes, precision=precision, preferred_element_type=dtype
     )
-
-
-def _ordered_matrix(op: Permutation, m: jax.Array, *places: Any) -> jax.Array:
-    """`Permutation.matrix_part` by products with unit vectors, instead of gathers."""
-
-    def rows_of(m: jax.Array, numbers: jax.Array) -> jax.Array:
-        return matmul(jax.nn.one_hot(numbers, op.square_rank, dtype=m.dtype), m)
-
-    def columns_of(m: jax.Array, numbers: jax.Array) -> jax.Array:
-        unit = jax.nn.one_hot(numbers, op.square_rank, dtype=m.dtype)
-        return jax.lax.optimization_barrier(matmul(m, unit.T))
-
-    return op.matrix_part(m, *places, columns_of=columns_of, rows_of=rows_of)
 
 
 def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import DeltaMap, Operator, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.decoupling import Decoupling
-from mora_jax.operators.permutation import Permutation
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
 _part = functools.partial(
@@ -126,21 +125,6 @@ class BasisPart(OperatorPart):
 
 
 @_part
-class PermutationPart(OperatorPart):
-    """The part of a permutation, each of whose blocks has features from everywhere."""
-
-    @property
-    def places(self) -> tuple[jax.Array, jax.Array]:
-        """The places of the features here in the orders of inputs and outputs."""
-        op = self.operator
-        rows = self.take_inputs(jnp.asarray(op.in_inverse))
-        return rows, self.take_outputs(jnp.asarray(op.out_inverse))
-
-    def matrix(self, m: jax.Array) -> jax.Array:
-        return self.operator.matrix_part(m, *self.places)
-
-
-@_part
 class BlockPart(OperatorPart):
     """The part of a block operator that devices cut evenly: see `_blocks_or_all`.
 
@@ -223,7 +207,6 @@ part_of = functools.singledispatch(OperatorPart)
 """The part of an operator, by its type, with the arguments of `OperatorPart`."""
 part_of.register(Projection, BasisPart)
 part_of.register(Decoupling, _blocks_or_all)
-part_of.register(Permutation, PermutationPart)
 part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 

@@ -51,7 +51,8 @@ class Decoupling(Operator):
 
     @property
     def isometry(self) -> bool:
-        return self.aligned and self.in_features == self.out_features
+        ins, outs = self.in_features, self.out_features
+        return ins == outs and ins % self.square_rank == 0
 
     @property
     def num_out_blocks(self) -> int:
@@ -71,7 +72,7 @@ class Decoupling(Operator):
 
     def _compress(self, x: jax.Array) -> jax.Array:
         n, q = self.compressed_shape
-        blocks = tile_to(self.order_inputs(x), n * q)
+        blocks = tile_to(x, n * q)
         return self.rotate_rows(blocks.reshape(*x.shape[:-1], n, q))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
@@ -96,8 +97,7 @@ class Decoupling(Operator):
     def leave(self, h: jax.Array) -> jax.Array:
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
         *batch, groups, q = h.shape
-        y = tile_to(h.reshape(*batch, groups * q), self.out_features)
-        return self.outputs_in_place(y)
+        return tile_to(h.reshape(*batch, groups * q), self.out_features)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
@@ -122,14 +122,6 @@ class Decoupling(Operator):
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         # Rows past the end are added to the first ones.
         return sum_tiles(rows.reshape(n * q, outs).T, self.in_features).T
-
-    def order_inputs(self, x: jax.Array) -> jax.Array:
-        """The inputs in the order in which they are cut into blocks, (..., in)."""
-        return x
-
-    def outputs_in_place(self, y: jax.Array) -> jax.Array:
-        """The outputs of the blocks in the layer's order, (..., out)."""
-        return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
         """Rows h of the blocks k times R_k: (..., q) and (...), or all, (..., n, q)."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +16,6 @@ from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
 from mora_jax.operators.decoupling import Decoupling
-
-Pick = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @operator
@@ -46,34 +43,34 @@ class Permutation(Decoupling):
 
     name = "permutation"
 
-    def order_inputs(self, x: jax.Array) -> jax.Array:
-        return _Reorder()((self.in_order, self.in_inverse), x)
+    @property
+    def aligned(self) -> bool:
+        """False, since blocks gather features from everywhere."""
+        return False
 
-    def outputs_in_place(self, y: jax.Array) -> jax.Array:
-        return _Reorder()((self.out_order, self.out_inverse), y, transposed=True)
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(_Reorder()((self.in_order, self.in_inverse), x))
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        orders = self.out_order, self.out_inverse
+        return _Reorder()(orders, super().leave(h), transposed=True)
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        return self.matrix_part(m, self.in_inverse, self.out_inverse)
-
-    def matrix_part(
-        self,
-        m: jax.Array,
-        in_places: ArrayLike,
-        out_places: ArrayLike,
-        columns_of: Pick = lambda m, k: stored(lambda m: _take(m, k, unique=False), m),
-        rows_of: Pick = lambda m, k: m.at[k].get(mode="clip"),
-    ) -> jax.Array:
-        """The part of the delta, (k, l), at places (k,) and (l,) in the two orders."""
-        # `columns_of` and `rows_of` pick the columns and rows of M with some numbers.
+        # From the places of features in the two orders: it gathers the numbers of M,
+        # and reorders nothing of the delta's size.
         q = self.square_rank
-        out_block, out_offset = divide(out_places, q)
-        block, offset = block_positions(in_places, self.in_features, q)
+        out_block, out_offset = divide(self.out_inverse, q)
+        block, offset = block_positions(self.in_inverse, self.in_features, q)
         group, out_group = self.in_group(block), out_block % np.uint32(self.num_groups)
-        columns = columns_of(m, out_offset)
+        columns = stored(lambda m: _take(m, out_offset, unique=False), m)
         # A feature that starts over is in up to t blocks. An offset of q or more is in
         # no group, whatever row of M it is clipped to.
         parts = (
-            jnp.where(group[:, t, None] == out_group, rows_of(columns, offset[:, t]), 0)
+            jnp.where(
+                group[:, t, None] == out_group,
+                columns.at[offset[:, t]].get(mode="clip"),
+                0,
+            )
             for t in range(group.shape[1])
         )
         return functools.reduce(jnp.add, parts)
