@@ -22,7 +22,7 @@ import numpy as np
 
 from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
-from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
+from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, whole
@@ -49,7 +49,7 @@ def map_of(op: Any) -> Any:
     if aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES:
         if current_chip() == "tpu":
             return BlockMap(op, _sliced_rows, _sliced_products)
-        if current_chip() == "gpu" and op.num_feeding == op.num_groups:
+        if current_chip() == "gpu" and op.compressed_shape[0] == op.num_groups:
             return BlockMap(op, type(op).rows, _batched_products)
     return op
 
@@ -117,8 +117,6 @@ class BlockMap(DeltaMap):
         self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
     ) -> jax.Array:
         products = self.products_of(self.op, kept, g, shards, precision)
-        # Blocks that are left out come last, and lack gradients.
-        products = pad_to(products, self.op.compressed_shape[0], axis=0)
         rotated = functools.partial(_rotated_m, self.op)
         unrotate = functools.partial(transposed, rotated, self.op.m_shape)
         return jax.vmap(unrotate, in_axes=1)(products).sum(0).astype(g.dtype)
@@ -131,7 +129,7 @@ def _sliced_rows(
     rotated, q = _rotated_m(op, m), op.square_rank
     blocks = jax.lax.split(x, (q,) * len(rotated), axis=-1)
     groups: list[Any] = [None] * op.num_groups
-    for k, block in enumerate(blocks[: op.num_feeding]):
+    for k, block in enumerate(blocks):
         h, group = op.product(block, rotated[k], precision), k % op.num_groups
         groups[group] = h if groups[group] is None else groups[group] + h
     return tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
@@ -156,18 +154,15 @@ def _sliced_products(
     # A loop, since XLA takes as long for n products as for n layers.
     wide = jnp.promote_types(y.dtype, jnp.float32)
     products = zeros_for((n, shards, q, q), wide, x, y)
-    return jax.lax.fori_loop(
-        0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
-    )
+    return jax.lax.fori_loop(0, n, put_product, products, unroll=UNROLLED_PRODUCTS)
 
 
 def _batched_products(
     op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The form for GPUs: one product with an axis of blocks."""
-    n, q = op.num_feeding, op.square_rank
-    blocks = x[..., : n * q], sum_tiles(g, n * q)
-    h, back = (a.reshape(shards, -1, n, q) for a in blocks)
+    blocks = x, sum_tiles(g, x.shape[-1])
+    h, back = (a.reshape(shards, -1, *op.compressed_shape) for a in blocks)
     return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
 
@@ -206,7 +201,7 @@ def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
             block_out = first_out + k
             block_in = block_out % np.uint32(n)
         row, column = block_in - first_in, block_out - first_out  # wrap if before
-        is_here = (row < here_in) & (column < here_out) & (block_in < op.num_feeding)
+        is_here = (row < here_in) & (column < here_out)
         row = jnp.minimum(row, np.uint32(here_in - 1)) * np.uint32(ins)
         column = jnp.minimum(column, np.uint32(here_out - 1)) * np.uint32(outs)
         # Of a whole kernel each block comes once. XLA keeps an array more for `folded`.

@@ -136,18 +136,15 @@ class BlockPart(OperatorPart):
     # Both orders give the same sum, since M is the same for all blocks of a group.
 
     def enter(self, x: jax.Array) -> jax.Array:
-        op, q = self.operator, self.operator.square_rank
-        if self._has_all:
-            h = op.enter(self.pad_inputs(x))
-        else:
-            # A part of a block is put in its place among zeros: blocks are rotated as
-            # a whole.
-            width = max(self.in_features, q)
-            h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
-            h = h.reshape(*x.shape[:-1], width // q, q)
-            h = op.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
-            h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
-            h = h.reshape(*x.shape[:-1], self._groups_here, q)
+        # A part of a block is put in its place among zeros: blocks are rotated as a
+        # whole.
+        q = self.operator.square_rank
+        width = max(self.in_features, q)
+        h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
+        h = h.reshape(*x.shape[:-1], width // q, q)
+        h = self.operator.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
+        h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
+        h = h.reshape(*x.shape[:-1], self._groups_here, q)
         return self._sum_wanted(h) if self._sums_first else h
 
     def leave(self, h: jax.Array) -> jax.Array:
@@ -159,16 +156,10 @@ class BlockPart(OperatorPart):
         return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 
     @property
-    def _has_all(self) -> bool:
-        """True if all blocks are computed, from features here among zeros."""
-        return self.operator.truncate or self.in_features == self.operator.in_features
-
-    @property
     def _groups_here(self) -> int:
         """The number of groups that features here feed."""
         blocks = max(self.in_features // self.operator.square_rank, 1)
-        groups = self.operator.num_groups
-        return groups if self._has_all else min(groups, blocks)
+        return min(self.operator.num_groups, blocks)
 
     @property
     def _wanted(self) -> int:
@@ -184,9 +175,9 @@ class BlockPart(OperatorPart):
         """Of groups from here the ones that outputs here want: (..., wanted, q)."""
         # The groups of blocks follow each other, and after the last comes the first.
         q = self.operator.square_rank
-        first = 0 if self._has_all else self.in_start // q
         h = pad_to(h, self.operator.num_groups, axis=-2)
-        return jnp.roll(h, first - self.out_start // q, axis=-2)[..., : self._wanted, :]
+        shift = self.in_start // q - self.out_start // q
+        return jnp.roll(h, shift, axis=-2)[..., : self._wanted, :]
 
 
 def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:

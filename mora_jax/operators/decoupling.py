@@ -135,10 +135,10 @@ class Decoupling(Operator):
 
     @property
     def aligned(self) -> bool:
-        """True if q divides both widths, so that blocks are slices of features."""
-        return not (
-            self.in_features % self.square_rank + self.out_features % self.square_rank
-        )
+        """True if blocks are slices of features, and none is left out."""
+        q, n = self.square_rank, self.compressed_shape[0]
+        divides = self.in_features % q == self.out_features % q == 0
+        return divides and self.num_feeding == n
 
     @property
     def num_feeding(self) -> int:
