@@ -16,14 +16,9 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float, Integer, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
-from mora_jax._common.checks import (
-    as_jax_array,
-    check_array,
-    check_seed,
-    positive_integer,
-)
+from mora_jax._common.checks import check_array, check_seed, positive_integer
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.qwix_guard import undisturbed
@@ -306,24 +301,6 @@ class Operator(DeltaMap):
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
         x = check_array("x", x, (self.in_features,))
         return undisturbed(self.rows)(x, self._checked(m), precision)
-
-    def lookup(
-        self,
-        m: Trained,
-        indices: Integer[ArrayLike, "*batch"],
-        *,
-        precision: Precision = None,
-    ) -> Float[jax.Array, "*batch outs"]:
-        """Rows of `delta_weight(m)` by their numbers: (...) -> (..., out_features).
-
-        Negative `indices` count from the end; beyond it and the start they are clipped.
-        Indices that are not integers raise a TypeError.
-        """
-        indices = as_jax_array("indices", indices)
-        if not jnp.issubdtype(indices.dtype, jnp.integer):
-            raise TypeError(f"indices must be integers, got {indices.dtype}")
-        rows = undisturbed(self.unit_rows)
-        return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
     def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
         r"""The delta :math:`C (I_n \otimes M) D`, (in, out): `apply` is its product."""

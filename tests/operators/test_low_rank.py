@@ -63,7 +63,7 @@ def test_its_delta_and_the_merged_kernel(execution, arrays):
     close(kernel + delta, merged)
     op = spec.operator
     close(Operator.matrix(op, m), op.delta_weight(m))
-    close(op.lookup(m, jnp.arange(-2, 2)), op.delta_weight(m)[np.arange(-2, 2)])
+    close(op.unit_rows(jnp.arange(2), m), op.delta_weight(m)[:2])
     assert spec.parameters == (INS + OUTS) * RANK and spec.shape == m.shape
 
 

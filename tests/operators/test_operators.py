@@ -38,7 +38,7 @@ def deltas(op, m, x):
     results = {
         "delta_weight": op.delta_weight(m),
         "apply": op.apply(m, x),
-        "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
+        "rows of units": op.unit_rows(jnp.arange(op.in_features), m),
         "general delta": Operator.matrix(op, m),
         "start": op.apply(op.start((), "zeros", jax.random.key(0), x.dtype), x),
     }
@@ -79,7 +79,7 @@ def check_laws(case, op: Operator):
     m, x = random(0, *op.m_shape), random(1, 3, op.in_features)
     got = deltas(op, m, x)
     delta = case.delta(op, m)
-    for name in ("delta_weight", "lookup", "general delta"):
+    for name in ("delta_weight", "rows of units", "general delta"):
         close(got[name], delta)
     close(got["apply"], np.float64(x) @ delta)
     close(got["start"], np.zeros((3, op.out_features)))
@@ -236,7 +236,7 @@ def test_dtypes(case, dtype, float64):
 
     @jax.jit
     def everything(op, m, x):
-        return op.apply(m, x), op.delta_weight(m), op.lookup(m, jnp.arange(12))
+        return op.apply(m, x), op.delta_weight(m), op.unit_rows(jnp.arange(12), m)
 
     y, weight, rows = everything(op, m, x)
     assert y.dtype == weight.dtype == rows.dtype == x.dtype

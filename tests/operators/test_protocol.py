@@ -114,7 +114,7 @@ def test_laws(size):
     close((op.apply(m, x), op.tangent(kept, m)), (y, y))
     close(op.gradient(kept, y), CASE.m_gradient(op, m, x, y))
     close((op.delta_weight(m), Operator.matrix(op, m)), (delta, delta))
-    close(op.lookup(m, indices), delta)
+    close(op.unit_rows(indices, m), delta)
 
 
 def results(execution, m, x, kernel, layout=None, dropout=0.0):
