@@ -12,7 +12,7 @@ from helpers import random_like, wide
 import mora_jax
 from mora_jax import Plan
 from mora_jax import nnx as mora_nnx
-from mora_jax._flax.calls import unchecked
+from mora_jax._flax.proofs import unchecked
 from mora_jax._tree.paths import Found, adapters_in
 
 
