@@ -150,6 +150,11 @@ def check_concrete(array: Any, name: str, shape: Shape) -> None:
     """Raise unless `array` is a floating-point array of `shape` with known numbers."""
     if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a concrete array, got {type(array).__name__}")
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise ValueError(
+            f"{name} must hold numbers, got an array that was donated to a compiled "
+            "function: take the one which that function returned"
+        )
     check_leaf(array, name, shape)
 
 

@@ -233,7 +233,7 @@ class Candidates:
             return "too narrow for a square; targets and operator may name it", False
         if product:
             label = product.label or "a head, router or embedding by its name"
-            return f"{label}; targets may name it", False
+            return f"{label}; targets adapt it if they name it, train all of it", False
         if survey.no_kernel(name):
             return "never multiplied with an input", False
         # Without a trace it may be multiplied, unless it is a token or a row of scales.

@@ -176,10 +176,19 @@ NAMES_ELSEWHERE = {
     "r": "rank",
     "lora_rank": "rank",
     "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
+    "use_rslora": "alpha, which multiplies the delta itself: lora_alpha / sqrt(r)",
+    "use_dora": "nothing: a DoRA's delta is not linear in what is trained",
     "lora_dropout": "dropout",
     "target_modules": f"targets, {PATTERNS}",
     "exclude_modules": f"exclude, {PATTERNS}",
     "modules_to_save": f"train, {PATTERNS}",
+    "bias": f"train, {PATTERNS}, such as '.*/bias'",
+    "trainable_token_indices": "train, for all rows of an embedding",
+    "module_path": f"targets, {PATTERNS}; in mora_jax.qwix.MoRARule it is module_path",
+    "weight_qtype": "a setting of mora_jax.qwix.MoRARule",
+    "layers_to_transform": "targets, as in r'.*layers_(0|1)/.*kernel'",
+    "target_parameters": f"targets, {PATTERNS}",
+    "task_type": "an argument of mora_jax.io.export",
     "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
     "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
     "init_lora_weights": "init, 'zeros' or 'gaussian'",
@@ -294,6 +303,11 @@ class MoRAConfig(KernelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "all-linear" in self.targets:
+            raise ValueError(
+                "targets must be regular expressions, got 'all-linear': leave targets "
+                "out, since all dense layers are the default"
+            )
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]

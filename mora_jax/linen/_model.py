@@ -13,7 +13,7 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import matching
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._flax.calls import Call, LayerCall, adapt_call
+from mora_jax._flax.calls import Call, LayerCall, adapt_call, all_calls
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.proofs import Proofs
 from mora_jax._flax.survey import Survey, check_call, program_of
@@ -66,8 +66,7 @@ def plan(
     """
     check_model(model)
     config = check_config(config, "plan(model, variables, config, *inputs)")
-    if args or kwargs or not calls:
-        calls = (Call(*args, **kwargs), *calls)
+    calls = all_calls(args, kwargs, calls) or (Call(),)
     params, survey = params_of(variables), Survey()
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
     excluded = matching("exclude", config.exclude, leaves)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
-from mora_jax._flax.calls import Call, errors_of
+from mora_jax._flax.calls import Call, all_calls, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.proofs import Proofs
@@ -72,9 +72,7 @@ def plan(
             survey.no_params[name] = type(variable).__name__
         elif product := rule.product(module):
             survey.products[name] = product
-    if args or kwargs:
-        calls = (Call(*args, **kwargs), *calls)
-    for call in calls:
+    for call in all_calls(args, kwargs, calls):
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
         survey.trace(own)
     chosen = plan_surveyed(params, config, survey)
@@ -126,7 +124,8 @@ def program(
 def wrap(
     model: Model,
     config_or_plan: MoRAConfig | Plan | None = None,
-    *,
+    *args: Any,
+    calls: Sequence[Call] = (),
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
 ) -> Model:
@@ -145,6 +144,8 @@ def wrap(
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
         step that donates all of the result's state deletes them (docs/training-nnx.md).
       config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
+      *args: With a config, as in `nnx.plan`.
+      calls: With a config, as in `nnx.plan`.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
@@ -178,7 +179,10 @@ def wrap(
     """
     check_model(model)
     own = config_or_plan
-    own = own if isinstance(own, Plan) else plan(model, own)
+    if not isinstance(own, Plan):
+        own = plan(model, own, *args, calls=calls)
+    elif args or calls:
+        raise TypeError("inputs must not be given with a plan: write wrap(model, plan)")
     _refuse_shared(model, own)  # names and shapes may have made it
     kinds = {spec.init for spec in own.values()}
     key = rngs.params() if rngs and "gaussian" in kinds else None

@@ -26,7 +26,7 @@ from adapter_files import (
 from cases import CASES, by_case
 from flax import traverse_util
 
-from mora_jax import io, load, make_operator, save
+from mora_jax import init, io, load, make_operator, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 
@@ -390,3 +390,24 @@ def test_another_base(saved):
     ):
         with pytest.raises(AdapterFileError, match=match):
             load(saved, {**PARAMS, **changes})
+
+
+def test_numbers_that_were_donated_are_not_saved(tmp_path):
+    adapters = init(PLAN)
+    jax.jit(lambda tree: jax.tree.map(lambda m: m + 1, tree), donate_argnums=0)(
+        adapters
+    )
+    with pytest.raises(ValueError, match="kernel_mora must hold numbers.* donated"):
+        save(tmp_path, adapters)
+
+
+@pytest.mark.parametrize("read", [load, io.load_peft])
+def test_the_name_of_a_model_on_the_hub_is_told(read):
+    with pytest.raises(io.AdapterFileError, match="snapshot_download"):
+        read("someone/adapter")
+
+
+def test_peft_s_reader_knows_our_files(tmp_path):
+    save(tmp_path, init(PLAN))
+    with pytest.raises(io.AdapterFileError, match="mora_jax.load reads"):
+        io.load_peft(tmp_path)

@@ -282,3 +282,34 @@ def test_an_adapter_without_effect_is_a_warning(model, name):
         mora_nnx.plan(model(), CONFIG, X)
     with pytest.warns(MoRAWarning, match=f"{name}/kernel: the call .* does not use it"):
         mora_nnx.wrap(model(), CONFIG)(X)
+
+
+# --- Inputs that are not what they should be ---
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("args", "calls", "told"),
+    [
+        ((), [X], "got ArrayImpl: write calls=.mora_jax.Call.x.."),
+        ((), Call(X), "got Call: write calls=.call."),
+        ((), "call", "got str"),
+        ((Call(X),), (), "inputs must be the model's, got a Call"),
+    ],
+)
+def test_calls_are_a_list_of_calls(api, args, calls, told, unchecked):
+    model, variables, _ = reads()
+    given = (model, variables) if api == "linen" else (ReadsTwin(),)
+    plan = linen.plan if api == "linen" else mora_nnx.plan
+    with pytest.raises(TypeError, match=told):
+        plan(*given, CONFIG, *args, calls=calls)
+
+
+def test_an_nnx_model_is_wrapped_with_the_inputs_of_a_call():
+    adapted = mora_nnx.wrap(ReadsTwin(), CONFIG, X)
+    assert (adapted(X) == mora_nnx.unwrap(adapted)(X)).all()
+    with pytest.raises(ValueError, match=OUTSIDE):
+        mora_nnx.wrap(ReadsTwin(), CONFIG, X, calls=[Call(X, train=True)])
+    plan = mora_nnx.plan(ReadsTwin(), CONFIG)
+    with pytest.raises(TypeError, match="inputs must not be given with a plan"):
+        mora_nnx.wrap(ReadsTwin(), plan, X)
