@@ -40,8 +40,7 @@ from jaxtyping import Float
 
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._layer.adapter import Adapter, delta_of, wide
-from mora_jax._layer.merge_loss import share_lost
-from mora_jax._layer.rounding import Rounding, check_rounding
+from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import merged_kernel
 from mora_jax._tree.paths import checked_adapters

@@ -19,9 +19,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mora_jax._common.types import ArrayLike
+from mora_jax._jax.linear_algebra import alike
 from mora_jax._jax.platform import CHIPS, chosen_platform, default_platform
 from mora_jax._jax.qwix_guard import undisturbed
-from mora_jax._jax.vma import alike
 
 
 @functools.lru_cache(maxsize=4096, typed=True)

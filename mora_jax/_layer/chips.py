@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._jax.linear_algebra import transposed
+from mora_jax._jax.linear_algebra import transposed, zeros_for
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import sum_tiles, tile_to
-from mora_jax._jax.vma import zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision

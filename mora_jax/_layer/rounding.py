@@ -108,3 +108,18 @@ def _random_numbers(
     bits ^= bits >> np.uint32(16)
     rows_shape = (*sizes(shape, axes, "s"), ins, outs)
     return kernel_from_rows(jnp.broadcast_to(bits, rows_shape), shape, axes)
+
+
+# Compiled, so that no array of the kernel's size is made on the way.
+@jax.jit
+def share_lost(change: ArrayLike, delta: ArrayLike) -> jax.Array:
+    """The share of a delta that a kernel's change, merged - base, lacks along it.
+
+    It is 0 for a delta of zeros.
+    """
+    # Divided first, since the squares of small numbers are zero in float32.
+    size = jnp.linalg.norm(jnp.ravel(delta))
+    above_zero = jnp.where(size > 0, size, 1)
+    # Exact products: accelerators would round what they multiply to 16 bits.
+    scaled, exact = delta / above_zero, jax.lax.Precision.HIGHEST
+    return jnp.abs(size - jnp.vdot(change, scaled, precision=exact)) / above_zero

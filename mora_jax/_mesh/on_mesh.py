@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mora_jax._jax.linear_algebra import transposed
+from mora_jax._jax.linear_algebra import transposed, varying
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import current_platform
-from mora_jax._jax.vma import varying
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
 from mora_jax.operators._base import DeltaMap, Operator

@@ -12,8 +12,7 @@ import numpy as np
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import delta_kernel
-from mora_jax._layer.merge_loss import share_lost
-from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
+from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax._tree.paths import adapters_in

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mora_jax
 from mora_jax import Adapter, MoRAConfig, remora
-from mora_jax._layer.merge_loss import share_lost
+from mora_jax._layer.rounding import share_lost
 from mora_jax.nnx import MoRAParam
 from mora_jax.operators import Permutation, _pytree
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mora_jax
 from mora_jax import MoRAConfig, Plan, gradient_bases, linen, remora
-from mora_jax._layer.merge_loss import share_lost
+from mora_jax._layer.rounding import share_lost
 from mora_jax._tree.paths import adapters_in
 from mora_jax.nnx import MoRAParam
 
