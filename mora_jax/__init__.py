@@ -33,7 +33,6 @@ Layers and models::
   linen                 adapters for unmodified Linen models
   nnx                   adapters for unmodified NNX models
   mora_jax.qwix         (import it) adapters in models that qwix quantizes
-  mora_jax.gemma        (import it) a gemma model and its adapters as one module
   sharding              adapters on a mesh of devices
 
 Training::

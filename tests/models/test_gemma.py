@@ -1,4 +1,4 @@
-"""What `mora_jax.gemma` does without gemma; the rest is in tests/with_gemma."""
+"""What `examples/gemma_module.py` does without gemma; the rest is in tests/with_gemma."""
 
 import chex
 import flax.linen as nn
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from helpers import close, random, trained
 
-import mora_jax.gemma
+import mora_jax
+from examples.gemma_module import MoRA
 from mora_jax import MoRAConfig, linen
 from mora_jax._flax.layer_rules import rules_of
 
@@ -101,7 +102,7 @@ def test_one_module_has_the_base_and_the_adapters(planned):
         "linear": "io",
     }
     adapters = trained(plan)
-    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    adapted = MoRA(model=model, plan=plan)
     both = {"params": {"base": params, "mora": adapters}}
     expected = model.apply({"params": mora_jax.merge(params, adapters)}, X)
     close(adapted.apply(both, X), expected)
@@ -115,7 +116,7 @@ def test_one_module_has_the_base_and_the_adapters(planned):
 
 def test_the_module_is_static_and_has_what_the_model_has(planned):
     model, _, plan = planned
-    one, other = (mora_jax.gemma.MoRA(model=model, plan=plan) for _ in range(2))
+    one, other = (MoRA(model=model, plan=plan) for _ in range(2))
     assert one == other and hash(one) == hash(other)
     assert isinstance(one, nn.Module) and not hasattr(one, "config")
     object.__setattr__(model, "config", "that of the model")

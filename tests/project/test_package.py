@@ -112,7 +112,6 @@ FLOORS = [
     "_flax",
     "linen sharding",
     "nnx",
-    "gemma tunix",
     "diagnostics io mixing serving",
     "qwix remora",
     "cli",

@@ -6,7 +6,6 @@ Run by `make test-gemma`, in an environment of its own. All models are tiny and 
 import contextlib
 import dataclasses
 from importlib.util import find_spec
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +18,8 @@ from processes import ROOT
 from safetensors.numpy import load_file
 from tunix_models import IDS
 
-import mora_jax.gemma
+import mora_jax
+from examples.gemma_module import MoRA
 from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, io, linen
 
 if find_spec("gemma") is None:
@@ -193,7 +193,7 @@ def test_the_sampler_gives_the_tokens_of_the_merged_model(name, monkeypatch):
     plan = planned(name, model, params)
     adapters = trained(plan)
     merged = mora_jax.merge(params, adapters)
-    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    adapted = MoRA(model=model, plan=plan)
     got = tokens_of(adapted, {"base": params, "mora": adapters})
     np.testing.assert_array_equal(got, tokens_of(model, merged))
     assert (got != tokens_of(model, params)).any()
@@ -218,7 +218,7 @@ def test_one_module_has_all_collections_and_streams_of_the_model():
     variables = model.init(KEY, x)
     plan = linen.plan(model, variables, CONFIG, x)
     adapters = trained(plan)
-    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    adapted = MoRA(model=model, plan=plan)
     made = adapted.init(KEY, x)
     assert set(made) == {"params", "batch_stats"}
     close(made["batch_stats"], variables["batch_stats"], 0)
@@ -249,13 +249,10 @@ def test_params_of_one_module_that_lack_a_part():
     params = model.init(KEY, x)["params"]
     config = MoRAConfig(rank=2, targets="kernel")
     plan = linen.plan(model, {"params": params}, config, x)
-    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    adapted = MoRA(model=model, plan=plan)
     for given in ({"params": {"base": params}}, {"params": params}, {}):
         with pytest.raises(ValueError, match="params must be {'base': .*, got"):
             adapted.apply(given, x)
-    without: Any = None
-    with pytest.raises(TypeError, match="plan must be a Plan, got NoneType"):
-        mora_jax.gemma.MoRA(model=model, plan=without).apply({}, x)
 
 
 def test_a_dense_layer_beside_gemma():

@@ -1,4 +1,7 @@
-"""Adapters for the models of `gemma`: Gemma 2, 3, 3n and 4; `mora-jax[gemma]`."""
+"""A Linen model with its adapters as one module, for gemma's samplers and Kauldron.
+
+Copy it into a project of yours; docs/gemma.md shows it at work.
+"""
 
 import dataclasses
 import importlib
@@ -9,10 +12,11 @@ import flax.linen as nn
 import jax
 from flax.core.scope import subtract_filters
 
-from mora_jax._layer.adapter import is_adapter
-from mora_jax._tree.adapters import init
-from mora_jax._tree.plan import Plan, check_plan
-from mora_jax.linen import wrap
+import mora_jax
+
+
+def _is_adapter(node: Any) -> bool:
+    return isinstance(node, mora_jax.Adapter)
 
 
 class MoRA(nn.Module):
@@ -31,11 +35,11 @@ class MoRA(nn.Module):
 
     Example::
 
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax.gemma
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
       >>> model, x = nn.Dense(8), jnp.ones((1, 8))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> plan = mora_jax.linen.plan(model, {"params": params}, None, x)
-      >>> adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+      >>> adapted = MoRA(model=model, plan=plan)
       >>> params = {"base": params, "mora": mora_jax.init(plan)}
       >>> adapted.apply({"params": params}, x).shape
       (1, 8)
@@ -43,20 +47,21 @@ class MoRA(nn.Module):
 
     _: dataclasses.KW_ONLY
     model: nn.Module
-    plan: Plan
+    plan: mora_jax.Plan
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, with the adapters' deltas in its layers."""
-        check_plan(self.plan)
         assert self.scope is not None
         model = self.model.clone(parent=None)
         rngs = {name: self.make_rng(name) for name in self.scope.rngs}
         if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
             output, new = model.init_with_output(rngs, *args, **kwargs)
-            adapters = init(self.plan, self.make_rng("params"), params=new["params"])
+            adapters = mora_jax.init(
+                self.plan, self.make_rng("params"), params=new["params"]
+            )
             # Kauldron's tables of parameters take all but dicts for arrays.
-            ms = jax.tree.map(lambda adapter: adapter.m, adapters, is_leaf=is_adapter)
+            ms = jax.tree.map(lambda adapter: adapter.m, adapters, is_leaf=_is_adapter)
             self._put({**new, "params": {"base": new["params"], "mora": ms}})
             return output
         params = self.variables.get("params", {})
@@ -70,7 +75,7 @@ class MoRA(nn.Module):
         settings: Any = {"rngs": rngs, "mutable": mutable}
         settings["adapter_deterministic"] = "dropout" not in rngs
         adapters = self.plan.adapters(params["mora"])
-        apply = wrap(model, self.plan)
+        apply = mora_jax.linen.wrap(model, self.plan)
         result = apply(adapters, variables, *args, **settings, **kwargs)
         if mutable is False:
             return result
