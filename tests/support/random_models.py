@@ -287,6 +287,16 @@ def linen_experts(m, x, ids, fields):
     return lifted(**fields)(x, ids).sum(0)
 
 
+def linen_vmap(axis, axis_of_ids, variables):
+    """A block that sees one index of an axis of its inputs."""
+
+    def lift(m, x, ids, fields):
+        axes = {"in_axes": (axis, axis_of_ids), "out_axes": axis}
+        return nn.vmap(LinenBlock, **variables, **axes)(**fields)(x, ids)
+
+    return lift
+
+
 def linen_cond(m, x, ids, fields):
     inner = LinenBlock(**fields)
     if m.is_initializing():
@@ -393,7 +403,9 @@ OWN_GRADIENTS = {
 LINEN_LIFTS = {
     "remat": lambda m, x, ids, fields: nn.remat(LinenBlock)(**fields)(x, ids),
     "jit": lambda m, x, ids, fields: nn.jit(LinenBlock)(**fields)(x, ids),
-    "vmap": lambda m, x, ids, fields: nn.vmap(LinenBlock, **SHARED)(**fields)(x, ids),
+    "vmap": linen_vmap(0, 0, SHARED),
+    "vmap of positions": linen_vmap(-2, -1, SHARED),
+    "one for each position": linen_vmap(-2, -1, STACK),
     "scan": linen_scan,
     "experts": linen_experts,
     "cond": linen_cond,
@@ -449,7 +461,9 @@ NNX_LIFTS = {
     "energy": nnx_energy,
     "tangent": nnx_tangent,
 }
-"""The transformations of any block, which are right; Linen has "vmap" as well."""
+"""The transformations of any block, which are right; Linen has `VMAPS` as well."""
+
+VMAPS = "vmap", "vmap of positions", "one for each position"
 
 CLOSURES = {"one branch", "while", "energy", "tangent"}
 """Those that are JAX's own, of functions that close over a module."""
@@ -616,12 +630,15 @@ def plain():
 def indirect(draw):
     """A layer that is called by something other than its name."""
     dense_class = nn.Dense if draw.api == "linen" else nnx.Linear
+    axis = draw.choice([0, -2])
     ways = {
         "a partial": lambda c: functools.partial(c.m.a)(c.x),
         "a bound method": lambda c: (lambda method: method(c.x))(c.m.a.__call__),
         "a keyword": lambda c: c.m.a(inputs=c.x),
         "a jitted closure": lambda c: jax.jit(lambda x: c.a(x))(c.x),
-        "a mapped closure": lambda c: jax.vmap(lambda x: c.a(x))(c.x),
+        f"a closure mapped over {axis}": lambda c: jax.vmap(
+            lambda x: c.a(x), axis, axis
+        )(c.x),
         "its class": lambda c: dense_class.__call__(c.m.a, c.x),
     }
     name = draw.choice([*ways])
@@ -1117,7 +1134,7 @@ def without_loop(block: Block) -> Block:
 
 
 def _lifted(draw: Draw, block: Block) -> Block:
-    lifts = [*NNX_LIFTS, "vmap"] if draw.api == "linen" else [*NNX_LIFTS]
+    lifts = [*NNX_LIFTS, *([draw.choice(VMAPS)] if draw.api == "linen" else [])]
     outer = draw.sample(lifts, draw.choice([0, 0, 0, 1, 1, 2]))
     derived = {"energy", "tangent"} & {*outer}
     if block.steps or block.reverse or "while" in outer or len(derived) > 1:
@@ -1129,7 +1146,7 @@ def _lifted(draw: Draw, block: Block) -> Block:
     # These are right, and refused: a lookup in many tables, one for each expert; the
     # derivative of a branch; and a branch under vmap, which selects its operands.
     branches = {"cond", "one branch"} & {*outer}
-    unknown = block.is_lookup and "experts" in outer
-    unknown |= bool(branches and {"vmap", *derived} & {*outer})
+    unknown = block.is_lookup and bool({"experts", VMAPS[2]} & {*outer})
+    unknown |= bool(branches and {*VMAPS, *derived} & {*outer})
     right = block.right and not unknown
     return dataclasses.replace(block, lifts=(*outer, *block.lifts), right=right)
