@@ -119,7 +119,8 @@ class Survey:
             return path
         if scale is None:
             return None
-        numbers = () if isinstance(scale, Tracer) else np.unique(scale)
+        unknown = isinstance(scale, Tracer) or np.iscomplexobj(scale)
+        numbers = () if unknown else np.unique(scale)
         return float(numbers[0]) if len(numbers) == 1 else ""
 
     def record_read(self, name: str, cls: type, kernel: Any, adapter: Any) -> jax.Array:

@@ -186,6 +186,8 @@ def _fault(call: MarkedCall, trail: Trail, mapped: tuple[int, ...]) -> str:
         return trails.OTHER_INPUT
     if trail.wrong:
         return trail.wrong
+    if any("complex" in step for step in steps):
+        return "computes with it in complex numbers"
     if call.scale is not None and not steps & {"mul", "div"}:
         return "does not scale it, though its rule says so"
     if call.scale is not None:

@@ -899,6 +899,24 @@ def scaled(draw):
     return Block(f"own, scaled {name}", of_first, layers, right, fault)
 
 
+COMPLEX = {
+    "its kernel": lambda x, w, s: (x @ (w * (2 + 1j))).real,
+    "its product": lambda x, w, s: ((x @ w) / (2 + 1j)).real,
+    "parts of it": lambda x, w, s: (x @ jax.lax.complex(w, w.T)).imag,
+    "a phase": lambda x, w, s: x * jnp.exp(1j * w[0]).real,
+}
+
+
+def by_complex_numbers(draw):
+    """A layer that computes in complex numbers, of a class with a rule or without."""
+    name, is_known = draw.choice([*COMPLEX]), draw.random() < 0.5
+    settings = COMPLEX[name], WIDTH
+    second = own(*settings[:1]) if is_known else layer(Own, OwnTwin, settings, settings)
+    text = f"dense and {'' if is_known else 'un'}known, {name} by complex numbers"
+    right = not is_known and name != "its product"  # which is of a real kernel
+    return Block(text, of_both, {"a": dense(), "b": second}, right, "complex")
+
+
 def elsewhere(draw):
     """A kernel that the model reads outside of its layer."""
     ways: dict[str, Run] = {
@@ -1069,6 +1087,7 @@ FEATURES = {
     lookup: 3,
     scaled: 3,
     another_call: 3,
+    by_complex_numbers: 2,
     mapped: 3,
     viewed: 3,
     elsewhere: 2,
