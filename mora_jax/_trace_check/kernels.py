@@ -229,7 +229,7 @@ def _doubt(call: MarkedCall, trail: Trail) -> str:
 
 
 def _unmapped(view: View | None, mapped: tuple[int, ...]) -> View:
-    """The axes of a view as a layer sees them, without those of vmap."""
+    """The axes of a view as a layer sees them, which sees no axes of vmap."""
     return tuple(axis for k, axis in enumerate(view or ()) if k not in mapped)
 
 

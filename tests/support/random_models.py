@@ -662,6 +662,21 @@ def held(draw):
     return Block(text, run, {"a": dense()}, False, liftable=False, prepare=prepare)
 
 
+def shared(draw):
+    """A kernel or a bias that two layers of NNX hold."""
+    name = draw.choice(["kernel", "bias"])
+
+    def prepare(m):
+        setattr(m.b, name, getattr(m.a, name))
+
+    def run(c):
+        return c.m.c(of_both(c))
+
+    layers, fault = {"a": dense(), "b": dense(), "c": dense()}, "shared"
+    text, right = f"three dense, two with one {name}", name == "bias"
+    return Block(text, run, layers, right, fault, prepare=prepare)
+
+
 def through(dtype):
     return lambda a: a.astype(dtype).astype(a.dtype)
 
@@ -1099,12 +1114,13 @@ FEATURES = {
     promoted: 1,
     held: 1,
     right_calls: 1,
+    shared: 1,
     statistics: 1,
     lifted_derivative: 1,
 }
 """{function that draws a block: how often it is drawn}."""
 
-LINEN_ONLY = mapped, lifted_derivative
+NOT_IN = {"nnx": (mapped, lifted_derivative), "linen": (shared,)}
 
 
 class Draw(Random):
@@ -1124,7 +1140,7 @@ def draw_model(
     draw = Draw(seed)
     draw.api = draw.choice(["linen", "nnx"])
     draw.precision = draw.choice(["float64"] * 6 + ["float32"] * 2 + ["coarse"] * 2)
-    features = [f for f in FEATURES if draw.api == "linen" or f not in LINEN_ONLY]
+    features = [f for f in FEATURES if f not in NOT_IN[draw.api]]
     weights = [FEATURES[feature] for feature in features]
     count = min(draw.choice([1, 1, 2, 2, 3]), most)
     chosen = draw.choices(features, weights, k=count)
