@@ -19,6 +19,7 @@ from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
+from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import (
     DEFAULT_TARGETS,
     MoRAConfig,
@@ -72,7 +73,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     for name, (_, leaf) in leaves.items():
         if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
             owners[id(leaf)].append(name)
-    refuse_shared(owners.values(), sorted({*targets, *trained}))
+    refuse_shared([*owners.values(), *survey.shared], sorted({*targets, *trained}))
     parts = {name: model.adapter(name) for name in targets} | trained
     left_out = model.left_out(parts)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
@@ -170,8 +171,10 @@ class Candidates:
                 config, tuple(leaf.shape), axes, kernel_dtype=leaf.dtype, name=name
             )
             # An unknown layer's kernel has axes by an override, taken at its word.
-            if product is not None and (fault := self.survey.fault(name)):
-                raise ValueError(fault)
+            if product is not None:
+                check_product(spec, product)
+                if fault := self.survey.fault(name):
+                    raise ValueError(fault)
         is_table = product is not None and product.takes_indices
         if is_table and not spec.operator.linear and spec.init == "zeros":
             spec = dataclasses.replace(spec, init="embedding")

@@ -59,6 +59,7 @@ class Survey:
       uses: The uses of the arrays in the calls of the model that were traced.
       traced: True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
+      shared: The paths of each module and array of an NNX model that has several.
       leaves: {path: array} of the first inputs of that call, which the model holds.
       intercepted: True if a library, such as qwix, computed the products of that call.
     """
@@ -71,6 +72,7 @@ class Survey:
     uses: Uses = dataclasses.field(default_factory=Uses)
     traced: bool = False
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
+    shared: list[list[str]] = dataclasses.field(default_factory=list)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
     intercepted: bool = dataclasses.field(default=False, init=False)
 
@@ -79,6 +81,8 @@ class Survey:
 
         The `adapter` is the one that arrives there, if the model has its adapters.
         """
+        if name not in self.leaves:  # the kernel of another layer, at its path
+            return call.method(*call.args, **call.kwargs)
         product, x = call.read()
         rule, module = call.rule, call.module
         self.intercepted |= intercepted()
@@ -119,7 +123,8 @@ class Survey:
             return path
         if scale is None:
             return None
-        numbers = () if isinstance(scale, Tracer) else np.unique(scale)
+        unknown = isinstance(scale, Tracer) or np.iscomplexobj(scale)
+        numbers = () if unknown else np.unique(scale)
         return float(numbers[0]) if len(numbers) == 1 else ""
 
     def record_read(self, name: str, cls: type, kernel: Any, adapter: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, w
 from mora_jax._trace_check import trails
 from mora_jax._trace_check.marks import MarkedCall, calls_in, mark_p
 from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
-from mora_jax._trace_check.views import length, named
+from mora_jax._trace_check.views import View, length, named
 
 PRODUCTS = frozenset(
     "dot_general conv_general_dilated gather ragged_dot_general".split()
@@ -145,16 +145,16 @@ class Kernels(Domain[Value]):
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
         """The value of a call's output, in which the trails of its kernel end."""
-        call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
+        call, (axes, *mapped) = eqn.params["call"], eqn.params["mapped"]
         self.uses.called.add(call.name)
-        for array, lead_of_own in zip(arrived, leads, strict=True):
+        for array, own_axes in zip(arrived, mapped, strict=True):
             wrong = f"gets another array for {call.companion}"
             if trail := array.get(call.companion):
-                wrong = _fault_of_read(trail, lead_of_own, call.companion)
+                wrong = _fault_of_read(trail, own_axes, call.companion)
             if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         if trail := output.get(call.name):
-            if wrong := "" if trail.unseen else _fault(call, trail, lead):
+            if wrong := "" if trail.unseen else _fault(call, trail, axes):
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
             elif why := trail.unseen or _doubt(call, trail):
                 self.uses.unseen.setdefault(call.name, why)
@@ -164,19 +164,20 @@ class Kernels(Domain[Value]):
 
 def _begin(eqn: Any, x: Value) -> Value:
     """The value of a call's input, where the trail of the input begins."""
-    (shape,), (lead,) = shapes(eqn.outvars), eqn.params["leads"]
+    (shape,), (mapped,) = shapes(eqn.outvars), eqn.params["mapped"]
     call = eqn.params["call"]
-    lifted = [("vmap", k) for k in range(lead)]
-    axes = *lifted, *call.claim.axis_names(0, len(shape) - lead)
+    axes: list[Any] = call.claim.axis_names(0, len(shape) - len(mapped))
+    for k in sorted(mapped):
+        axes.insert(k, ("vmap", k))
     numbers = (lambda indices: indices) if call.claim.rows else None
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}
 
 
-def _fault(call: MarkedCall, trail: Trail, lead: int) -> str:
+def _fault(call: MarkedCall, trail: Trail, mapped: tuple[int, ...]) -> str:
     """Reason why an output of `call` is not the product of its rule, or ""."""
     claim = call.claim
     if claim.reads:
-        return _fault_of_read(trail, lead)
+        return _fault_of_read(trail, mapped)
     steps = trail.through - claim.passes - OWN_DERIVATIVE
     if not trail.by:
         stands_in = steps and steps <= claim.stand_ins
@@ -185,6 +186,8 @@ def _fault(call: MarkedCall, trail: Trail, lead: int) -> str:
         return trails.OTHER_INPUT
     if trail.wrong:
         return trail.wrong
+    if any("complex" in step for step in steps):
+        return "computes with it in complex numbers"
     if call.scale is not None and not steps & {"mul", "div"}:
         return "does not scale it, though its rule says so"
     if call.scale is not None:
@@ -195,7 +198,7 @@ def _fault(call: MarkedCall, trail: Trail, lead: int) -> str:
         return f"changes it, or its product, by {listed(sorted(steps))}"
     if claim.primitive and trail.by != claim.primitive:
         return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
-    axes = (trail.view or ())[lead:]
+    axes = _unmapped(trail.view, mapped)
     if not (names := claim.axis_names(2, len(axes))):
         return ""
     if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
@@ -225,11 +228,16 @@ def _doubt(call: MarkedCall, trail: Trail) -> str:
     return own and f"{own} has a derivative of its own, which the delta bypasses"
 
 
-def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:
+def _unmapped(view: View | None, mapped: tuple[int, ...]) -> View:
+    """The axes of a view as a layer sees them, which sees no axes of vmap."""
+    return tuple(axis for k, axis in enumerate(view or ()) if k not in mapped)
+
+
+def _fault_of_read(trail: Trail, mapped: tuple[int, ...], name: str = "it") -> str:
     """Reason why the array that a layer reads is not the model's own, or ""."""
     if steps := {trail.by, *trail.through} - {""}:
         return f"reads {name} changed by {listed(sorted(steps))}"
-    axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
+    axes = [axis for axis in _unmapped(trail.view, mapped) if axis]
     order: list[Any] = [piece.axis for axis in axes for piece in axis]
     if trail.view is None or len(order) > len(axes) or order != sorted(order):
         return f"reads {name} with other axes"

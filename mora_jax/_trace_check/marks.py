@@ -93,11 +93,12 @@ mark_p = Primitive("mark")
 def mark(x: Any, call: MarkedCall, *, end: bool, companion: Any = None) -> jax.Array:
     """`x`, with a mark that it is the input or (`end`) the output of `call`.
 
-    `companion` is the array that arrives there as `call.companion`, if one does.
+    `companion` is the array that arrives there as `call.companion`, if one does. The
+    `mapped` axes of each array, in its equation, are those over which it is vmapped.
     """
     arrays = [x] if companion is None else [x, companion]
     arrays = [jnp.asarray(array) for array in arrays]
-    return mark_p.bind(*arrays, call=call, end=end, leads=(0,) * len(arrays))
+    return mark_p.bind(*arrays, call=call, end=end, mapped=((),) * len(arrays))
 
 
 def calls_in(program: Jaxpr) -> Iterator[MarkedCall]:
@@ -109,27 +110,26 @@ def calls_in(program: Jaxpr) -> Iterator[MarkedCall]:
             yield eqn.params["call"]
 
 
-def _batch_mark(args: Any, axes: Any, *, leads: Any, **settings: Any) -> Any:
-    mapped = [axis is not None for axis in axes]
-    args = [
-        jnp.moveaxis(x, axis, 0) if one else x
-        for x, axis, one in zip(args, axes, mapped, strict=True)
-    ]
-    leads = tuple(lead + one for lead, one in zip(leads, mapped, strict=True))
-    return mark_p.bind(*args, leads=leads, **settings), 0 if mapped[0] else None
+def _batch_mark(args: Any, axes: Any, *, mapped: Any, **settings: Any) -> Any:
+    # All axes stay where they are: a transpose would be in no program without marks.
+    mapped = tuple(
+        own if axis is None else (*(k + (k >= axis) for k in own), axis)
+        for own, axis in zip(mapped, axes, strict=True)
+    )
+    return mark_p.bind(*args, mapped=mapped, **settings), axes[0]
 
 
-def _differentiate_mark(args: Any, dots: Any, *, leads: Any, **settings: Any) -> Any:
-    y, tangent = mark_p.bind(*args, leads=leads, **settings), dots[0]
+def _differentiate_mark(args: Any, dots: Any, *, mapped: Any, **settings: Any) -> Any:
+    y, tangent = mark_p.bind(*args, mapped=mapped, **settings), dots[0]
     if not isinstance(tangent, ad.Zero):
-        tangent = mark_p.bind(tangent, leads=leads[:1], **settings)
+        tangent = mark_p.bind(tangent, mapped=mapped[:1], **settings)
     return y, tangent
 
 
-def _transpose_mark(y: Any, x: Any, *, call: MarkedCall, end: bool, leads: Any) -> Any:
+def _transpose_mark(y: Any, x: Any, *, call: MarkedCall, end: bool, mapped: Any) -> Any:
     if isinstance(y, ad.Zero):
         return [y]
-    return [mark_p.bind(y, call=call.transposed, end=not end, leads=leads)]
+    return [mark_p.bind(y, call=call.transposed, end=not end, mapped=mapped)]
 
 
 mark_p.def_impl(lambda x, *_, **__: x)

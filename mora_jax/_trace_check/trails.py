@@ -185,8 +185,9 @@ def _function(eqn: Any, start: Start, values: list[Value]) -> Any:
 def _factor(view: View | None, value: Value, divides: bool) -> float | str:
     """The factor of an array with `view`: a number, a parameter's path, or a text."""
     if None in value and (constant := value[None].numbers):
-        number = float(constant(()))
-        return 1 / number if divides else number
+        if np.iscomplexobj(number := constant(())):
+            return "complex numbers"
+        return 1 / float(number) if divides else float(number)
     for path, trail in of_arrays(value).items():
         if divides or trail.by or trail.through - {"broadcast_in_dim"}:
             return f"{path} (changed)"

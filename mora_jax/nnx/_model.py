@@ -62,7 +62,8 @@ def plan(
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
     classes = {"/".join(path): type(m) for path, m in _held.named_modules(model)}
-    params, survey = _held.parameters(model), Survey(classes=classes)
+    params = _held.parameters(model)
+    survey = Survey(classes=classes, shared=_shared(model))
     for module, path, variable in _held.attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
         if (rule := rules.get(path[-1])) is None:
@@ -75,15 +76,12 @@ def plan(
     for call in all_calls(args, kwargs, calls):
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
         survey.trace(own)
-    chosen = plan_surveyed(params, config, survey)
-    _refuse_shared(model, chosen)
-    return chosen
+    return plan_surveyed(params, config, survey)
 
 
-def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
-    """Raise if an array of `plan`, or its module, is at two places of the model."""
-    shared = (["/".join(map(str, p)) for p in ps] for ps in nnx.find_duplicates(model))
-    refuse_shared(shared, [*plan, *plan.trained])
+def _shared(model: nnx.Module) -> list[list[str]]:
+    """The paths of each module and array that a model holds at several."""
+    return [["/".join(map(str, p)) for p in ps] for ps in nnx.find_duplicates(model)]
 
 
 def check_model(model: Any) -> None:
@@ -183,7 +181,8 @@ def wrap(
         own = plan(model, own, *args, calls=calls)
     elif args or calls:
         raise TypeError("inputs must not be given with a plan: write wrap(model, plan)")
-    _refuse_shared(model, own)  # names and shapes may have made it
+    # Names and shapes may have made the plan.
+    refuse_shared(_shared(model), [*own, *own.trained])
     kinds = {spec.init for spec in own.values()}
     key = rngs.params() if rngs and "gaussian" in kinds else None
     new = init(own, key, params=_held.parameters(model) if own.trained else None)

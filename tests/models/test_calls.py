@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import random
+from helpers import close, random, trained
 
 import mora_jax
 from mora_jax import Call, MoRAConfig, MoRAWarning, linen
@@ -251,6 +251,49 @@ def test_code_that_sees_an_m_is_refused():
     adapted = mora_nnx.wrap(AsksType(), CONFIG)
     with pytest.raises(ValueError, match=f"{message}.*instead of mul"):
         adapted(X)
+
+
+class Mapped(nn.Module):
+    """A layer under vmap along an axis of its input, or one layer for each index."""
+
+    axis: int
+    stack: int | None
+
+    @nn.compact
+    def __call__(self, x):
+        lift = {"variable_axes": {"params": self.stack}, "in_axes": self.axis}
+        split = {"split_rngs": {"params": self.stack is not None}}
+        return nn.vmap(nn.Dense, **lift, **split, out_axes=1)(8, name="fc")(x)
+
+
+class MappedTwin(nnx.Module):
+    """The same in NNX, of a function of JAX's that closes over the layer."""
+
+    def __init__(self, axis):
+        self.fc, self.axis = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), axis
+
+    def __call__(self, x):
+        return jax.vmap(self.fc, in_axes=self.axis, out_axes=1)(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -2])
+def test_layers_may_be_mapped_over_any_axis(axis):
+    x = random(0, 3, 3, 3, 8)
+    for stack in (None, 0):
+        model = Mapped(axis, stack)
+        variables = model.init(KEY, x)
+        apply = linen.wrap(model, CONFIG, variables, x)
+        assert not apply.plan.unproven
+        adapters = trained(apply.plan)
+        merged = {"params": mora_jax.merge(variables["params"], adapters)}
+        close(apply(adapters, variables, x), model.apply(merged, x))
+    twin = MappedTwin(axis)
+    plan = mora_nnx.plan(twin, CONFIG, x)
+    assert not plan.unproven
+    adapted = mora_nnx.wrap(twin, plan)
+    assert (adapted(x) == twin(x)).all()
+    mora_nnx.set_adapters(adapted, trained(plan))
+    close(adapted(x), mora_nnx.merge_adapters(adapted)(x))
 
 
 # --- Adapters without an effect ---

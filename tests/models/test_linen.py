@@ -362,8 +362,10 @@ def test_layers_that_do_otherwise_are_refused():
     message = re.escape(
         "w: the adapter reads the kernel's axes as 'iio', the layer computes 'ioo'"
     )
-    with pytest.raises(ValueError, match=message):
-        call_of_shapes(Projection((12, 2, 6), "bti,ihd->bthd"), config)
+    model = Projection((12, 2, 6), "bti,ihd->bthd")
+    for refused in (call_of_shapes, made):  # when called, and when planned
+        with pytest.raises(ValueError, match=message):
+            refused(model, config)
 
 
 @pytest.mark.usefixtures("unchecked")

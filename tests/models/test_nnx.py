@@ -650,6 +650,28 @@ def test_shared_modules_and_kernels():
         mora.wrap(model, CONFIG)
 
 
+class SharedKernel(nnx.Module):
+    def __init__(self):
+        self.a, self.b, self.c = linear(seed=1), linear(seed=2), linear(seed=3)
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def test_a_kernel_of_two_layers_is_refused_when_planning_or_excluded():
+    model, message = SharedKernel(), "'a/kernel' also as 'b/kernel'; exclude it"
+    for inputs in ((), (X,)):
+        with pytest.raises(ValueError, match=f"^a/kernel is shared: .*{message}"):
+            mora.plan(model, CONFIG, *inputs)
+    plan = mora.plan(model, MoRAConfig(rank=2, exclude="a/kernel"), X)
+    assert list(plan) == ["c/kernel"] and not plan.unproven
+    adapted = mora.wrap(model, plan)
+    assert (adapted(X) == model(X)).all()
+    mora.set_adapters(adapted, random_like(mora.adapters(adapted)))
+    close(adapted(X), mora.merge_adapters(adapted)(X))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
     (model, config), (einsums, _) = make("methods"), make("einsums")

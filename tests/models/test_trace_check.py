@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import close, random, random_like, trained
 from merged import merge_errors
 
 import mora_jax
@@ -105,6 +105,10 @@ def product(how, x, w, scale):
         "branch": lambda: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w.T),
         "scanned": lambda: jax.lax.scan(lambda c, x: (c, x @ w), 0, x)[1],
         "host": lambda: x @ jax.pure_callback(lambda w: w, w, w),
+        "complex": lambda: (x @ (w * (2 + 1j))).real,
+        "complex after": lambda: ((x @ w) / 1j).imag,
+        "phases": lambda: (x @ (w * jnp.exp(1j * scale))).real,
+        "two parts": lambda: (x @ jax.lax.complex(w, w)).imag,
     }[how]()
 
 
@@ -129,6 +133,7 @@ register_layer(Scaled, equation=DENSE, kernel="w", scale=scale_of)
 RIGHT = ("plain", "biased", "jitted", "vmapped", "halves", "printed", "turned")
 RIGHT += ("half precision", "all bits", "frozen")
 CHANGED = "another array than the input .* changes its input by"
+COMPLEX = "computes with it in complex numbers"
 WRONG = {
     "cast": "by `mul`",
     "transposed": r"Own\w*.__call__ does not compute 'abi,io->abo'",
@@ -155,6 +160,7 @@ WRONG = {
     "few bits after": "product, by `reduce_precision`",
     "frozen input": f"{CHANGED} `stop_gradient`",
     "frozen product": "product, by `stop_gradient`",
+    **dict.fromkeys(["complex", "complex after", "phases", "two parts"], COMPLEX),
 }
 
 
@@ -191,6 +197,34 @@ def test_what_the_rule_says_passes(api, how):
 def test_what_it_does_not_say_is_refused(api, how):
     with pytest.raises(ValueError, match=f"^w: .*{WRONG[how]}"):
         plan_of(*own(api, how))
+
+
+class StateSpace(nn.Module):
+    """Layers around a convolution by complex numbers, as S4 and S5 have it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(WIDTH, name="up")(x)
+        real, imaginary, b = (
+            self.param(name, nn.initializers.normal(), (WIDTH, 4)) for name in "rib"
+        )
+        c = self.param("c", nn.initializers.normal(), (WIDTH, 4), jnp.complex64)
+        powers = jnp.exp(
+            (1j * imaginary - jnp.exp(real)) * jnp.arange(3)[:, None, None]
+        )
+        kernel = jnp.sum(c * (b * (1 + 1j) / 2j) * powers, -1).real
+        y = jnp.fft.irfft(jnp.fft.rfft(x, 6, -2) * jnp.fft.rfft(kernel, 6, -2), 6, -2)
+        return nn.Dense(WIDTH, name="down")(y[..., :3, :])
+
+
+def test_complex_numbers_elsewhere_are_nobodys_concern():
+    model, config = StateSpace(), MoRAConfig(rank=2)
+    variables = variables_of(model)
+    apply = linen.wrap(model, config, variables, X)
+    assert list(apply.plan) == ["down/kernel", "up/kernel"] and not apply.plan.unproven
+    adapters = trained(apply.plan)
+    merged = {"params": mora_jax.merge(variables["params"], adapters)}
+    close(apply(adapters, variables, X), model.apply(merged, X))
 
 
 def test_an_input_of_integers_is_one_of_numbers():
@@ -527,6 +561,8 @@ def test_a_scale_that_cannot_be_compared_is_said():
     assert merge_errors(model, variables, plan, X)["w"] > 0.1
     with pytest.raises(ValueError, match="^w: .* does not scale it"):
         planned_scale(lambda x, w, s: (x @ w) * x.mean(), lambda _: 3.0)
+    with pytest.raises(ValueError, match=f"^w: .* {COMPLEX}"):
+        planned_scale(lambda x, w, s: (x @ (w * 2j)).imag, lambda _: 2j)
 
 
 def test_a_scaled_embedding_is_merged_into_the_kernel_itself(unchecked):

@@ -287,6 +287,16 @@ def linen_experts(m, x, ids, fields):
     return lifted(**fields)(x, ids).sum(0)
 
 
+def linen_vmap(axis, axis_of_ids, variables):
+    """A block that sees one index of an axis of its inputs."""
+
+    def lift(m, x, ids, fields):
+        axes = {"in_axes": (axis, axis_of_ids), "out_axes": axis}
+        return nn.vmap(LinenBlock, **variables, **axes)(**fields)(x, ids)
+
+    return lift
+
+
 def linen_cond(m, x, ids, fields):
     inner = LinenBlock(**fields)
     if m.is_initializing():
@@ -393,7 +403,9 @@ OWN_GRADIENTS = {
 LINEN_LIFTS = {
     "remat": lambda m, x, ids, fields: nn.remat(LinenBlock)(**fields)(x, ids),
     "jit": lambda m, x, ids, fields: nn.jit(LinenBlock)(**fields)(x, ids),
-    "vmap": lambda m, x, ids, fields: nn.vmap(LinenBlock, **SHARED)(**fields)(x, ids),
+    "vmap": linen_vmap(0, 0, SHARED),
+    "vmap of positions": linen_vmap(-2, -1, SHARED),
+    "one for each position": linen_vmap(-2, -1, STACK),
     "scan": linen_scan,
     "experts": linen_experts,
     "cond": linen_cond,
@@ -449,7 +461,9 @@ NNX_LIFTS = {
     "energy": nnx_energy,
     "tangent": nnx_tangent,
 }
-"""The transformations of any block, which are right; Linen has "vmap" as well."""
+"""The transformations of any block, which are right; Linen has `VMAPS` as well."""
+
+VMAPS = "vmap", "vmap of positions", "one for each position"
 
 CLOSURES = {"one branch", "while", "energy", "tangent"}
 """Those that are JAX's own, of functions that close over a module."""
@@ -616,12 +630,15 @@ def plain():
 def indirect(draw):
     """A layer that is called by something other than its name."""
     dense_class = nn.Dense if draw.api == "linen" else nnx.Linear
+    axis = draw.choice([0, -2])
     ways = {
         "a partial": lambda c: functools.partial(c.m.a)(c.x),
         "a bound method": lambda c: (lambda method: method(c.x))(c.m.a.__call__),
         "a keyword": lambda c: c.m.a(inputs=c.x),
         "a jitted closure": lambda c: jax.jit(lambda x: c.a(x))(c.x),
-        "a mapped closure": lambda c: jax.vmap(lambda x: c.a(x))(c.x),
+        f"a closure mapped over {axis}": lambda c: jax.vmap(
+            lambda x: c.a(x), axis, axis
+        )(c.x),
         "its class": lambda c: dense_class.__call__(c.m.a, c.x),
     }
     name = draw.choice([*ways])
@@ -643,6 +660,21 @@ def held(draw):
 
     run, text = (lambda c: c.m.f(c.x)), f"dense by {name} that it holds"
     return Block(text, run, {"a": dense()}, False, liftable=False, prepare=prepare)
+
+
+def shared(draw):
+    """A kernel or a bias that two layers of NNX hold."""
+    name = draw.choice(["kernel", "bias"])
+
+    def prepare(m):
+        setattr(m.b, name, getattr(m.a, name))
+
+    def run(c):
+        return c.m.c(of_both(c))
+
+    layers, fault = {"a": dense(), "b": dense(), "c": dense()}, "shared"
+    text, right = f"three dense, two with one {name}", name == "bias"
+    return Block(text, run, layers, right, fault, prepare=prepare)
 
 
 def through(dtype):
@@ -882,6 +914,24 @@ def scaled(draw):
     return Block(f"own, scaled {name}", of_first, layers, right, fault)
 
 
+COMPLEX = {
+    "its kernel": lambda x, w, s: (x @ (w * (2 + 1j))).real,
+    "its product": lambda x, w, s: ((x @ w) / (2 + 1j)).real,
+    "parts of it": lambda x, w, s: (x @ jax.lax.complex(w, w.T)).imag,
+    "a phase": lambda x, w, s: x * jnp.exp(1j * w[0]).real,
+}
+
+
+def by_complex_numbers(draw):
+    """A layer that computes in complex numbers, of a class with a rule or without."""
+    name, is_known = draw.choice([*COMPLEX]), draw.random() < 0.5
+    settings = COMPLEX[name], WIDTH
+    second = own(*settings[:1]) if is_known else layer(Own, OwnTwin, settings, settings)
+    text = f"dense and {'' if is_known else 'un'}known, {name} by complex numbers"
+    right = not is_known and name != "its product"  # which is of a real kernel
+    return Block(text, of_both, {"a": dense(), "b": second}, right, "complex")
+
+
 def elsewhere(draw):
     """A kernel that the model reads outside of its layer."""
     ways: dict[str, Run] = {
@@ -1052,6 +1102,7 @@ FEATURES = {
     lookup: 3,
     scaled: 3,
     another_call: 3,
+    by_complex_numbers: 2,
     mapped: 3,
     viewed: 3,
     elsewhere: 2,
@@ -1063,12 +1114,13 @@ FEATURES = {
     promoted: 1,
     held: 1,
     right_calls: 1,
+    shared: 1,
     statistics: 1,
     lifted_derivative: 1,
 }
 """{function that draws a block: how often it is drawn}."""
 
-LINEN_ONLY = mapped, lifted_derivative
+NOT_IN = {"nnx": (mapped, lifted_derivative), "linen": (shared,)}
 
 
 class Draw(Random):
@@ -1088,7 +1140,7 @@ def draw_model(
     draw = Draw(seed)
     draw.api = draw.choice(["linen", "nnx"])
     draw.precision = draw.choice(["float64"] * 6 + ["float32"] * 2 + ["coarse"] * 2)
-    features = [f for f in FEATURES if draw.api == "linen" or f not in LINEN_ONLY]
+    features = [f for f in FEATURES if f not in NOT_IN[draw.api]]
     weights = [FEATURES[feature] for feature in features]
     count = min(draw.choice([1, 1, 2, 2, 3]), most)
     chosen = draw.choices(features, weights, k=count)
@@ -1117,7 +1169,7 @@ def without_loop(block: Block) -> Block:
 
 
 def _lifted(draw: Draw, block: Block) -> Block:
-    lifts = [*NNX_LIFTS, "vmap"] if draw.api == "linen" else [*NNX_LIFTS]
+    lifts = [*NNX_LIFTS, *([draw.choice(VMAPS)] if draw.api == "linen" else [])]
     outer = draw.sample(lifts, draw.choice([0, 0, 0, 1, 1, 2]))
     derived = {"energy", "tangent"} & {*outer}
     if block.steps or block.reverse or "while" in outer or len(derived) > 1:
@@ -1129,7 +1181,7 @@ def _lifted(draw: Draw, block: Block) -> Block:
     # These are right, and refused: a lookup in many tables, one for each expert; the
     # derivative of a branch; and a branch under vmap, which selects its operands.
     branches = {"cond", "one branch"} & {*outer}
-    unknown = block.is_lookup and "experts" in outer
-    unknown |= bool(branches and {"vmap", *derived} & {*outer})
+    unknown = block.is_lookup and bool({"experts", VMAPS[2]} & {*outer})
+    unknown |= bool(branches and {*VMAPS, *derived} & {*outer})
     right = block.right and not unknown
     return dataclasses.replace(block, lifts=(*outer, *block.lifts), right=right)
