@@ -187,6 +187,8 @@ def _factor(view: View | None, value: Value, divides: bool) -> float | str:
     if None in value and (constant := value[None].numbers):
         if np.iscomplexobj(number := constant(())):
             return "complex numbers"
+        if divides and not number:
+            return "an infinite number"
         return 1 / float(number) if divides else float(number)
     for path, trail in of_arrays(value).items():
         if divides or trail.by or trail.through - {"broadcast_in_dim"}:

@@ -1,4 +1,4 @@
-"""What `examples/gemma_module.py` does without gemma; the rest is in tests/with_gemma."""
+"""What `gemma_module.py` does without gemma; the rest is in tests/with_gemma."""
 
 import chex
 import flax.linen as nn
