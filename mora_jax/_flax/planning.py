@@ -237,11 +237,11 @@ class Candidates:
         if product:
             label = product.label or "a head, router or embedding by its name"
             return f"{label}; targets adapt it if they name it, train all of it", False
+        if sum(size > 1 for size in self.arrays[name].shape) < 2:
+            return "a vector, such as a token or a row of scales", False
         if survey.no_kernel(name):
-            return "never multiplied with an input", False
-        # Without a trace it may be multiplied, unless it is a token or a row of scales.
-        matrix = sum(size > 1 for size in self.arrays[name].shape) > 1
-        return survey.why_unknown(name), survey.traced or matrix
+            return "not multiplied with an input as it is", False
+        return survey.why_unknown(name), True
 
     @functools.cached_property
     def _quantized(self) -> set[str]:

@@ -70,11 +70,11 @@ class GPT(nnx.Module):
 
 SAID = {
     "blocks/*/attn/w (2)": "teach its class Einsum with mora_jax.register_layer",
-    "blocks/*/heads/bias (2)": "never multiplied with an input",
+    "blocks/*/heads/bias (2)": "not multiplied with an input as it is",
     "embed/embedding": "an embedding; targets adapt it if they name it, train",
     "experts": "teach its class GPT with mora_jax.register_layer",
     "lm_head/kernel": "a head, router or embedding by its name",
-    "pos_table": "never multiplied with an input",
+    "pos_table": "not multiplied with an input as it is",
 }
 
 
@@ -140,7 +140,7 @@ def test_heads_of_one_number_are_left_out_by_default():
 
 def test_what_a_pattern_names_is_left_out_for_another_reason():
     text = str(linen.plan(*own(), MoRAConfig(targets=".*", exclude=".*w"), IDS))
-    assert "layers_1/bias: never multiplied with an input" in text
+    assert "layers_1/bias: not multiplied with an input as it is" in text
 
 
 def test_what_is_excluded_or_registered_is_no_surprise():
@@ -174,7 +174,7 @@ def own():
 def test_a_linen_model_of_unknown_layers():
     with pytest.warns(LeftOutWarning, match="layers_1/w: .* its class Own with"):
         plan = linen.plan(*own(), None, IDS)
-    assert "layers_1/bias: never multiplied with an input" in str(plan)
+    assert "layers_1/bias: not multiplied with an input as it is" in str(plan)
     assert list(plan) == ["layers_2/kernel"]
 
 
@@ -398,3 +398,30 @@ def test_a_warning_is_given_once_at_the_users_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENV)
     assert done.stderr.count("LeftOutWarning") == 1
     assert f"{program}:8: LeftOutWarning: arrays that multiply in" in done.stderr
+
+
+class Weighted(nn.Module):
+    """As transformers' FlaxConvWithWeightNorm, and tokens as Dinov2 has them."""
+
+    @nn.compact
+    def __call__(self, x):
+        v = self.param("weight_v", nn.initializers.normal(1.0), (16, 16, 3))
+        g = self.param("weight_g", nn.initializers.ones, (1, 1, 3))
+        token = self.param("mask_token", nn.initializers.zeros, (1, 16))
+        x = jnp.where(jnp.arange(8)[:, None] == 0, token, nn.Dense(16, name="fc")(x))
+        kernel = (v / jnp.linalg.norm(v, axis=(0, 1)) * g).T
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", (1,), None, numbers
+        )
+
+
+def test_what_is_no_kernel_by_itself_says_so_and_no_more():
+    model, x = Weighted(), jnp.ones((2, 8, 16))
+    variables = model.init(KEY, x)
+    plan = linen.plan(model, variables, None, x)  # without a warning
+    assert {part.pattern: part.why for part in plan.left_out} == {
+        "weight_v": "not multiplied with an input as it is",
+        "weight_g": "a vector, such as a token or a row of scales",
+        "mask_token": "a vector, such as a token or a row of scales",
+    }

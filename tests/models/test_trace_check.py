@@ -611,7 +611,7 @@ def test_rows_of_a_table_of_three_axes_are_no_kernel():
     variables = model.init(KEY, ids)
     plan = linen.plan(model, variables, MoRAConfig(rank=2), ids)
     assert list(plan) == ["Dense_0/kernel"]
-    assert "  table: never multiplied with an input" in str(plan)
+    assert "  table: not multiplied with an input as it is" in str(plan)
 
 
 def test_scales_that_do_not_factor_are_refused(unchecked):
