@@ -13,6 +13,9 @@ from mora_jax._common.types import Path
 WHOLE: tuple[type, ...] = (nnx.Module,)
 """The pytrees that are leaves here; JAX would take what is in them for arrays."""
 
+BOXES = nnx.Variable, AxisMetadata
+"""The classes of boxes. A variable is one if it holds an array."""
+
 REFUSED = {
     nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
     nn.Module: "the model {}: its params are model.init(...)['params']",
@@ -43,8 +46,9 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     leaves: dict[Path, Any] = {}
     names: set[str] = set()  # a key may hold a slash, and leaves go by joined paths
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
-        path = tuple(map(key_name, keys))
-        refuse_model(leaf, what)
+        path = path_of(keys)
+        if isinstance(leaf, (*REFUSED,)):
+            refuse_model(leaf, what)
         if not path:
             kind = type(leaf).__name__
             if hasattr(leaf, "shape"):
@@ -63,7 +67,7 @@ def replace_leaves(
     """`tree` with values at their paths, each `put(box, value)` into its box there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
-        path = tuple(map(key_name, keys))
+        path = path_of(keys)
         return (put or reboxed)(leaf, new[path]) if path in new else leaf
 
     return jax.tree.map_with_path(replace, tree, is_leaf=is_end)
@@ -71,12 +75,12 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return is_boxed(node) or isinstance(node, WHOLE)
+    return isinstance(node, WHOLE) or (isinstance(node, BOXES) and is_boxed(node))
 
 
-def key_name(key: Any) -> str:
-    """The name of a pytree key in a path."""
-    return jax.tree_util.keystr((key,), simple=True)
+def path_of(keys: Any) -> Path:
+    """The path of a pytree's keys."""
+    return tuple([jax.tree_util.keystr((key,), simple=True) for key in keys])
 
 
 def is_boxed(leaf: Any) -> bool:

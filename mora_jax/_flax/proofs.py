@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
@@ -127,27 +128,29 @@ def content(value: Any) -> Hashable:
     Raises:
       Incomparable: Not all of it can be read.
     """
-    try:
-        return _content(value, {})
-    except RecursionError:
-        raise Incomparable from None
+    # Types, numbers of parts and values, as a walk meets them: one flat tuple.
+    found, left, met = [], [value], {}
+    while left:
+        value = left.pop()
+        kind = type(value)
+        if kind in _VALUES:  # most are, and calls wait for this
+            found += kind, value
+            continue
+        whole, parts = _readers(kind)
+        if whole is not None:
+            found.append(whole(value))
+        elif id(value) in met:  # at two places, or in itself
+            found += "met", met[id(value)][0]
+        else:
+            # It is kept, or another object could get its number.
+            met[id(value)] = len(met), value
+            own = [*parts(value)]
+            found += kind, len(own)
+            left += own
+    return tuple(found)
 
 
-def _content(value: Any, met: dict[int, Any]) -> Hashable:
-    kind = type(value)
-    if kind in _VALUES:  # most are, and calls wait for this
-        return kind, value
-    whole, parts = _readers(kind)
-    if whole is not None:
-        return whole(value)
-    if id(value) in met:  # at two places, or in itself
-        return "met", met[id(value)][0]
-    # It is kept, or another object could get its number.
-    met[id(value)] = len(met), value
-    return kind, *[_content(part, met) for part in parts(value)]
-
-
-_VALUES = {bool, int, str, bytes, type(None)}
+_VALUES = {bool, int, str, bytes, type(None), type, types.CodeType, type(jnp.int8)}
 _ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, Proofs
 _ARRAYS = jax.Array, Tracer, jax.ShapeDtypeStruct
 
@@ -199,16 +202,17 @@ def _fields(kind: Any) -> Parts:
     return lambda value: [getattr(value, name) for name in names]
 
 
-def _parts_of_function(function: types.FunctionType) -> Iterator[Any]:
+def _parts_of_function(function: types.FunctionType) -> Iterable[Any]:
     # A lambda is another object each time. Its globals are not looked at.
-    yield function.__code__
-    yield from (function.__module__, function.__defaults__, function.__kwdefaults__)
-    yield from function.__closure__ or ()
+    own = function.__module__, function.__defaults__, function.__kwdefaults__
+    return function.__code__, *own, *(function.__closure__ or ())
 
 
-def _parts_of_cell(cell: types.CellType) -> Iterator[Any]:
-    with contextlib.suppress(ValueError):  # it is empty
-        yield cell.cell_contents
+def _parts_of_cell(cell: types.CellType) -> Iterable[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []
 
 
 def _parts_of_object(value: Any) -> Iterable[Any]:

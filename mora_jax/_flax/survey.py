@@ -81,11 +81,11 @@ class Survey:
 
         The `adapter` is the one that arrives there, if the model has its adapters.
         """
+        self.intercepted |= intercepted()
         if name not in self.leaves:  # the kernel of another layer, at its path
             return call.method(*call.args, **call.kwargs)
         product, x = call.read()
         rule, module = call.rule, call.module
-        self.intercepted |= intercepted()
         if (kernel := rule.kernel_of(module)) is not None:
             shape, whole = tuple(kernel.shape), tuple(self.leaves[name].shape)
             if whole[len(whole) - len(shape) :] != shape:

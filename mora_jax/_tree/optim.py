@@ -138,7 +138,7 @@ def restarted_state(
             # as if they were old, and its first steps would be large.
             starts = (own, True) in owners and (own, False) not in owners
         # The steps of `optax.MultiSteps` are the steps of a schedule.
-        steps = map(trees.key_name, keys[-1:])
+        steps = trees.path_of(keys[-1:])
         after.append(_following(old, new, starts and "gradient_step" not in steps))
     return jax.tree.unflatten(structure, after)
 

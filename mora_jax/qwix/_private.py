@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._common.trees import is_end, key_name
+from mora_jax._common.trees import is_end, path_of
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import reboxed
@@ -91,7 +91,7 @@ def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:
     pairs, structure = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, WithAux) or is_end(node)
     )
-    return {"/".join(map(key_name, keys)): leaf for keys, leaf in pairs}, structure
+    return {"/".join(path_of(keys)): leaf for keys, leaf in pairs}, structure
 
 
 def is_taken(array: Any) -> bool:

@@ -58,7 +58,7 @@ def test_an_m_of_16_bits_and_one_of_zeros():
     assert not shown(plot_delta(op, jnp.zeros((4, 4)))).any()
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_refused(unchecked):
     op = mora_jax.make_operator("sharing", 8, 6, 4)
     for operator, m, kind, message in (
         (
