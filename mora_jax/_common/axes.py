@@ -3,8 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,31 @@ def check_axes(axes: str, ndim: int) -> str:
     return axes
 
 
-def axes_by_name(name: str, shape: Shape) -> str:
-    """The axes of a kernel by its name and shape, where no more is known."""
+def may_be_conv1d(name: str) -> bool:
+    """True for a module or a kernel of GPT-2's names.
+
+    GPT-2 has Conv1D there; GPT-Neo, gpt_bigcode and others have Linear.
+    """
+    names = r"(.*[./])?h[./]\d+[./]\w+[./](c_\w+|q_attn)(/kernel)?"
+    return re.fullmatch(names, name) is not None
+
+
+def order_by_c_attn(arrays: Mapping[str, Any]) -> str:
+    """The order "io" or "oi" in a model of GPT-2's names; "" if no array tells it.
+
+    A c_attn, which is queries, keys and values in one, has more outputs than inputs.
+    """
+    ends = "c_attn.weight", "c_attn/kernel"
+    shapes = {a.shape for name, a in arrays.items() if name.endswith(ends)}
+    wide = {s[0] < s[1] for s in shapes if len(s) == 2 and s[0] != s[1]}
+    return ("io" if wide.pop() else "oi") if len(wide) == 1 else ""
+
+
+def axes_by_name(name: str, arrays: Mapping[str, Any]) -> str:
+    """The axes of one of a model's kernels, where names and shapes alone are known."""
+    shape = tuple(arrays[name].shape)
     if len(shape) == 2:
-        return "io"
+        return (may_be_conv1d(name) and order_by_c_attn(arrays)) or "io"
     # Flax's own attention modules have kernels of three axes.
     attention = re.fullmatch(r"(.*/)?(query|key|value|(out))/kernel", name)
     if len(shape) == 3 and attention:

@@ -58,9 +58,10 @@ Family = Annotated[
     typer.Option(
         "--names",
         callback=_names_of,
-        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
-        'tunix, gm; or JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
-        "file of it whose name ends in .json. By default any family.",
+        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, gptj, "
+        "gpt_neo, bloom, bert, tunix, gm; or JSON, "
+        '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a file of it whose name '
+        "ends in .json. By default any family.",
     ),
 ]
 Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
@@ -226,10 +227,11 @@ def as_options(text: str) -> str:
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
         flag = "--" + name.replace("_", "-")
-        return flag if value == "True" else f"{flag} {shlex.quote(value)}"
+        text = value.strip("'")
+        return flag if text == "True" else f"{flag} {shlex.quote(text)}"
 
     arguments = r"\b(any_base|force|max_error|names|rank|rounding)"
-    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
+    return re.sub(rf"{arguments}=(\{{.*\}}|'?[\w.]*\w'?)", option, text)
 
 
 def run() -> None:

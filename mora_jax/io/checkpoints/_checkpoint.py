@@ -1,5 +1,6 @@
 """A base checkpoint, whose headers alone are in memory."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 from flax.traverse_util import unflatten_dict
 
+from mora_jax._common.axes import order_by_c_attn
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, bijection
+from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
 # Configs, tokenizers and templates. Never pickles, which may run anything, and not the
@@ -19,6 +21,9 @@ COPIED = (".json", ".txt", ".model", ".jinja")
 
 INDEX = ".safetensors.index.json"
 """The end of the name of the file that says which file has which tensor."""
+
+ORDERS = {"gpt2": "io", "gpt_neo": "oi", "gpt_bigcode": "oi"}
+"""{model_type in a config: the order of the weights that have GPT-2's names}."""
 
 
 class Checkpoint:
@@ -67,11 +72,28 @@ class Checkpoint:
         """The entry of a tensor in its header."""
         return self.place[name].entries[name]
 
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The content of the model's config, empty if it is missing."""
+        found = {} if self.config is None else read_json(self.config)
+        return found if isinstance(found, dict) else {}
+
+    def orders(self, pair: Pair) -> tuple[str, ...]:
+        """The orders of axes that a module's weight may have here."""
+        if not pair.either:
+            return (pair.axes,)
+        order = order_by_c_attn({name: self.entry(name) for name in self.place})
+        order = order or ORDERS.get(self.settings.get("model_type", ""))
+        return (order,) if order else ("io", "oi")
+
     def shapes(self, names: Names = None) -> dict[str, Any]:
         """The shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
           names: As in `load_peft`. Tensors without a path are left out.
+
+        Raises:
+          AdapterFileError: The order of a weight's axes is not known.
         """
         known, leaves = bijection(names), {}
         for name in self.place:
@@ -81,10 +103,22 @@ class Checkpoint:
             if pair is None or "[" in pair.kernel:
                 continue
             if len(entry.shape) == 2 and entry.dtype in DTYPES:
-                shape = entry.shape if pair.axes == "io" else entry.shape[::-1]
+                order, *others = self.orders(pair)
+                if others and len(set(entry.shape)) > 1:
+                    raise unknown_order(name)
+                shape = entry.shape if order == "io" else entry.shape[::-1]
                 struct = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
                 leaves[pair.kernel] = struct
         return unflatten_dict(leaves, sep="/")
+
+
+def unknown_order(tensor: str) -> AdapterFileError:
+    """The error of a weight that may have either order of axes."""
+    return AdapterFileError(
+        f"names must say which axis of {tensor!r} is its inputs, since the base has no "
+        f"c_attn that tells, and no config.json of model_type {' or '.join(ORDERS)}: "
+        "names='gpt2' for a Conv1D, (in, out), or names='gpt_neo' for a Linear"
+    )
 
 
 def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location]:

@@ -159,7 +159,9 @@ def _make_lora(
         if table:
             also = "io.merge_checkpoint changes both"
             a, b = rows_looked_up(kernel, spec.axes, name, a, b, also)
-        matrices.append(MatrixPair(name, table, a, b, len(b), factor, pair.axes))
+        # Of names with either order the weight is the kernel's transpose.
+        order = pair.kernel_axes[::-1] if pair.either else pair.axes
+        matrices.append(MatrixPair(name, table, a, b, len(b), factor, order))
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
         raise ValueError(
@@ -217,9 +219,8 @@ def _write(
 
     `whole` are {tensor: numbers} of modules that were trained themselves.
     """
+    # PEFT corrects the order where a module is of the other kind.
     axes = {pair.axes for pair in matrices if not pair.table}
-    if len(axes) > 1:
-        raise ValueError("modules must be all Linear or all Conv1D")
     tensors, ranks, alphas = {}, {}, {}
     for name, table, a, b, r, factor, _ in matrices:
         start, end = ("embedding_", "") if table else ("", ".weight")
@@ -241,7 +242,7 @@ def _write(
         "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": "io" in axes,
+        "fan_in_fan_out": axes == {"io"},
     }
     if whole:
         config["modules_to_save"] = sorted({n.rpartition(".")[0] for n in whole})
