@@ -391,5 +391,6 @@ def canonical(tensor: str) -> str:
     # had gammas and betas once.
     roots = r"^((base_model|model|transformer|bert|language_model)\.)+"
     name = re.sub(roots, "", tensor)
+    name = name.replace(".base_layer.bias", ".bias")  # PEFT has it inside its layer
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)

@@ -84,6 +84,10 @@ _RULES: dict[str, Rule] = {
     "rank_pattern": _by_name(_RANK),
     "lora_alpha": _NUMBER,
     "alpha_pattern": _by_name(_NUMBER),
+    "bias": (
+        "'none', 'all' or 'lora_only'",
+        lambda v: v in ("none", "all", "lora_only"),
+    ),
     "lora_dropout": ("in [0, 1)", lambda v: _NUMBER[1](v) and 0 <= v < 1),
     "init_lora_weights": (
         "a start that leaves the base as it is; PEFT's save_pretrained with "

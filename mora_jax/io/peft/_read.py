@@ -47,9 +47,10 @@ def load_peft(
     """Read a LoRA of Hugging Face PEFT, or what the paper's authors' code saved.
 
     A LoRA has the operator "low_rank" at its own rank, and an alpha of `lora_alpha / r`
-    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` are arrays that are trained
-    themselves. The reference's adapters (peft-mora) have sharing for its types 1 to 4
-    and rotation for type 6, and an alpha of 1. DoRA and other types are refused.
+    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` and biases are arrays that
+    are trained themselves. The reference's adapters (peft-mora) have sharing for its
+    types 1 to 4 and rotation for type 6, and an alpha of 1. DoRA and other types are
+    refused.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
