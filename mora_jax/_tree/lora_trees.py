@@ -52,8 +52,8 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int | None = None) -> Tree:
     found, adapters = _factors_in(tree, check_plan(plan)), Found()
     if alpha is None:
         raise TypeError(
-            "alpha must be given, the factor of A B in the other library: alpha / rank "
-            "of qwix and Tunix, 1 of nnx.LoRA"
+            "alpha must be given, the factor of A B: alpha / rank of qwix and Tunix, 1 "
+            "of nnx.LoRA"
         )
     alpha = above_zero("alpha", alpha)
     for path, spec in plan.specs.items():

@@ -227,11 +227,10 @@ def as_options(text: str) -> str:
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
         flag = "--" + name.replace("_", "-")
-        text = value.strip("'")
-        return flag if text == "True" else f"{flag} {shlex.quote(text)}"
+        return flag if value == "True" else f"{flag} {shlex.quote(value)}"
 
     arguments = r"\b(any_base|force|max_error|names|rank|rounding)"
-    return re.sub(rf"{arguments}=(\{{.*\}}|'?[\w.]*\w'?)", option, text)
+    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
 
 
 def run() -> None:

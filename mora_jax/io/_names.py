@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mora_jax._common.axes import may_be_conv1d
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
 
@@ -34,14 +33,12 @@ class Pair(NamedTuple):
         of what is a vector.
       kernel_axes: The order of the kernel's axes. If it is "io" or "oi", each letter
         may stand for several axes; Gemma's "oio" is (heads, in, width).
-      family: The family that was asked for, which tells the axes; "" otherwise.
     """
 
     module: str
     kernel: str
     axes: str = "oi"
     kernel_axes: str = "io"
-    family: str = ""
 
     @property
     def tensor(self) -> str:
@@ -59,11 +56,6 @@ class Pair(NamedTuple):
     def transposed(self) -> bool:
         """True if the weight has the axes of its outputs elsewhere than the kernel."""
         return self.axes != self.kernel_axes
-
-    @property
-    def either(self) -> bool:
-        """True if the weight may be "io" or "oi"."""
-        return not self.family and self.axes != "o" and may_be_conv1d(self.module)
 
     def filled(self, fields: dict[str, str]) -> "Pair":
         module, kernel = (template.format(**fields) for template in self[:2])
@@ -205,7 +197,7 @@ def _known(names: str | None) -> Bijection:
             f"names must be one of {list(known)} or a mapping, got {names!r}"
             + did_you_mean(names, known)
         )
-    return Bijection(pair._replace(family=family) for pair in known[family])
+    return Bijection(known[family])
 
 
 def join_index(path: str, index: Shape) -> str:
@@ -329,26 +321,15 @@ mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
 """
 
 _DECODER = _same("model", "layers.{layer}.{block}.{name}", "embed_tokens")
-_GPTS = _same(
-    "transformer",
-    "h.{layer}.{block}.{name}",
-    "h.{layer}.attn.attention.{name}",
-    *("wte", "wpe", "word_embeddings"),
-)
+_CONV1D = "h.{layer}.{block}.c_{name}", "h.{layer}.crossattention.q_attn"
+_LINEAR = "h.{layer}.{block}.{name}", "h.{layer}.attn.attention.{name}"
+_GPT = _same("transformer", *_LINEAR, "wte", "wpe", "word_embeddings")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
     "qwen": _DECODER,
-    "gpt2": _same(
-        "transformer",
-        "h.{layer}.{block}.c_{name}",
-        "h.{layer}.crossattention.q_attn",
-        *("wte", "wpe"),
-        axes="io",
-    ),
-    "gptj": _GPTS,
-    "gpt_neo": _GPTS,
-    "bloom": _GPTS,
+    "gpt2": _same("transformer", *_CONV1D, "wte", "wpe", axes="io"),
+    **dict.fromkeys(("gptj", "gpt_neo", "bloom"), _GPT),
     "bert": _same(
         "bert",
         "encoder.layer.{layer}.attention.self.{name}",

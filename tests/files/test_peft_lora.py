@@ -337,7 +337,7 @@ REFUSED = {
     "no alpha": ({"lora_alpha": "leave out"}, "lora_alpha .* must be a number"),
     "endless alpha": ({"lora_alpha": math.inf}, "number"),
     "patterns": ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern .* names of modules"),
-    "biases": ({"bias": "vera_only"}, "bias .* must be 'none', 'all' or 'lora_only'"),
+    "biases": ({"bias": "vera_only"}, "bias .* must be one of"),
     "dropout": ({"lora_dropout": 1}, r"lora_dropout .* in \[0, 1\)"),
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from flax.traverse_util import unflatten_dict
 
-from mora_jax._common.axes import order_by_c_attn
+from mora_jax._common.axes import features, may_be_conv1d, order_by_c_attn
+from mora_jax._common.types import Shape
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, Pair, bijection
@@ -23,7 +24,7 @@ INDEX = ".safetensors.index.json"
 """The end of the name of the file that says which file has which tensor."""
 
 ORDERS = {"gpt2": "io", "gpt_neo": "oi", "gpt_bigcode": "oi"}
-"""{model_type in a config: the order of the weights that have GPT-2's names}."""
+"""{model_type in a config: the order of axes of weights with GPT-2's names}."""
 
 
 class Checkpoint:
@@ -32,7 +33,6 @@ class Checkpoint:
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
-      config: The model's config.json there or beside the file; None if it is missing.
       place: {tensor: the file that holds it}.
     """
 
@@ -54,8 +54,7 @@ class Checkpoint:
         # With an adapter's config beside it, a merged model would be adapted twice.
         copied = (p for p in listed if p.suffix in COPIED and p.name != CONFIG)
         self.beside = [entry for entry in copied if entry.is_file()]
-        config = folder / "config.json"
-        self.config = config if config.is_file() else None
+        self._config = folder / "config.json"
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.entries:
@@ -73,27 +72,32 @@ class Checkpoint:
         return self.place[name].entries[name]
 
     @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """The content of the model's config, empty if it is missing."""
-        found = {} if self.config is None else read_json(self.config)
+    def config(self) -> dict[str, Any]:
+        """The model's config.json there or beside the file, empty if it is missing."""
+        found = read_json(self._config) if self._config.is_file() else {}
         return found if isinstance(found, dict) else {}
 
-    def orders(self, pair: Pair) -> tuple[str, ...]:
-        """The orders of axes that a module's weight may have here."""
-        if not pair.either:
-            return (pair.axes,)
+    def axes(self, tensor: str, pair: Pair, names: Names, array: Shape = ()) -> str:
+        """The order of a weight's axes, for an array or to find its features."""
+        if isinstance(names, str) or not may_be_conv1d(pair.module):
+            return pair.axes
+        widths = features(array, pair.kernel_axes) if array else (0, 0)
+        if widths[0] != widths[1]:
+            return "io" if self.entry(tensor).shape == widths else "oi"
         order = order_by_c_attn({name: self.entry(name) for name in self.place})
-        order = order or ORDERS.get(self.settings.get("model_type", ""))
-        return (order,) if order else ("io", "oi")
+        if order := order or ORDERS.get(str(self.config.get("model_type"))):
+            return order
+        raise AdapterFileError(
+            f"names must tell if {tensor!r} is a Conv1D's or a Linear's, by 'gpt2' or "
+            f"'gpt_neo', since no c_attn and no model_type of {[*ORDERS]} beside it does"
+        )
 
     def shapes(self, names: Names = None) -> dict[str, Any]:
         """The shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
-          names: As in `load_peft`. Tensors without a path are left out.
-
-        Raises:
-          AdapterFileError: The order of a weight's axes is not known.
+          names: As in `load_peft`. Tensors without a path are left out, and a weight
+            is refused if the order of its axes is not known.
         """
         known, leaves = bijection(names), {}
         for name in self.place:
@@ -103,22 +107,11 @@ class Checkpoint:
             if pair is None or "[" in pair.kernel:
                 continue
             if len(entry.shape) == 2 and entry.dtype in DTYPES:
-                order, *others = self.orders(pair)
-                if others and len(set(entry.shape)) > 1:
-                    raise unknown_order(name)
+                order = self.axes(name, pair, names)
                 shape = entry.shape if order == "io" else entry.shape[::-1]
                 struct = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
                 leaves[pair.kernel] = struct
         return unflatten_dict(leaves, sep="/")
-
-
-def unknown_order(tensor: str) -> AdapterFileError:
-    """The error of a weight that may have either order of axes."""
-    return AdapterFileError(
-        f"names must say which axis of {tensor!r} is its inputs, since the base has no "
-        f"c_attn that tells, and no config.json of model_type {' or '.join(ORDERS)}: "
-        "names='gpt2' for a Conv1D, (in, out), or names='gpt_neo' for a Linear"
-    )
 
 
 def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location]:

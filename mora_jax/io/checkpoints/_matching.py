@@ -20,7 +20,7 @@ from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import short
 from mora_jax.io._names import Names, Pair, bijection, join_index
 from mora_jax.io._tensors import TensorFile
-from mora_jax.io.checkpoints._checkpoint import Checkpoint, unknown_order
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
 
 class Part(NamedTuple):
@@ -136,7 +136,7 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
-        self.checkpoint, self.known = checkpoint, bijection(names)
+        self.checkpoint, self.names, self.known = checkpoint, names, bijection(names)
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
@@ -160,13 +160,11 @@ class Source:
                 continue
             self.take(tensor := self.named(pair.tensor), name)
             file = self.checkpoint.place[tensor]
-            # Without axes the leaf is the transpose of either.
-            orders = self.checkpoint.orders(pair) if axes else (pair.axes,)
-            pairs = [pair._replace(axes=order) for order in orders]
-            found = {Part.of(file, tensor, p, shape[len(index) :]) for p in pairs}
-            if len(found := found - {None}) > 1:
-                raise unknown_order(tensor)
-            part = next(iter(found), None)
+            own = shape[len(index) :]
+            if axes:  # other leaves are transposed, whatever the order
+                order = self.checkpoint.axes(tensor, pair, self.names, own)
+                pair = pair._replace(axes=order)
+            part = Part.of(file, tensor, pair, own)
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
                 raise AdapterFileError(
@@ -265,6 +263,6 @@ def _tied_to(name: str) -> tuple[str, ...]:
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
     """True if the model's config, if there is one, allows tied tensors."""
     # A model of more than texts has another config in it, for its language model.
-    configs = checkpoint.settings, checkpoint.settings.get("text_config")
+    configs = checkpoint.config, checkpoint.config.get("text_config")
     known = (config for config in configs if isinstance(config, dict))
     return all(config.get("tie_word_embeddings", True) for config in known)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.axes import sizes
+from mora_jax._common.axes import may_be_conv1d, sizes
 from mora_jax._common.checks import check_choice, check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
@@ -172,7 +172,8 @@ def _make_lora(
             also = "io.merge_checkpoint changes both"
             a, b = rows_looked_up(kernel, spec.axes, name, a, b, also)
         # Of names with either order the weight is the kernel's transpose.
-        order = pair.kernel_axes[::-1] if pair.either else pair.axes
+        either = may_be_conv1d(name) and not isinstance(names, str)
+        order = pair.kernel_axes[::-1] if either else pair.axes
         matrices.append(MatrixPair(name, table, a, b, len(b), factor, order))
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:

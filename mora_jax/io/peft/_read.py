@@ -9,13 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._common.axes import (
-    axes_by_name,
-    features,
-    may_be_conv1d,
-    order_by_c_attn,
-    sizes,
-)
+from mora_jax._common.axes import axes_by_name, features, may_be_conv1d, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
@@ -88,9 +82,8 @@ def load_peft(
     kernels = _kernels(modules, leaves, names)
     adapters: dict[Path, Adapter] = {}
     for name, by_index in kernels.items():
-        is_conv1d = config.get("fan_in_fan_out") is True
         known = None if model is None else leaves
-        path, place = _kernel(name, known, by_index, is_conv1d)
+        path, place = _kernel(name, known, by_index, config)
         try:
             adapter = _adapter_of(name, place, by_index, config)
         except ValueError as error:
@@ -131,15 +124,15 @@ def _kernels(
 
 
 def _kernel(
-    name: str, leaves: Leaves | None, modules: ByIndex, is_conv1d: bool
+    name: str, leaves: Leaves | None, modules: ByIndex, config: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any]]:
     """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
-        widths, order = (len(pair.a), pair.b.shape[1]), "io"
-        if is_conv1d and may_be_conv1d(name):  # FlaxConv1D has the transpose
-            widths, order = widths[::-1], "oi"
-        shape, axes = (*(k + 1 for k in last), *widths), "s" * len(last) + order
+        # PEFT says so of Conv1D, of which FlaxConv1D is the transpose.
+        turn = -1 if may_be_conv1d(name) and config.get("fan_in_fan_out") is True else 1
+        shape = *(k + 1 for k in last), *(len(pair.a), pair.b.shape[1])[::turn]
+        axes = "s" * len(last) + "io"[::turn]
         return tuple(name.split("/")), {"kernel_shape": shape, "axes": axes}
     try:
         path, leaf = leaves.get(name, ((), None))
@@ -151,13 +144,6 @@ def _kernel(
         check_kernel(leaf, name)
         shape = tuple(leaf.shape)
         arrays = {other: array for other, (_, array) in leaves.items()}
-        square = may_be_conv1d(name) and len(set(shape)) == 1
-        if square and not order_by_c_attn(arrays):
-            raise ValueError(
-                f"model must say which axis of {name!r}, of shape {shape}, is its "
-                "inputs, since it has no c_attn that tells: FlaxConv1D has (out, in) "
-                "and nn.Dense (in, out); give a plan by linen.plan or nnx.plan"
-            )
         return path, {"kernel_shape": shape, "axes": axes_by_name(name, arrays)}
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
