@@ -161,6 +161,29 @@ def test_flax_models_start_from_pytorchs_files(tmp_path, family):
     np.testing.assert_allclose(flax(IDS, params=params)[0], expected, atol=1e-4)
 
 
+SQUARE = {"gpt2": "attn.c_proj", "gptj": "attn.q_proj", "bloom": "self_attention.dense"}
+
+
+@pytest.mark.parametrize("family", SQUARE)
+def test_a_lora_of_square_weights_in_a_flax_model_and_in_files(tmp_path, family):
+    """No shape tells which way round they are."""
+    model, flax = model_of(family).eval(), model_of(family, "Flax", _do_init=False)
+    model.save_pretrained(tmp_path / "base")
+    params = io.load_base(tmp_path / "base", flax.params_shape_tree)
+    settings = {"r": 2, "init_lora_weights": False, "target_modules": [SQUARE[family]]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        expected = adapted(torch.tensor(IDS)).logits.numpy()
+    for given in (params, mora_jax.plan(params), None):
+        adapters = io.load_peft(tmp_path / "lora", given)
+        merged = mora_jax.merge(params, adapters)
+        np.testing.assert_allclose(flax(IDS, params=merged)[0], expected, atol=1e-4)
+        io.merge_checkpoint(tmp_path / "base", adapters, tmp_path / "out", force=True)
+        read = io.load_base(tmp_path / "out", flax.params_shape_tree)
+        np.testing.assert_allclose(flax(IDS, params=read)[0], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(("family", "name"), LIKE_LLAMA)
 def test_each_tensor_of_pytorchs_files_has_its_leaf(tmp_path, family, name):
     """Of models that transformers does not have in Flax."""

@@ -89,7 +89,7 @@ class Checkpoint:
             return order
         raise AdapterFileError(
             f"names must tell if {tensor!r} is a Conv1D's or a Linear's, by 'gpt2' or "
-            f"'gpt_neo', since no c_attn and no model_type of {[*ORDERS]} beside it does"
+            f"'gpt_neo', since no c_attn and no model_type of {[*ORDERS]} there does"
         )
 
     def shapes(self, names: Names = None) -> dict[str, Any]:

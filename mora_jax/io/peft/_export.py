@@ -88,8 +88,7 @@ def export(
       base_model: The base, a directory or a name on the Hub. It is PEFT's
         `base_model_name_or_path`, and the model in a server's command.
       task_type: PEFT's `task_type`. None is "CAUSAL_LM" if `base_model` is a directory
-        whose config.json has a causal model, and otherwise leaves it out, so that PEFT
-        takes any model.
+        with the config of a causal model, and otherwise leaves it out, for any model.
       force: True to replace an adapter that is in the directory.
 
     Raises:

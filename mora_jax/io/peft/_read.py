@@ -129,7 +129,7 @@ def _kernel(
     """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
-        # PEFT says so of Conv1D, of which FlaxConv1D is the transpose.
+        # PEFT says so of Conv1D, and FlaxConv1D has the transpose of its weight.
         turn = -1 if may_be_conv1d(name) and config.get("fan_in_fan_out") is True else 1
         shape = *(k + 1 for k in last), *(len(pair.a), pair.b.shape[1])[::turn]
         axes = "s" * len(last) + "io"[::turn]
