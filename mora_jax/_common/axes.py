@@ -3,8 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +34,32 @@ def check_axes(axes: str, ndim: int) -> str:
     return axes
 
 
-def axes_by_name(name: str, shape: Shape) -> str:
-    """The axes of a kernel by its name and shape, where no more is known."""
-    if len(shape) == 2:
-        return "io"
+def may_be_conv1d(name: str) -> bool:
+    """True for GPT-2's modules or kernels, which GPT-Neo and others have as Linear."""
+    names = r"(.*[./])?h[./]\d+[./]\w+[./](c_\w+|q_attn)(/kernel)?"
+    return re.fullmatch(names, name) is not None
+
+
+def order_by_c_attn(arrays: Mapping[str, Any]) -> str:
+    """The order "io" or "oi" in a model of GPT-2's names; "" if no array tells it."""
+    ends = "c_attn.weight", "c_attn/kernel"  # keys and values too: wider than its input
+    shapes = {tuple(a.shape) for name, a in arrays.items() if name.endswith(ends)}
+    orders = {"io" if s[0] < s[1] else "oi" for s in shapes if len({*s}) == len(s) == 2}
+    return orders.pop() if len(orders) == 1 else ""
+
+
+def axes_by_name(name: str, arrays: Mapping[str, Any]) -> str:
+    """The axes of one of a model's kernels, where names and shapes alone are known."""
+    shape = tuple(arrays[name].shape)
+    order = order_by_c_attn(arrays) if may_be_conv1d(name) else "io"
+    if len(shape) == 2 and (order or shape[0] != shape[1]):
+        return order or "io"
     # Flax's own attention modules have kernels of three axes.
     attention = re.fullmatch(r"(.*/)?(query|key|value|(out))/kernel", name)
     if len(shape) == 3 and attention:
         return "iio" if attention[3] else "ioo"
     raise ValueError(
-        f"it is not known which of its axes {shape} are features; plan with "
+        f"it is not known which of its axes {shape} are inputs or outputs; plan with "
         "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
         f"overrides={{{name!r}: {{'axes': ...}}}}"
     )

@@ -34,8 +34,9 @@ from mora_jax._tree.plan import LeftOut, Plan
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """Choose the kernels to adapt, and an operator and square rank for each.
 
-    The plan goes by names and shapes alone: a kernel of two axes is (in, out), and
-    Flax's attention kernels of three axes are known by name. `linen.plan` and
+    The plan goes by names and shapes alone: a kernel of two axes is (in, out), or as
+    the shape of GPT-2's c_attn tells for GPT-2's names, and Flax's attention kernels of
+    three axes are known by name. `linen.plan` and
     `nnx.plan` ask the model itself.
 
     Args:
@@ -182,13 +183,12 @@ class Candidates:
 
     def _axes(self, name: str) -> str:
         """The axes of a kernel, by its layer's product or by its name and shape."""
-        shape = tuple(self.arrays[name].shape)
         if self.survey.by_names:
-            return axes_by_name(name, shape)
+            return axes_by_name(name, self.arrays)
         if name not in self.survey.products:
             raise ValueError(self.survey.why_unknown(name))
         axes = self.survey.products[name].axes
-        return "s" * (len(shape) - len(axes)) + axes
+        return "s" * (len(self.arrays[name].shape) - len(axes)) + axes
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names."""

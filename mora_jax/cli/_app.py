@@ -58,9 +58,10 @@ Family = Annotated[
     typer.Option(
         "--names",
         callback=_names_of,
-        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
-        'tunix, gm; or JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
-        "file of it whose name ends in .json. By default any family.",
+        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, gptj, "
+        "gpt_neo, bloom, bert, tunix, gm; or JSON, "
+        '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a file of it whose name '
+        "ends in .json. By default any family.",
     ),
 ]
 Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]

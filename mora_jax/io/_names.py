@@ -321,11 +321,15 @@ mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
 """
 
 _DECODER = _same("model", "layers.{layer}.{block}.{name}", "embed_tokens")
+_CONV1D = "h.{layer}.{block}.c_{name}", "h.{layer}.crossattention.q_attn"
+_LINEAR = "h.{layer}.{block}.{name}", "h.{layer}.attn.attention.{name}"
+_GPT = _same("transformer", *_LINEAR, "wte", "wpe", "word_embeddings")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
     "qwen": _DECODER,
-    "gpt2": _same("transformer", "h.{layer}.{block}.{name}", "wte", "wpe", axes="io"),
+    "gpt2": _same("transformer", *_CONV1D, "wte", "wpe", axes="io"),
+    **dict.fromkeys(("gptj", "gpt_neo", "bloom"), _GPT),
     "bert": _same(
         "bert",
         "encoder.layer.{layer}.attention.self.{name}",
@@ -368,5 +372,6 @@ def canonical(tensor: str) -> str:
     # had gammas and betas once.
     roots = r"^((base_model|model|transformer|bert|language_model)\.)+"
     name = re.sub(roots, "", tensor)
+    name = name.replace(".base_layer.bias", ".bias")  # PEFT has it inside its layer
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)

@@ -95,6 +95,24 @@ def test_peft_has_a_line_that_loads_it(tmp_path, base):
     assert done.command == f"peft.PeftModel.from_pretrained(model, {place!r})"
 
 
+TASKS = {"GPT2LMHeadModel": "CAUSAL_LM", "LlamaForCausalLM": "CAUSAL_LM"}
+TASKS |= dict.fromkeys(("BertForMaskedLM", "BertModel"))
+
+
+@pytest.mark.parametrize("model", TASKS)
+def test_the_task_is_the_base_s(tmp_path, base, model):
+    """PEFT takes no model that lacks the methods of its task."""
+    adapters = adapted(base, "signed_sharing")
+    (base / "config.json").write_text(json.dumps({"architectures": [model]}))
+    for name, base_model in enumerate((str(base), "hub/model", "")):
+        out = tmp_path / str(name)
+        io.export(out, adapters, "peft", base_model=base_model)
+        task = TASKS[model] if base_model == str(base) else None
+        assert json.loads((out / CONFIG).read_text())["task_type"] == task
+        io.export(out, adapters, "peft", task_type="SEQ_CLS", force=True)
+        assert json.loads((out / CONFIG).read_text())["task_type"] == "SEQ_CLS"
+
+
 def test_the_command_writes_and_tells(tmp_path, base):
     adapters = adapted(base, "signed_sharing")
     mora_jax.save(tmp_path / "a", adapters)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_files import assert_same, config_of, run, specs_of
+from adapter_files import assert_same, config_of, flatten, run, specs_of
 from helpers import close, random
 from safetensors.numpy import load_file, save_file
 
@@ -337,6 +337,7 @@ REFUSED = {
     "no alpha": ({"lora_alpha": "leave out"}, "lora_alpha .* must be a number"),
     "endless alpha": ({"lora_alpha": math.inf}, "number"),
     "patterns": ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern .* names of modules"),
+    "biases": ({"bias": "vera_only"}, "bias .* must be one of"),
     "dropout": ({"lora_dropout": 1}, r"lora_dropout .* in \[0, 1\)"),
 }
 
@@ -405,3 +406,33 @@ def test_the_command_line(tmp_path):
     for module in SIZES:
         expected = weights[f"{module}.weight"] + exact(tensors, module, 1.5).T
         close(merged[f"{module}.weight"], expected)
+
+
+BIASES = {f"{Q}.bias": "lora_only", "lm_head.bias": "all"}
+"""{the bias of a module whose weight is not trained: PEFT's word for such}."""
+
+
+@pytest.mark.parametrize("beside", [(), ("model.norm",)])
+@pytest.mark.parametrize("number", range(1, 3))
+def test_biases_without_their_weights(tmp_path, number, beside):
+    """PEFT has them as its `bias`, and takes whole modules alone to save."""
+    arrays = {name: random(k, 12) for k, name in enumerate([*BIASES][:number])}
+    arrays |= {f"{m}.{x}": random(5, 8) for m in beside for x in ("weight", "bias")}
+    params = params_of({**SIZES, "lm_head": (8, 12), "model.norm": (8, 8)})
+    params["model"]["norm"] = {"scale": random(2, 8), "bias": random(3, 8)}
+    params["model"]["layers"]["0"]["self_attn"]["q_proj"]["bias"] = random(4, 12)
+    params["lm_head"]["bias"] = random(5, 12)
+    inner = {name: name.replace("proj.bias", "proj.base_layer.bias") for name in arrays}
+    tensors = tensors_of() | {f"{HOME}{inner[n]}": a for n, a in arrays.items()}
+    changes = {"bias": BIASES[[*BIASES][number - 1]], "modules_to_save": [*beside]}
+    directory = write(tmp_path / "a", tensors, **changes)
+    adapters = io.load_peft(directory, params)
+    flat = flatten(mora_jax.merge(params, adapters))
+    for name, array in arrays.items():
+        path = name.replace(".", "/").replace("/weight", "/scale")
+        np.testing.assert_array_equal(flat[path], array)
+    io.export(tmp_path / "b", adapters, "peft")
+    assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
+    config = config_of(tmp_path / "b")
+    assert config["bias"] == changes["bias"]
+    assert config.get("modules_to_save", []) == [*beside]

@@ -77,13 +77,13 @@ def test_lora_of_flax_itself():
     nnx.update(lora, state := random_like(nnx.state(lora, nnx.LoRAParam)))
     holder = nnx.Dict(base_module=base)  # as the kernel lies in the model with LoRA
     plan = mora_jax.nnx.plan(holder, ALL)
-    adapters = from_lora(state, plan)
+    adapters = from_lora(state, plan, alpha=1)
     (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     close(X @ delta + base(X), lora(X), 1e-5)
     linear = nnx.LoRALinear(16, 8, lora_rank=2, rngs=rngs)
     nnx.update(linear, state := random_like(nnx.state(linear, nnx.LoRAParam)))
     kernel = {"kernel": linear.kernel[...]}
-    adapters = from_lora(state, mora_jax.plan(kernel, ALL))
+    adapters = from_lora(state, mora_jax.plan(kernel, ALL), 1)
     merged = mora_jax.merge(kernel, adapters)["kernel"]
     close(X @ merged + linear.bias[...], linear(X), 1e-5)
 
@@ -99,10 +99,13 @@ def test_bad_trees():
         ({"fc": {"kernel_lora_a": a, "kernel_lora_b": b.T}}, r"shape \(2, 6\)"),
     ]:
         with pytest.raises(ValueError, match=match):
-            from_lora(tree, plan)
+            from_lora(tree, plan, alpha=1)
     tree = {"fc": {"kernel_lora_a": a, "kernel_lora_b": b}}
     with pytest.raises(TypeError, match="alpha"):
         from_lora(tree, plan, alpha="2")
+    match = "alpha must be given.*: alpha / rank of qwix and Tunix, 1 of nnx.LoRA"
+    with pytest.raises(TypeError, match=match):
+        from_lora(tree, plan)
 
 
 def flattened(tree):

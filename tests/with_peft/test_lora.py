@@ -1,14 +1,17 @@
 """Hugging Face PEFT loads our exported LoRAs, and computes what MoRA does."""
 
 import json
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import made, specs_of
+from adapter_files import flatten, made, specs_of
 from base_files import DATA, NAMES, base, llama
 from safetensors.numpy import load_file as load
 
+import mora_jax
 from mora_jax import AdapterSpec, MoRAConfig, MoRAWarning, TrainedArray, io, linen
 from mora_jax.io._files import TENSORS
 from mora_jax.operators import OPERATORS
@@ -138,6 +141,84 @@ def test_a_lora_of_peft_comes_in_and_goes_out(tmp_path, how):
     state = weights.state_dict()
     for name, weight in merged.items():
         np.testing.assert_allclose(weight, state[name].numpy(), atol=1e-5)
+
+
+class Net(torch.nn.Module):
+    """Layers with biases."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm = torch.nn.Linear(8, 12), torch.nn.LayerNorm(12)
+        self.down = torch.nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+BIASES = {
+    "none": (".*norm/.*", ["norm"]),
+    "lora_only": (".*(norm/.*|up/bias)", ["norm"]),
+    "all": (".*bias", []),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_trained_biases_go_out_and_come_back(tmp_path, bias):
+    """Into PEFT, and from what PEFT writes again."""
+    train, saved = BIASES[bias]
+    state = {key: jnp.array(value.numpy()) for key, value in Net().state_dict().items()}
+    params = {
+        "norm": {"scale": state["norm.weight"], "bias": state["norm.bias"]},
+        **{
+            name: {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+            for name in ("up", "down")
+        },
+    }
+    names = {"{name}": "{name}/kernel"}
+    plan = mora_jax.plan(params, MoRAConfig(rank=2, operator="low_rank", train=train))
+    start = mora_jax.init(plan, params=params)
+    adapters = jax.tree.map(lambda m: m + 0.3, start)
+    io.export(tmp_path / "a", adapters, "peft", names)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["bias"], config.get("modules_to_save", [])) == (bias, saved)
+    model = peft.PeftModel.from_pretrained(Net(), tmp_path / "a").eval()
+    merged = mora_jax.merge(params, adapters)
+    flat = {path.replace("/", "."): a for path, a in flatten(merged).items()}
+    whole = Net()
+    whole.load_state_dict(
+        {
+            re.sub("(kernel|scale)$", "weight", path): torch.tensor(np.asarray(a).T)
+            for path, a in flat.items()
+        }
+    )
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(x), whole(x), atol=1e-5)
+        assert float((model(x) - Net()(x)).abs().max()) > 0.1
+    model.save_pretrained(tmp_path / "again")
+    again = io.load_peft(tmp_path / "again", params, names)
+    for left, right in zip(
+        jax.tree.leaves(mora_jax.merge(params, again)),
+        jax.tree.leaves(merged),
+        strict=True,
+    ):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+def test_without_a_task_peft_takes_a_causal_model(tmp_path):
+    plan = linen.plan(MODEL, {"params": PARAMS}, MoRAConfig(rank=2), IDS)
+    io.export(tmp_path, made(plan, scale=0.1), "peft", NAMES, max_error=1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] is None
+    model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path).eval()
+    ids = torch.tensor(IDS[:1], dtype=torch.long)
+    with torch.no_grad():
+        text = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        best = model.merge_and_unload().generate(
+            input_ids=ids, max_new_tokens=3, do_sample=False
+        )
+    assert text.shape == (1, 12) and (text == best).all()
 
 
 @pytest.mark.parametrize(

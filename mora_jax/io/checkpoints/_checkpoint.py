@@ -1,5 +1,6 @@
 """A base checkpoint, whose headers alone are in memory."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jax
 from flax.traverse_util import unflatten_dict
 
+from mora_jax._common.axes import features, may_be_conv1d, order_by_c_attn
+from mora_jax._common.types import Shape
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, bijection
+from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
 # Configs, tokenizers and templates. Never pickles, which may run anything, and not the
@@ -20,6 +23,9 @@ COPIED = (".json", ".txt", ".model", ".jinja")
 INDEX = ".safetensors.index.json"
 """The end of the name of the file that says which file has which tensor."""
 
+ORDERS = {"gpt2": "io", "gpt_neo": "oi", "gpt_bigcode": "oi"}
+"""{model_type in a config: the order of axes of weights with GPT-2's names}."""
+
 
 class Checkpoint:
     """A base in one or several safetensors files, whose headers are in memory.
@@ -27,7 +33,6 @@ class Checkpoint:
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
-      config: The model's config.json there or beside the file; None if it is missing.
       place: {tensor: the file that holds it}.
     """
 
@@ -49,8 +54,7 @@ class Checkpoint:
         # With an adapter's config beside it, a merged model would be adapted twice.
         copied = (p for p in listed if p.suffix in COPIED and p.name != CONFIG)
         self.beside = [entry for entry in copied if entry.is_file()]
-        config = folder / "config.json"
-        self.config = config if config.is_file() else None
+        self._config = folder / "config.json"
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.entries:
@@ -67,11 +71,33 @@ class Checkpoint:
         """The entry of a tensor in its header."""
         return self.place[name].entries[name]
 
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json there or beside the file, empty if it is missing."""
+        found = read_json(self._config) if self._config.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def axes(self, tensor: str, pair: Pair, names: Names, array: Shape = ()) -> str:
+        """The order of a weight's axes, for an array or to find its features."""
+        if isinstance(names, str) or not may_be_conv1d(pair.module):
+            return pair.axes
+        widths = features(array, pair.kernel_axes) if array else (0, 0)
+        if widths[0] != widths[1]:
+            return "io" if self.entry(tensor).shape == widths else "oi"
+        order = order_by_c_attn({name: self.entry(name) for name in self.place})
+        if order := order or ORDERS.get(str(self.config.get("model_type"))):
+            return order
+        raise AdapterFileError(
+            f"names must tell if {tensor!r} is a Conv1D's or a Linear's, by 'gpt2' or "
+            f"'gpt_neo', since no c_attn and no model_type of {[*ORDERS]} there does"
+        )
+
     def shapes(self, names: Names = None) -> dict[str, Any]:
         """The shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
-          names: As in `load_peft`. Tensors without a path are left out.
+          names: As in `load_peft`. Tensors without a path are left out, and a weight
+            is refused if the order of its axes is not known.
         """
         known, leaves = bijection(names), {}
         for name in self.place:
@@ -81,7 +107,8 @@ class Checkpoint:
             if pair is None or "[" in pair.kernel:
                 continue
             if len(entry.shape) == 2 and entry.dtype in DTYPES:
-                shape = entry.shape if pair.axes == "io" else entry.shape[::-1]
+                order = self.axes(name, pair, names)
+                shape = entry.shape if order == "io" else entry.shape[::-1]
                 struct = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
                 leaves[pair.kernel] = struct
         return unflatten_dict(leaves, sep="/")

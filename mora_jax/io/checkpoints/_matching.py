@@ -17,7 +17,7 @@ from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax.io import _names
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import read_json, short
+from mora_jax.io._json import short
 from mora_jax.io._names import Names, Pair, bijection, join_index
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
@@ -136,7 +136,7 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
-        self.checkpoint, self.known = checkpoint, bijection(names)
+        self.checkpoint, self.names, self.known = checkpoint, names, bijection(names)
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
@@ -160,7 +160,11 @@ class Source:
                 continue
             self.take(tensor := self.named(pair.tensor), name)
             file = self.checkpoint.place[tensor]
-            part = Part.of(file, tensor, pair, shape[len(index) :])
+            own = shape[len(index) :]
+            if axes:  # other leaves are transposed, whatever the order
+                order = self.checkpoint.axes(tensor, pair, self.names, own)
+                pair = pair._replace(axes=order)
+            part = Part.of(file, tensor, pair, own)
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
                 raise AdapterFileError(
@@ -258,8 +262,7 @@ def _tied_to(name: str) -> tuple[str, ...]:
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
     """True if the model's config, if there is one, allows tied tensors."""
-    config = None if checkpoint.config is None else read_json(checkpoint.config)
     # A model of more than texts has another config in it, for its language model.
-    configs = [config, config.get("text_config")] if isinstance(config, dict) else []
+    configs = checkpoint.config, checkpoint.config.get("text_config")
     known = (config for config in configs if isinstance(config, dict))
     return all(config.get("tie_word_embeddings", True) for config in known)

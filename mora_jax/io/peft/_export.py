@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.axes import sizes
+from mora_jax._common.axes import may_be_conv1d, sizes
 from mora_jax._common.checks import check_choice, check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
-from mora_jax.io._json import dump
+from mora_jax.io._json import dump, read_json
 from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
@@ -60,7 +61,7 @@ def export(
     rank: int | None = None,
     max_error: float | int = 0.1,
     base_model: str = "",
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = None,
     force: bool = False,
 ) -> Export:
     r"""Write adapters as a LoRA that Hugging Face PEFT or a server loads.
@@ -86,7 +87,8 @@ def export(
         1, measured by the Frobenius norm. 1 accepts any loss.
       base_model: The base, a directory or a name on the Hub. It is PEFT's
         `base_model_name_or_path`, and the model in a server's command.
-      task_type: PEFT's `task_type`.
+      task_type: PEFT's `task_type`. None is "CAUSAL_LM" if `base_model` is a directory
+        with the config of a causal model, and otherwise leaves it out, for any model.
       force: True to replace an adapter that is in the directory.
 
     Raises:
@@ -128,7 +130,7 @@ def export(
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
             matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
     check_free(*free)
-    _write(path, matrices, base_model, task_type, whole)
+    _write(path, matrices, base_model, task_type or _task_of(base_model), whole)
     return Export(most, lost, _command(program, base_model, most, str(path)))
 
 
@@ -147,6 +149,15 @@ def _command(program: Program, model: str, rank: int, adapter: str) -> str:
     return shlex.join(words)
 
 
+def _task_of(base_model: str) -> str | None:
+    """PEFT's task of a causal model in a directory; None of any other base."""
+    config = pathlib.Path(os.path.expanduser(base_model), "config.json")
+    found = read_json(config) if base_model and config.is_file() else None
+    names = found.get("architectures") if isinstance(found, dict) else None
+    causal = re.search(r"(ForCausalLM|LMHeadModel)\b", str(names))
+    return "CAUSAL_LM" if causal else None
+
+
 def _make_lora(
     adapters: Any, names: Names, rank: int | None, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
@@ -159,7 +170,10 @@ def _make_lora(
         if table:
             also = "io.merge_checkpoint changes both"
             a, b = rows_looked_up(kernel, spec.axes, name, a, b, also)
-        matrices.append(MatrixPair(name, table, a, b, len(b), factor, pair.axes))
+        # Of names with either order the weight is the kernel's transpose.
+        either = may_be_conv1d(name) and not isinstance(names, str)
+        order = pair.kernel_axes[::-1] if either else pair.axes
+        matrices.append(MatrixPair(name, table, a, b, len(b), factor, order))
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
         raise ValueError(
@@ -217,16 +231,23 @@ def _write(
 
     `whole` are {tensor: numbers} of modules that were trained themselves.
     """
+    # PEFT corrects the order where a module is of the other kind.
     axes = {pair.axes for pair in matrices if not pair.table}
-    if len(axes) > 1:
-        raise ValueError("modules must be all Linear or all Conv1D")
     tensors, ranks, alphas = {}, {}, {}
     for name, table, a, b, r, factor, _ in matrices:
         start, end = ("embedding_", "") if table else ("", ".weight")
         for letter, matrix in ("A", a), ("B", b):
             tensors[f"{PREFIX}{name}.lora_{start}{letter}{end}"] = matrix.T
         ranks[name], alphas[name] = r, factor * r
-    tensors |= {f"{PREFIX}{name}": array for name, array in whole.items()}
+    saved, biases = set(), set()
+    for name, array in whole.items():
+        module, _, last = name.rpartition(".")
+        # PEFT saves modules with all that they have, and biases alone by themselves.
+        alone = last == "bias" and f"{module}.weight" not in whole
+        (biases if alone else saved).add(module)
+        own = f"{module}.base_layer.bias" if module in ranks else name
+        tensors[f"{PREFIX}{own}"] = array
+    bias = "lora_only" if biases <= ranks.keys() else "all"
     # Servers make room for `r`, so it is the largest rank.
     rank, alpha = max(zip(ranks.values(), alphas.values(), strict=True))
     config = {
@@ -240,11 +261,11 @@ def _write(
         "lora_alpha": alpha,
         "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": "io" in axes,
+        "bias": bias if biases else "none",
+        "fan_in_fan_out": axes == {"io"},
     }
-    if whole:
-        config["modules_to_save"] = sorted({n.rpartition(".")[0] for n in whole})
+    if saved:
+        config["modules_to_save"] = sorted(saved)
     files = (TENSORS, [encode(tensors, {"format": "pt"})]), (CONFIG, [dump(config)])
     _files.write_directory(path, files)
 
@@ -293,7 +314,7 @@ def _whole_modules(
 ) -> dict[str, np.ndarray]:
     """{tensor: numbers} of the arrays that train themselves, as PyTorch has them.
 
-    PEFT calls their modules `modules_to_save`, and servers take none.
+    PEFT calls them `modules_to_save` and `bias`, and servers take none.
     """
     known, whole = bijection(names), {}
     for path, adapter in adapters_in(adapters).trained.items():

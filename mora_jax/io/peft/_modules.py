@@ -75,6 +75,7 @@ _NUMBER: Rule = "a number", lambda v: type(v) in (int, float) and abs(v) < 2**99
 # Starts that change the base, to which such an adapter belongs and not to the model's.
 _OF_ANOTHER_BASE = re.compile("pissa.*|olora|corda|loftq|lora_ga")
 
+_BIASES = "none", "all", "lora_only"
 _RULES: dict[str, Rule] = {
     "peft_type": ("'LORA'", lambda v: v == "LORA"),
     "use_dora": ("false: DoRA is another method", lambda v: not v),
@@ -84,6 +85,7 @@ _RULES: dict[str, Rule] = {
     "rank_pattern": _by_name(_RANK),
     "lora_alpha": _NUMBER,
     "alpha_pattern": _by_name(_NUMBER),
+    "bias": (f"one of {_BIASES}", _BIASES.__contains__),
     "lora_dropout": ("in [0, 1)", lambda v: _NUMBER[1](v) and 0 <= v < 1),
     "init_lora_weights": (
         "a start that leaves the base as it is; PEFT's save_pretrained with "

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._common.axes import axes_by_name, features, sizes
+from mora_jax._common.axes import axes_by_name, features, may_be_conv1d, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
@@ -41,20 +41,22 @@ def load_peft(
     """Read a LoRA of Hugging Face PEFT, or what the paper's authors' code saved.
 
     A LoRA has the operator "low_rank" at its own rank, and an alpha of `lora_alpha / r`
-    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` are arrays that are trained
-    themselves. The reference's adapters (peft-mora) have sharing for its types 1 to 4
-    and rotation for type 6, and an alpha of 1. DoRA and other types are refused.
+    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` and biases are arrays that
+    are trained themselves. The reference's adapters (peft-mora) have sharing for its
+    types 1 to 4 and rotation for type 6, and an alpha of 1. DoRA and other types are
+    refused.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
         adapter_config.json and adapter_model.safetensors.
       model: The params of the model, or their shapes. If kernels have other axes than
-        (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file.
-        None takes the shapes of a LoRA's own matrices.
+        (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file; of
+        GPT-2's names params with a c_attn do. None takes the shapes of a LoRA's own
+        matrices, with the axes of FlaxConv1D for GPT-2's Conv1D.
       names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for the names of
-        transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm"
-        for Google's gemma; otherwise templates, such as
+        "qwen", "gpt2", "gptj", "gpt_neo", "bloom" or "bert", also with a version as in
+        "qwen3") for the names of transformers' models; "tunix" for Tunix's Qwen2,
+        Qwen3, Llama3 and Gemma, "gm" for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
@@ -80,7 +82,8 @@ def load_peft(
     kernels = _kernels(modules, leaves, names)
     adapters: dict[Path, Adapter] = {}
     for name, by_index in kernels.items():
-        path, place = _kernel(name, None if model is None else leaves, by_index)
+        known = None if model is None else leaves
+        path, place = _kernel(name, known, by_index, config)
         try:
             adapter = _adapter_of(name, place, by_index, config)
         except ValueError as error:
@@ -121,13 +124,15 @@ def _kernels(
 
 
 def _kernel(
-    name: str, leaves: Leaves | None, modules: ByIndex
+    name: str, leaves: Leaves | None, modules: ByIndex, config: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any]]:
     """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
-        shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
-        axes = "s" * len(last) + "io"
+        # PEFT says so of Conv1D, and FlaxConv1D has the transpose of its weight.
+        turn = -1 if may_be_conv1d(name) and config.get("fan_in_fan_out") is True else 1
+        shape = *(k + 1 for k in last), *(len(pair.a), pair.b.shape[1])[::turn]
+        axes = "s" * len(last) + "io"[::turn]
         return tuple(name.split("/")), {"kernel_shape": shape, "axes": axes}
     try:
         path, leaf = leaves.get(name, ((), None))
@@ -138,7 +143,8 @@ def _kernel(
             raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
         check_kernel(leaf, name)
         shape = tuple(leaf.shape)
-        return path, {"kernel_shape": shape, "axes": axes_by_name(name, shape)}
+        arrays = {other: array for other, (_, array) in leaves.items()}
+        return path, {"kernel_shape": shape, "axes": axes_by_name(name, arrays)}
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
