@@ -31,14 +31,7 @@ from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_finite, check_number
 from mora_jax._layer.adapter import wide
-from mora_jax._tree.paths import (
-    Found,
-    Tree,
-    alike_adapters,
-    checked_adapters,
-    place_of,
-    replace_adapters,
-)
+from mora_jax._tree import paths
 
 __all__ = ["scaled", "weighted_sum"]
 
@@ -62,20 +55,20 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
       TypeError: `factor` is not a real number, or a leaf is not an adapter.
       ValueError: A number is not finite, or an array is trained itself.
     """
-    found, factor = checked_adapters(adapters), _factor(factor, "factor")
+    found, factor = paths.checked_adapters(adapters), _factor(factor, "factor")
     found.refuse_trained(NO_DELTA)
     for path, adapter in found.items():
         dtype = adapter.m.dtype
         m = adapter.operator.scaled(wide(adapter.m), factor).astype(dtype)
         check_finite(m, "the result", f" in {dtype}")
         found[path] = adapter.replace(m=m)
-    return replace_adapters(adapters, found)
+    return paths.replace_adapters(adapters, found)
 
 
 def weighted_sum(
     adapters: Sequence[Any],
     weights: Sequence[ArrayLike] | jax.Array,
-) -> Tree:
+) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
     This is exact, since deltas are linear in M.
@@ -93,7 +86,7 @@ def weighted_sum(
         an M, a weight or the sum is not finite; deltas are not linear in what is
         trained; or an array is trained itself.
     """
-    found = alike_adapters(adapters)
+    found = paths.alike_adapters(adapters)
     if not isinstance(weights, list | tuple) and getattr(weights, "ndim", 0) != 1:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
@@ -105,12 +98,12 @@ def weighted_sum(
         "so that sums of adapters are not sums of deltas: merge one after another"
     )
     found[0].refuse_trained(NO_DELTA)
-    sums = Found()
+    sums = paths.Found()
     for path, adapter in found[0].items():
         arrays = [one[path].m for one in found]
         moves = (f * wide(a) for f, a in zip(factors, arrays, strict=True))
         total = jnp.asarray(sum(moves)).astype(jnp.result_type(*arrays))
-        place = "/".join(place_of(path, adapter.spec))
+        place = "/".join(paths.place_of(path, adapter.spec))
         check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
         sums[path] = adapter.replace(m=total)
     return sums.tree()

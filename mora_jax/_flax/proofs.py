@@ -40,11 +40,9 @@ class Proofs:
     """
 
     def __init__(self) -> None:
-        self.found: dict[Hashable, str] = {}
-        """{content of a call: "", or why a trace does not show what it does}."""
-        self.models: dict[Hashable, Hashable] = {}
-        """The contents of models that `found` has, each of them once."""
-        self.seconds = 0.0
+        self.found: dict[Hashable, dict[Hashable, str]] = {}
+        """{model: {call: "", or why a trace does not show what it does}}."""
+        self.number, self.seconds = 0, 0.0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Proofs)
@@ -56,7 +54,7 @@ class Proofs:
         return Proofs, ()
 
     def __repr__(self) -> str:
-        return f"<{len(self.found)} calls>"
+        return f"<{self.number} calls>"
 
     @contextlib.contextmanager
     def proving(
@@ -70,27 +68,25 @@ class Proofs:
             yield
             return
         try:
-            own = content(model)
-            like = self.models.setdefault(own, own), content(call)
-            why = self.found.get(like)
+            known, like = self.found.setdefault(content(model), {}), content(call)
+            why = known.get(like)
         except (Incomparable, TypeError):  # or it cannot be hashed
-            like = why = None
+            known, like, why = {}, None, None
         if is_new := why is None:
             start = time.perf_counter()
             with jax.transfer_guard("allow"):  # the check computes with a few numbers
                 why = check(*args)
+            self.number += 1
             self.seconds += time.perf_counter() - start
         # Methods that it calls itself are parts of the same program.
         with unchecked(not why):
             yield
-        if is_new and why:  # and not for a call that fails
+        if not is_new:
+            return
+        known[like] = why
+        if why:  # and not for a call that fails
             warn(why)
-        if is_new and like is not None:
-            self.found[like] = why
-            self._tell_of_many()
-
-    def _tell_of_many(self) -> None:
-        if len(self.found) == MANY:
+        if self.number == MANY:
             warn(
                 f"{MANY} calls were checked, in {self.seconds:.1f} s: they differ in "
                 "shapes, dtypes or values, so that JAX would trace each of them. Pad "

@@ -26,8 +26,7 @@ from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
-from mora_jax.operators._blocks import divide
-from mora_jax.operators.decoupling import Decoupling
+from mora_jax.operators.decoupling import Decoupling, divide
 from mora_jax.operators.low_rank import LowRank
 
 # Products of the gradient of M in one step of a loop. XLA fetches what a product reads

@@ -31,14 +31,9 @@ from mora_jax._jax.platform import Chip, current_chip
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
+from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import OnMesh
-from mora_jax._mesh.placement import (
-    explicit_sharding,
-    gather_m,
-    row_shards,
-    with_auto_axes,
-)
 from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._base import in_range
 from mora_jax.products._product import KernelDelta
@@ -129,7 +124,7 @@ class Delta(KernelDelta):
         if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
         kept = op.kept(x, self.m, self.precision)
-        return self._by_m(kept, row_shards(self.layout, x))
+        return self._by_m(kept, placement.row_shards(self.layout, x))
 
     def _by_m(self, kept: Any, shards: int = 1) -> jax.Array:
         """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
@@ -221,7 +216,7 @@ def scaled_m(
     scaled = scaled if dtype is None else scaled.astype(dtype)
     if x is None:
         return scaled
-    return gather_m(scaled, spec.layout, x, len(spec.operator.m_shape))
+    return placement.gather_m(scaled, spec.layout, x, len(spec.operator.m_shape))
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
@@ -231,9 +226,9 @@ def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
 
 def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
     """The kernel of a layer that reads it itself, with the delta as `merge` adds it."""
-    if (sharding := explicit_sharding(kernel)) is not None:
+    if (sharding := placement.explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
-        return with_auto_axes(fold, sharding, m, kernel)
+        return placement.with_auto_axes(fold, sharding, m, kernel)
     dtype = sum_dtype(m, kernel)
     delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())

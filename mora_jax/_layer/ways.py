@@ -38,14 +38,9 @@ from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.equation import ByM, Delta, sum_dtype
 from mora_jax._layer.tuning import Tuning, current_tuning
+from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._mesh.on_mesh import REPLICATED, OnMesh, shared
-from mora_jax._mesh.placement import (
-    explicit_layout,
-    explicit_sharding,
-    row_shards,
-    with_auto_axes,
-)
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
 from mora_jax.products._product import Product
@@ -146,7 +141,7 @@ class Adapted(_OfLayer):
         features = layer.features(kernel.shape)
         delta = OnMesh(op, features) if features else op
         x = product.to_rows(operand.astype(dtype))
-        shards = row_shards(layer.layout, x)
+        shards = placement.row_shards(layer.layout, x)
         outs = sizes(kernel.shape, layer.axes, "o")
         by_m = ByM(m.dtype, dtype, precision, shards, features, product, outs)
         return by_m, (op, delta.kept(x, m.astype(dtype), precision))
@@ -280,7 +275,7 @@ def adapted_product(
     # A delta can be added to numbers, and a kernel may stand for quantized ones.
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
-    takes_delta = floating and explicit_sharding(kernel) is None
+    takes_delta = floating and placement.explicit_sharding(kernel) is None
     if not (takes_delta and joins(product, axes, x, dropout_key is not None)):
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
@@ -307,7 +302,11 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """
     # With a stack axis it would be a batched product.
     is_matrix = isinstance(product, Contraction) and "s" not in axes
-    if not is_matrix or product.axes != axes or explicit_sharding(x) is not None:
+    if (
+        not is_matrix
+        or product.axes != axes
+        or placement.explicit_sharding(x) is not None
+    ):
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
@@ -330,15 +329,15 @@ def add_delta(
 
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
     """
-    if (sharding := explicit_sharding(y)) is not None:
+    if (sharding := placement.explicit_sharding(y)) is not None:
         labels = product.claim.einsum
-        layout = explicit_layout(labels, x, sharding) if labels else None
+        layout = placement.explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
         def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
-        return with_auto_axes(add, sharding, y, m, x, dropout_key)
+        return placement.with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, rate = jnp.asarray(x), spec.dropout
 
     @undisturbed

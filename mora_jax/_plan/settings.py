@@ -9,15 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import (
-    above_zero,
-    check_choice,
-    check_dtype,
-    check_number,
-    check_seed,
-    patterns_of,
-    positive_integer,
-)
+from mora_jax._common import checks
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import FIRST
 from mora_jax._common.warnings import warn
@@ -92,13 +84,13 @@ def _operator(name: str, value: Any) -> OperatorSpec:
 
 
 _rate = functools.partial(
-    check_number, fits=lambda number: 0 <= number < 1, must="be in [0, 1)"
+    checks.check_number, fits=lambda number: 0 <= number < 1, must="be in [0, 1)"
 )
 _STARTS = "zeros", "gaussian", "embedding"
 
 
 def _one_of(*choices: str) -> Check:
-    return functools.partial(check_choice, choices=choices)
+    return functools.partial(checks.check_choice, choices=choices)
 
 
 _execution = _one_of("auto", "activation", "fold")
@@ -111,12 +103,12 @@ class AdapterSettings:
     They are as in `MoRAConfig`, but `scale` is a number. Files hold all of them.
     """
 
-    alpha: float = setting(1.0, check_number, meaning=True)
-    scale: float = setting(1.0, above_zero, meaning=True)
+    alpha: float = setting(1.0, checks.check_number, meaning=True)
+    scale: float = setting(1.0, checks.above_zero, meaning=True)
     dropout: float = setting(0.0, _rate)
     # As `gradient_start` says it; no adapter starts so of itself.
     init: str = setting("zeros", _one_of(*_STARTS, "gradient"))
-    param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    param_dtype: DTypeLike = setting(jnp.float32, checks.check_dtype)
     execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
@@ -136,17 +128,17 @@ SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSet
 class KernelConfig:
     """Settings that a user chooses for a kernel; `MoRAConfig` explains them."""
 
-    rank: int = setting(DEFAULT_RANK, positive_integer)
+    rank: int = setting(DEFAULT_RANK, checks.positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, above_zero)
+    alpha: float = setting(1.0, checks.above_zero)
     scale: str = setting("fine-tuning", _one_of("paper", "fine-tuning"))
-    square_rank: int | None = setting(None, _optional(positive_integer))
-    multiple_of: int | None = setting(None, _optional(positive_integer))
+    square_rank: int | None = setting(None, _optional(checks.positive_integer))
+    multiple_of: int | None = setting(None, _optional(checks.positive_integer))
     init: str = setting("zeros", _one_of(*_STARTS))
     dropout: float = setting(0.0, _rate)
-    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
+    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(checks.check_dtype))
     execution: str = setting("auto", _execution)
-    seed: int = setting(0, lambda _, value: check_seed(value))
+    seed: int = setting(0, lambda _, value: checks.check_seed(value))
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -212,7 +204,7 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
     allowed = sorted([*_KERNEL_SETTINGS, "axes"])
-    for pattern in patterns_of(name, overrides):
+    for pattern in checks.patterns_of(name, overrides):
         settings, where = overrides[pattern], f"{name}[{pattern!r}]"
         if not isinstance(settings, Mapping):
             raise TypeError(f"{where} must be a mapping, got {settings!r}")
@@ -286,12 +278,12 @@ class MoRAConfig(KernelConfig):
       16
     """
 
-    targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
-    exclude: str | Iterable[str] = setting((), patterns_of)
+    targets: str | Iterable[str] = setting(DEFAULT_TARGETS, checks.patterns_of)
+    exclude: str | Iterable[str] = setting((), checks.patterns_of)
     overrides: Mapping[str, Mapping[str, Any]] = setting(
         FrozenMapping({}), _check_overrides
     )
-    train: str | Iterable[str] = setting((), patterns_of)
+    train: str | Iterable[str] = setting((), checks.patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
         """Refuse settings that this class does not have, before `__init__` does."""

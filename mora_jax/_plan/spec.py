@@ -28,15 +28,9 @@ from mora_jax._plan.settings import (
     check_settings,
     setting,
 )
+from mora_jax.operators import _registry
 from mora_jax.operators._base import Operator
 from mora_jax.operators._pytree import register_pytree
-from mora_jax.operators._registry import (
-    OPERATORS,
-    make_operator,
-    parse_spec,
-    resolve_auto,
-    square_rank,
-)
 
 SUFFIX = "_mora"
 """The end of the name of an M, after the name of its kernel."""
@@ -239,16 +233,17 @@ def many_if(shape: Shape, one: Shape) -> str:
 def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, name = config.square_rank, config.operator
+    kind, *_ = _registry.parse_spec(name)
     if q is None:
         # "auto" goes by the budget, and not by the q that is left of it.
-        name = resolve_auto(name, config.rank)
-        q = square_rank(config.rank, ins, outs, name, config.multiple_of)
-    elif q > min(ins, outs) and OPERATORS.get(parse_spec(name)[0], Operator).square:
+        name = _registry.resolve_auto(name, config.rank)
+        q = _registry.square_rank(config.rank, ins, outs, name, config.multiple_of)
+    elif q > min(ins, outs) and _registry.OPERATORS.get(kind, Operator).square:
         raise ValueError(
             "square_rank must be at most min(in_features, out_features) = "
             f"{min(ins, outs)}, got {q}"
         )
-    return make_operator(name, ins, outs, q, seed=config.seed)
+    return _registry.make_operator(name, ins, outs, q, seed=config.seed)
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
 
-def from_lora(tree: Any, plan: Plan, alpha: float | int | None = None) -> Tree:
+def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
     """Adapters of the operator "low_rank" from another library's LoRA.
 
     Factors are found by their names: `<kernel>_lora_a` and `<kernel>_lora_b` (qwix,
@@ -29,15 +29,15 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int | None = None) -> Tree:
         Linen model; all other leaves are left alone.
       plan: A plan of the model with these kernels, of any operators, which knows their
         axes; by `linen.plan` or `nnx.plan` of the model without LoRA.
-      alpha: The factor of A B there, which the tree does not say and must be given:
-        `alpha / rank` of the rule of qwix and Tunix, 1 of `nnx.LoRA`.
+      alpha: The factor of A B there, which the tree does not say: `alpha / rank` of the
+        rule of qwix and Tunix, 1 of `nnx.LoRA`.
 
     Returns:
       The adapters of the kernels that have factors.
 
     Raises:
       TypeError, ValueError: The tree lacks factors, the plan lacks their kernel, a
-        factor lacks its twin, shapes do not fit, or alpha is missing.
+        factor lacks its twin, or shapes do not fit.
 
     Example::
 
@@ -50,11 +50,6 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int | None = None) -> Tree:
       Array(16., dtype=float32)
     """
     found, adapters = _factors_in(tree, check_plan(plan)), Found()
-    if alpha is None:
-        raise TypeError(
-            "alpha must be given, the factor of A B: alpha / rank of qwix and Tunix, 1 "
-            "of nnx.LoRA"
-        )
     alpha = above_zero("alpha", alpha)
     for path, spec in plan.specs.items():
         if not (pair := found.get("/".join(path))):

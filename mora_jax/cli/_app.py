@@ -16,15 +16,7 @@ from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax._tree.plan import summary
 from mora_jax.diagnostics import effective_rank, spectrum
-from mora_jax.io._files import (
-    CONFIG,
-    TENSORS,
-    AdapterFileError,
-    PathLike,
-    as_path,
-    check_free,
-    holds,
-)
+from mora_jax.io import _files
 from mora_jax.io._json import parse, read_json
 from mora_jax.io._names import bijection
 
@@ -42,7 +34,7 @@ def _names_of(text: str | None) -> io.Names:
     if text is not None and text.lstrip().startswith("{"):
         names = parse(text.encode(), "--names")
     elif text is not None and text.endswith(".json"):
-        names = read_json(as_path("--names", text))
+        names = read_json(_files.as_path("--names", text))
     bijection(names)  # refuses them now, also for commands that come to need none
     return names
 
@@ -79,37 +71,39 @@ def options(
         raise typer.Exit()
 
 
-def format_of(directory: PathLike) -> str:
+def format_of(directory: _files.PathLike) -> str:
     """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
-    config = as_path("directory", directory) / CONFIG
+    config = _files.as_path("directory", directory) / _files.CONFIG
     if not config.exists():
         return "mora"
     content = read_json(config)
     if isinstance(content, dict) and content.get("peft_type") == "LORA":
         return "peft-mora" if content.get("use_mora") else "peft-lora"
-    raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
+    raise _files.AdapterFileError(
+        f"{_files.CONFIG} in {directory} is of no adapter that we know"
+    )
 
 
 def read_adapter(
-    directory: PathLike, base: str | None = None, names: io.Names = None
+    directory: _files.PathLike, base: str | None = None, names: io.Names = None
 ) -> Tree:
     """Adapters of any format; only the reference's needs the `base`."""
-    checkpoint = None if base is None else io.Checkpoint(as_path("base", base))
-    path = as_path("adapter", directory)
+    checkpoint = None if base is None else io.Checkpoint(_files.as_path("base", base))
+    path = _files.as_path("adapter", directory)
     if format_of(path) == "mora":
         return io.load(path)
     return io.load_peft(path, checkpoint and checkpoint.shapes(names), names)
 
 
-def read_metadata(adapter: PathLike) -> dict[str, Any]:
+def read_metadata(adapter: _files.PathLike) -> dict[str, Any]:
     """The metadata of an adapter in this library's format; others have none."""
     return io.read_metadata(adapter) if format_of(adapter) == "mora" else {}
 
 
 def check_apart(out: str, adapter: str) -> None:
     """Raise if `out` is the adapter's directory, holds it or lies in it."""
-    there, here = as_path("out", out), as_path("adapter", adapter)
-    if holds(there, here) or holds(here, there):
+    there, here = _files.as_path("out", out), _files.as_path("adapter", adapter)
+    if _files.holds(there, here) or _files.holds(here, there):
         raise ValueError(
             f"out must not be the adapter's directory, hold it or lie in it, got {out}"
         )
@@ -161,7 +155,7 @@ def merge(
     settings["rounding"], console = rounding, Console(stderr=True)
     hidden = not console.is_terminal  # a log would keep every state of the bar
     with Progress(console=console, transient=True, disable=hidden) as bar:
-        size = io.Checkpoint(as_path("base", base)).size
+        size = io.Checkpoint(_files.as_path("base", base)).size
         advance = functools.partial(bar.advance, bar.add_task("merging", total=size))
         settings["progress"] = advance
         lost = io.merge_checkpoint(base, adapters, out, names, **settings)
@@ -209,7 +203,7 @@ def export(
     if program == "mora":
         if rank is not None:
             raise ValueError("rank is of a LoRA, and not --for mora")
-        check_free("out", out, [TENSORS], force)
+        _files.check_free("out", out, [_files.TENSORS], force)
         io.save(out, adapters, read_metadata(adapter))
     else:
         settings: Any = {"rank": rank, "max_error": max_error}

@@ -12,10 +12,9 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
 from mora_jax.operators._base import Precision
-from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
-from mora_jax.operators.decoupling import Decoupling
+from mora_jax.operators.decoupling import Decoupling, block_positions, divide
 
 
 @operator

@@ -12,9 +12,9 @@ from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
-from mora_jax.operators._blocks import block_positions
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
+from mora_jax.operators.decoupling import block_positions
 
 Grouping = Literal["strided", "contiguous"]
 

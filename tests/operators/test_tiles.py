@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators import Decoupling
-from mora_jax.operators._blocks import block_positions
+from mora_jax.operators.decoupling import block_positions
 
 SIZES = st.integers(1, 9), st.integers(1, 40)
 

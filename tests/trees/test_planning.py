@@ -529,7 +529,7 @@ def test_what_is_no_plan_is_told(wrong):
     calls = [
         lambda: mora_jax.io.plan_to_json(wrong),
         lambda: mora_jax.gradient_bases(KERNEL, wrong),
-        lambda: mora_jax.from_lora(KERNEL, wrong),
+        lambda: mora_jax.from_lora(KERNEL, wrong, 1),
         lambda: init(wrong),
     ]
     for call in calls:

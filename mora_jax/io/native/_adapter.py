@@ -16,15 +16,8 @@ from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import Path as TreePath
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import (
-    Found,
-    Tree,
-    adapters_in,
-    find_array,
-    named_leaves,
-    place_of,
-)
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
 from mora_jax.io._json import Field, plain, short
@@ -43,7 +36,7 @@ MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 
 def load(
     directory: _files.PathLike, params_or_shapes: Any = None, *, any_base: bool = False
-) -> Tree:
+) -> paths.Tree:
     """Adapters as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
@@ -75,13 +68,13 @@ def load(
       {'fc': {'kernel_mora': Adapter(rotation, float32[8, 8])}}
     """
     path = _files.as_path("directory", directory)
-    leaves = None if params_or_shapes is None else named_leaves(params_or_shapes)
+    leaves = None if params_or_shapes is None else paths.named_leaves(params_or_shapes)
     limit = _records.room(leaf.shape for _, leaf in (leaves or {}).values())
-    found = Found(_restored(*_content(path), limit))
+    found = paths.Found(_restored(*_content(path), limit))
     if leaves is not None:
         try:
             for place, spec in found.specs.items():
-                find_array(leaves, place, spec)
+                paths.find_array(leaves, place, spec)
             if not any_base:
                 check_base(found.specs, leaves)
         except (TypeError, ValueError) as error:
@@ -204,12 +197,12 @@ def save(
         )
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
-    kept, found = plain(metadata or {}, "metadata"), adapters_in(adapters)
+    kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
     if params is not None:
         found = _with_digests(found, params)
     arrays: dict[str, np.ndarray] = {}
     for path, adapter in found.items():
-        name = "/".join(place_of(path, adapter.spec))
+        name = "/".join(paths.place_of(path, adapter.spec))
         arrays[name] = to_numpy(name, adapter.m)
         if isinstance(adapter.spec, AdapterSpec) and (op := adapter.operator).given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
@@ -234,10 +227,10 @@ def _foreign(directory: Location) -> str:
 def _with_digests(
     found: Mapping[TreePath, Adapter], params: Any
 ) -> dict[TreePath, Adapter]:
-    leaves, known = named_leaves(params), dict(found)
+    leaves, known = paths.named_leaves(params), dict(found)
     for path, adapter in found.items():
         if isinstance(spec := adapter.spec, AdapterSpec):
-            _, kernel = find_array(leaves, path, spec)
+            _, kernel = paths.find_array(leaves, path, spec)
             check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
             digests = kernel_digests(spec, kernel)
             spec = dataclasses.replace(spec, base_digest=digests)
