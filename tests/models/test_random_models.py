@@ -21,7 +21,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random_like
 from jax.lax import stop_gradient
-from random_models import SIMPLE, Block, RandomModel, draw_model
+from random_models import SIMPLE, SWITCHES, Block, RandomModel, draw_model
 
 import mora_jax
 from mora_jax import fold, linen
@@ -34,16 +34,24 @@ TOLERANCES = {"float64": 1e-5, "float32": 1e-3, "coarse": 0.1}
 """The largest difference that passes, of what the adapters change."""
 
 CALLS = {
-    "eval": {},
+    "eval": {"train": False},
     "train": {"train": True},
     "other": {"method": "other"},
-    "mutable": {"mutable": ["losses", "batch_stats"]},
+    "mutable": {"train": False, "mutable": ["losses", "batch_stats"]},
     "train mutable": {"train": True, "mutable": ["losses", "batch_stats"]},
 }
 OF_NO_KERNEL = "exclude leaves|targets: |the model .* with an M beside "
 """Beginnings of errors that name no single kernel: none is left, or it is not known."""
 
 LIBRARY = Path(mora_jax.__file__).parent
+
+
+def kwargs_of(model, call):
+    """The inputs of a call by name, with the input that says if it trains."""
+    kwargs = dict(CALLS[call])
+    if "train" in kwargs:
+        kwargs["train"] = SWITCHES[model.switch][kwargs["train"]]
+    return kwargs
 
 
 class Refused(Exception):
@@ -110,9 +118,11 @@ class Case:
 
     def plan(self):
         model, more = self.model, {}
-        config, kwargs = model.config(tuple(self.refused)), CALLS[model.calls[0]]
+        config = model.config(tuple(self.refused))
+        kwargs = kwargs_of(model, model.calls[0])
         if model.all_planned and "calls" not in NOT_YET:
-            calls = [CALLS[call] for call in model.calls[1:] if in_plans(model, call)]
+            more_calls = [call for call in model.calls[1:] if in_plans(model, call)]
+            calls = [kwargs_of(model, call) for call in more_calls]
             more = {"calls": [mora_jax.Call(*model.inputs, **call) for call in calls]}
         if model.api == "linen":
             given = model.model, model.variables, config, *model.inputs
@@ -130,11 +140,11 @@ def linen_functions(case, plan):
     model, apply = case.model, linen.wrap(case.model.model, plan)
 
     def adapted(ms, call):
-        return apply(ms, model.variables, *model.inputs, **CALLS[call])
+        return apply(ms, model.variables, *model.inputs, **kwargs_of(model, call))
 
     def plain(params, call):
         variables = {**model.variables, "params": params}
-        return model.model.apply(variables, *model.inputs, **CALLS[call])
+        return model.model.apply(variables, *model.inputs, **kwargs_of(model, call))
 
     return adapted, plain
 
@@ -145,7 +155,7 @@ def nnx_functions(case, plan):
     def run(model, arrays, call):
         model = nnx.clone(model)
         nnx.update(model, arrays)
-        kwargs = dict(CALLS[call])
+        kwargs = kwargs_of(case.model, call)
         method = getattr(model, kwargs.pop("method", "__call__"))
         outputs = method(*case.model.inputs, **kwargs)
         return outputs, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

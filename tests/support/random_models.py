@@ -6,9 +6,12 @@ calls. `draw_model(seed)` prints as the seed and a short description.
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from random import Random
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +29,35 @@ from mora_jax.products import Lookup
 WIDTH, ROWS, POSITIONS, VOCABULARY = 8, 2, 3, 11
 TARGETS = ".*/(kernel|embedding|w)"
 normal = nn.initializers.normal(0.35)
+
+
+class Mode(enum.Enum):
+    """A mode of a call."""
+
+    EVAL = 0
+    TRAIN = 1
+
+
+def switch(flag: bool) -> Callable[[], bool]:
+    """A function that holds a flag."""
+    return lambda: flag
+
+
+NUMBERS, TWICE = np.zeros(1, np.float32), np.zeros(2, np.float32)
+SWITCHES: dict[str, tuple[Any, Any, Callable[[Any], bool]]] = {
+    "bool": (False, True, bool),
+    "int": (0, 1, bool),
+    "float": (0.0, 0.5, bool),
+    "enum": (Mode.EVAL, Mode.TRAIN, lambda mode: mode is Mode.TRAIN),
+    "tuple": ((0, 1), (0, 2), lambda pair: pair[1] == 2),
+    "record": (Namespace(on=False), Namespace(on=True), lambda record: record.on),
+    "closure": (switch(False), switch(True), lambda function: function()),
+    "partial": (partial(int, "0"), partial(int, "1"), lambda function: function() > 0),
+    "shape": (NUMBERS, TWICE, lambda array: array.size == 2),
+    "dtype": (NUMBERS, NUMBERS.astype(np.int8), lambda array: array.dtype == np.int8),
+    "NumPy": (jnp.zeros(1), NUMBERS, lambda array: isinstance(array, np.ndarray)),
+}
+"""{kind: (input of a call that evaluates, of one that trains, which of both it is)}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +154,10 @@ class RandomModel:
     calls: tuple[str, ...]
     all_planned: bool
     settings: Mapping[str, Any]
+    switch: str = "bool"
 
     def __repr__(self) -> str:
-        parts = self.api, self.precision, *self.settings.values()
+        parts = self.api, self.precision, *self.settings.values(), self.switch
         blocks, calls = " + ".join(map(repr, self.blocks)), ", ".join(self.calls)
         planned = " (all planned)" if self.all_planned else ""
         return f"seed {self.seed}: {' '.join(parts)}: {blocks}; {calls}{planned}"
@@ -158,8 +191,8 @@ class RandomModel:
     def model(self) -> Any:
         """The module."""
         if self.api == "linen":
-            return LinenModel(self.blocks, self.dtype)
-        return NNXModel(self.blocks, self.dtype, nnx.Rngs(self.seed))
+            return LinenModel(self.blocks, self.dtype, self.switch)
+        return NNXModel(self.blocks, self.dtype, self.switch, nnx.Rngs(self.seed))
 
     @functools.cached_property
     def variables(self) -> Any:
@@ -205,11 +238,18 @@ class LinenStep(LinenBlock):
         return super().__call__(x, ids), None
 
 
+def mode_of(kind, train):
+    """The mode of a call with this input, of one of `SWITCHES`."""
+    is_on = SWITCHES[kind][2]
+    return "train" if train is not None and is_on(train) else "eval"
+
+
 class LinenModel(nn.Module):
     """A model in Linen."""
 
     blocks: tuple[Block, ...]
     dtype: Any
+    switch: str
 
     @nn.compact
     def run(self, x, ids, mode):
@@ -218,8 +258,8 @@ class LinenModel(nn.Module):
             x = x + jnp.sin(LinenBlock(*fields, name=f"b{k}")(x, ids))
         return x
 
-    def __call__(self, x, ids, train=False):
-        return self.run(x, ids, "train" if train else "eval")
+    def __call__(self, x, ids, train=None):
+        return self.run(x, ids, mode_of(self.switch, train))
 
     def other(self, x, ids):
         return self.run(x, ids, "other")
@@ -254,8 +294,8 @@ class NNXBlock(nnx.Module):
 class NNXModel(nnx.Module):
     """A model in NNX."""
 
-    def __init__(self, blocks, dtype, rngs):
-        self.number = len(blocks)
+    def __init__(self, blocks, dtype, switch, rngs):
+        self.number, self.switch = len(blocks), switch
         for k, block in enumerate(blocks):
             setattr(self, f"b{k}", NNXBlock(block, block.lifts, dtype, rngs))
 
@@ -264,8 +304,8 @@ class NNXModel(nnx.Module):
             x = x + jnp.sin(getattr(self, f"b{k}")(x, ids, mode))
         return x
 
-    def __call__(self, x, ids, train=False):
-        return self.run(x, ids, "train" if train else "eval")
+    def __call__(self, x, ids, train=None):
+        return self.run(x, ids, mode_of(self.switch, train))
 
     def other(self, x, ids):
         return self.run(x, ids, "other")
@@ -1157,9 +1197,8 @@ def draw_model(
         "execution": draw.choice(["auto", "auto", "activation", "fold"]),
     }
     planned, blocks = draw.random() < 0.3 and len(calls) > 1, tuple(blocks)
-    return RandomModel(
-        seed, draw.api, draw.precision, blocks, tuple(calls), planned, settings
-    )
+    parts = draw.api, draw.precision, blocks, tuple(calls), planned, settings
+    return RandomModel(seed, *parts, draw.choice([*SWITCHES]))
 
 
 def without_loop(block: Block) -> Block:
