@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_case
+from cases import CASES, by_case, in_turns
 from flax import nnx
 from helpers import close, random, random_like, wide
 from programs import case_of
@@ -24,8 +24,7 @@ from mora_jax.products import ATTEND, Contraction, Lookup
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("name", ["pad-pairs", "t-kernel", "tied"])
-@pytest.mark.parametrize("operator", ["sharing", "rotation"])
+@in_turns("name, operator", ["pad-pairs", "t-kernel", "tied"], ["sharing", "rotation"])
 def test_derivatives_are_those_of_the_merged_model(name, operator):
     """Forward and backward, by the adapters and by the input; and under vmap."""
     case = case_of(name, "linen", operator)
