@@ -140,6 +140,7 @@ def twin(llama):
     return twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [slow("rotation"), "sharing"])
 def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
