@@ -437,7 +437,7 @@ def dropped(model, x, scales):
 
 
 @pytest.mark.parametrize(
-    "name", ["scan-remat", "einsums", slow("methods"), slow("experts")]
+    "name", ["scan-remat", "methods", slow("einsums"), slow("experts")]
 )
 def test_dropout_follows_train_and_eval(name):
     (model, _), x = make(name), TWINS[name].x

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_files import single
+from adapter_files import single, slow
 from flax import nnx
 from helpers import close, random
 
@@ -175,7 +175,7 @@ def test_linen_and_nnx_train_between_them():
     close(mora_jax.nnx.merge_adapters(wrapped)(x), y)
 
 
-@pytest.mark.parametrize("operator", ["rotation", "permutation", "subspace"])
+@pytest.mark.parametrize("operator", [slow("rotation"), "permutation", "subspace"])
 def test_a_plan_is_an_argument_of_a_program(operator):
     """So that its arrays are no constants, which XLA limits to 2 GB.
 
