@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import CASES, FEW_CASES, by_kind, in_turns
+from cases import CASES, FEW_CASES, KINDS, by_kind, in_turns
 from flax import nnx
-from helpers import close, random, trained
+from helpers import close, made_for, random, trained
 from jax.test_util import check_grads
 
 import mora_jax
@@ -90,9 +90,9 @@ def test_second_derivatives(case, way, float64):
     check_grads(gradients, args, order=1, rtol=1e-4)
 
 
-@by_kind
-def test_transformations(case):
-    """jit gives what eager gives, the others what loops give; alike in both ways."""
+@in_turns("case, way", KINDS, WAYS)
+def test_transformations(case, way):
+    """jit gives what eager gives, the others what loops give."""
 
     @jax.jit
     def transformed(frozen, m, ms, x):
@@ -127,14 +127,12 @@ def test_transformations(case):
         return jax.jvp(gradient, (m,), (m,))[1]
 
     shape = case.make(12, 10, 4).m_shape
-    ms, x, both = random(1, 2, *shape), random(2, 2, 5, 12), []
-    for way in WAYS:
-        frozen = make(case, 12, 10, 4, way, np.float32)
-        both.append(transformed(frozen, ms[0], ms, x))
-        close(both[-1][0], apply(ms[0], frozen, x))
-        for got, expected in both[-1][1].values():
-            close(got, expected, 1e-4)
-    close(*both, 1e-4)
+    ms, x = random(1, 2, *shape), random(2, 2, 5, 12)
+    frozen = make(case, 12, 10, 4, way, np.float32)
+    y, pairs = transformed(frozen, ms[0], ms, x)
+    close(y, apply(ms[0], frozen, x))
+    for got, expected in pairs.values():
+        close(got, expected, 1e-4)
 
 
 def products(function, *args):
@@ -169,7 +167,7 @@ class Scanned(nn.Module):
 
 def wrapped(model, way, x, traced=True, targets=".*(kernel|embedding)"):
     """A Linen model's adapted apply with its arguments."""
-    variables = model.init(jax.random.key(0), x)
+    variables = made_for(model, x)
     settings = dict(operator="rotation", square_rank=4, alpha=ALPHA, targets=targets)
     config = MoRAConfig(execution=way, **settings)
     if traced:

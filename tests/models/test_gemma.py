@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import close, random, trained
+from helpers import close, made_for, random, trained
 
 import mora_jax.gemma
 from mora_jax import MoRAConfig, linen
@@ -115,7 +115,7 @@ def test_without_gemma_the_package_is_named(monkeypatch):
 def planned(gemma):
     """A feed-forward layer, its params and plan."""
     model = FeedForward()
-    params = model.init(KEY, X)["params"]
+    params = made_for(model, X)["params"]
     config = MoRAConfig(rank=2, dropout=0.5)
     return model, params, linen.plan(model, {"params": params}, config, X)
 

@@ -18,6 +18,7 @@ import optax
 import oracle
 import pytest
 from adapter_files import slow
+from cases import in_turns
 from flax import nnx
 from flax.errors import ScopeParamNotFoundError
 from helpers import bare, close, random, random_like, wide
@@ -135,7 +136,7 @@ class Adapted:
         if api == "linen":
             self.plain = nn.Sequential([layer.linen()])
             self.model = qwix.apply_lora_to_model(self.plain, provider)
-            params = self.model.init(KEY, self.x)["params"]
+            params = jax.jit(self.model.init)(KEY, self.x)["params"]
             self.base, self.adapters = mora_jax.split(params)
             self.plan = plan_of(self.model, self.x)
         else:
@@ -215,8 +216,7 @@ def test_the_delta_is_added_to_what_qwix_computes(api, name, types, operator):
     close(adapted(adapters) - base, jnp.asarray(delta, jnp.float32))
 
 
-@pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@in_turns("operator, api", OPERATORS, APIS)
 def test_gradients_and_transformations(operator, api):
     adapted = Adapted(api, LAYERS["dense"], operator=operator, **TYPES["nf4"])
     adapters = random_like(adapted.adapters)
@@ -305,7 +305,7 @@ def test_scanned_layers(types):
     model, x = Scanned(), random(1, 2, 16)
     provider = MoRAProvider(rank=2, operator="rotation", **TYPES[types])
     adapted = qwix.apply_lora_to_model(model, provider)
-    base, zeros = mora_jax.split(adapted.init(KEY, x)["params"])
+    base, zeros = mora_jax.split(jax.jit(adapted.init)(KEY, x)["params"])
     plan, adapters = plan_of(adapted, x), random_like(zeros)
     (spec,) = plan.values()
     assert spec.axes == "sio" and spec.shape == (3, 8, 8)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import close, made_for, random, random_like
 
 import mora_jax
 from mora_jax import (
@@ -351,7 +351,7 @@ class Table(nn.Module):
 def planned_lookup(look_up, mode):
     register_layer(Table, equation=Lookup(mode), kernel="table")
     model = Table(look_up)
-    variables = model.init(KEY, BESIDE)
+    variables = made_for(model, BESIDE)
     return model, variables, linen.plan(model, variables, CONFIG, BESIDE)
 
 
@@ -584,7 +584,7 @@ def test_rows_of_a_table_of_three_axes_are_no_kernel():
             return nn.Dense(WIDTH)(table[ids].sum(-2))
 
     model, ids = Model(), jnp.arange(4)
-    variables = model.init(KEY, ids)
+    variables = made_for(model, ids)
     plan = linen.plan(model, variables, MoRAConfig(rank=2), ids)
     assert list(plan) == ["Dense_0/kernel"]
     assert "  table: never multiplied with an input" in str(plan)

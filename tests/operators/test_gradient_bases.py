@@ -8,7 +8,7 @@ import optax
 import pytest
 from adapter_files import single, slow
 from flax import nnx
-from helpers import close, random
+from helpers import close, made_for, random
 
 import mora_jax
 from mora_jax import MoRAConfig, gradient_bases, io
@@ -183,7 +183,7 @@ def test_a_plan_is_an_argument_of_a_program(operator):
     """
     x = random(0, 5, 12)
     model = LinenNet()
-    variables = model.init(jax.random.key(0), x)
+    variables = made_for(model, x)
     name = "auto" if operator == "subspace" else operator
     config = MoRAConfig(rank=2, operator=name)
     plan = mora_jax.linen.plan(model, variables, config, x)

@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cases import by_case
+from cases import by_case, by_kind
 from helpers import random
 
 import mora_jax
@@ -42,7 +42,7 @@ def test_the_picture_is_the_delta(case):
     np.testing.assert_allclose(shown(ax), spec.factor * expected, 1e-5, 1e-5)
 
 
-@by_case
+@by_kind
 def test_a_pattern_reaches_the_kernel(case):
     """Without an M, and in the colours around zero."""
     _, given = plt.subplots()

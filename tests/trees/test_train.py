@@ -11,7 +11,7 @@ import optax
 import pytest
 from adapter_files import assert_same, flatten
 from flax import nnx
-from helpers import bare, close, random, random_like, wide
+from helpers import bare, close, made_for, random, random_like, wide
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put
 
@@ -249,7 +249,7 @@ def test_layers_in_a_stack():
 
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
     model = nn.scan(Block, length=3, **lift)()
-    variables = model.init(jax.random.key(0), X, None)
+    variables = made_for(model, X, None)
     config = MoRAConfig(rank=1, train="norm/scale")
     apply = mora_jax.linen.wrap(model, config, variables, X, None)
     adapters = random_like(init(apply.plan, params=variables["params"]))
