@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from processes import python
 
 # A process of its own, since the type checks of the tests add frames to every call.
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 4)
-original, depths = jax.lax.dot_general, []
+original, depths, operator, outermost = jax.lax.dot_general, [], None, None
 
 def recording(x, y, *args, **kwargs):
     if np.shape(y) in ([(24, 8), (8, 40)] if operator == "low_rank" else [(8, 8)]):
@@ -34,6 +35,30 @@ import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
 
 HOME = str(pathlib.Path(mora_jax.__file__).parent)
+
+# Calls of the library's functions, of a first program: before the others are made.
+# Comprehensions are calls up to Python 3.11 only.
+COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>"}
+model, x = nn.Sequential([nn.Dense(48), nn.Dense(32)]), jnp.ones((4, 32))
+variables = model.init(jax.random.key(0), x)
+config = mora_jax.MoRAConfig(rank=2, operator="sharing")
+apply = mora_jax.linen.wrap(model, config, variables, x)
+adapters, calls, count = mora_jax.init(apply.plan), [], 0
+
+def record(frame, event, _):
+    global count
+    code = frame.f_code
+    own = event == "call" and code.co_filename.startswith(HOME)
+    count += own and code.co_name not in COMPREHENSIONS
+
+for rows in (4, 4, 5):
+    step = jax.jit(jax.value_and_grad(lambda *args: (apply(*args) ** 2).sum()))
+    count, args = 0, (adapters, variables, jnp.ones((rows, 32)))
+    sys.setprofile(record)
+    step.lower(*args)
+    sys.setprofile(None)
+    calls.append(count)
+
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 split, x = {"kernel": PartitionSpec("model")}, jnp.ones((4, 24))
 kernel = jnp.ones((24, 40))
@@ -70,58 +95,29 @@ for operator in ("sharing", "rotation", "orthogonal", "low_rank"):
         adapted = mora_jax.nnx.wrap(linear, config)
         by_ms = nnx.value_and_grad(lambda m, x: m(x).sum(), argnums=only_ms)
         found[f"nnx, {own}"] = deepest(nnx.jit(by_ms), adapted, x)
-print(json.dumps(found))
+print(json.dumps([calls, found]))
 """
 
 
-def test_few_frames_lie_between_what_users_call_and_the_product_with_m():
+@pytest.fixture(scope="module")
+def recorded():
+    """The calls of three programs, and the frames of many, in one process."""
+    return json.loads(python("-c", RECORD))
+
+
+def test_few_frames_lie_between_what_users_call_and_the_product_with_m(recorded):
     """Counted at the product itself, while a training step is traced."""
-    found = json.loads(python("-c", RECORD))
+    _, found = recorded
     assert len(found) == 40
     for name, frames in found.items():
         least = name.startswith("mora_apply,") and not name.endswith("step")
         assert 0 < frames <= (9 if least else 12), found
 
 
-# Calls of the library's functions. Comprehensions are calls up to Python 3.11 only.
-CALLS = """
-import json, pathlib, sys
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
-import mora_jax
-
-HOME = str(pathlib.Path(mora_jax.__file__).parent)
-COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>"}
-model, x = nn.Sequential([nn.Dense(48), nn.Dense(32)]), jnp.ones((4, 32))
-variables = model.init(jax.random.key(0), x)
-config = mora_jax.MoRAConfig(rank=2, operator="sharing")
-apply = mora_jax.linen.wrap(model, config, variables, x)
-adapters, found, count = mora_jax.init(apply.plan), [], 0
-
-def record(frame, event, _):
-    global count
-    code = frame.f_code
-    own = event == "call" and code.co_filename.startswith(HOME)
-    count += own and code.co_name not in COMPREHENSIONS
-
-for rows in (4, 4, 5):
-    step = jax.jit(jax.value_and_grad(lambda *args: (apply(*args) ** 2).sum()))
-    count, args = 0, (adapters, variables, jnp.ones((rows, 32)))
-    sys.setprofile(record)
-    step.lower(*args)
-    sys.setprofile(None)
-    found.append(count)
-print(json.dumps(found))
-"""
-
-
-def test_few_calls_make_a_program():
+def test_few_calls_make_a_program(recorded):
     """Of a training step of two layers: the first, the same again, and another shape.
 
     A program of a new shape includes the proof that it reads the kernels as planned.
     """
-    first, again, other = json.loads(python("-c", CALLS))
+    (first, again, other), _ = recorded
     assert first <= 1140 and again <= 340 and other <= 1140, (first, again, other)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 from helpers import close, random
 from jax import export
+from platforms import as_if_on
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
+from mora_jax._jax.platform import current_platform
 
 
 def apply(m, frozen, x):
@@ -61,3 +63,20 @@ def test_programs_for_tpus_do_not_grow_with_the_number_of_blocks():
         return len(traced.lower(lowering_platforms=("tpu",)).as_text().splitlines())
 
     assert abs(lines(4096) - lines(2048)) < 0.1 * lines(2048)
+
+
+def test_what_was_traced_for_one_platform_is_not_used_on_another():
+    """Or tests as if on others would hold one program against the oracle again."""
+    seen, x = [], jnp.ones(3)
+
+    @jax.jit
+    def double(x):
+        seen.append(current_platform())
+        return 2 * x
+
+    double(x)
+    for name in ("tpu", "cuda", "tpu"):
+        with as_if_on(name):
+            double(x)
+    double(x)
+    assert seen == [jax.default_backend(), "tpu", "cuda"]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import CASES, by_case, by_kind
+from cases import CASES, FEW_CASES, KINDS, by_kind, in_turns
 from flax import nnx
-from helpers import close, random, trained
+from helpers import close, made_for, random, trained
 from jax.test_util import check_grads
 
 import mora_jax
@@ -30,7 +30,7 @@ WAYS = ("activation", "fold")
 # with fewer rows than q and with more.
 SIZES = (24, 10, 10, 3), (7, 13, 4, 9), (13, 7, 4, 3), (12, 12, 6, 9)
 FEW = {("activation", SIZES[0]), ("fold", SIZES[0])}
-RUNS = [run if run in FEW else slow(*run) for run in itertools.product(WAYS, SIZES)]
+RUNS = [run if run in FEW else slow(run) for run in itertools.product(WAYS, SIZES)]
 
 
 def make(case, ins, outs, q, way, dtype=float, bias=None):
@@ -51,16 +51,16 @@ def merged_loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(x @ kernel + frozen.bias))
 
 
-@by_case
-@pytest.mark.parametrize(("way", "size"), RUNS, ids=str)
-def test_oracle(case, way, size, float64):
+@in_turns("case, run", FEW_CASES, RUNS)
+def test_oracle(case, run, float64):
     """The output and all derivatives, adapted and merged; one compilation serves."""
+    way, size = run
     ins, outs, q, rows = size
     q -= q % (2 if case.even else 1)
     x, traces = random(2, rows, ins, dtype=float), []
 
     @jax.jit
-    def run(m, frozen, x):
+    def results(m, frozen, x):
         traces.append(None)
         args, by = (m, frozen.kernel, x, frozen), (0, 1, 2)
         derivatives = jax.grad(loss, by)(*args), jax.grad(merged_loss, by)(*args)
@@ -75,7 +75,7 @@ def test_oracle(case, way, size, float64):
         by_y = np.cos(y)
         by_m = ALPHA * case.m_gradient(frozen.operator, m, x, by_y)
         derivatives = by_m, x.T @ by_y, by_y @ kernel.T
-        close(run(m, frozen, x), (y, derivatives, derivatives))
+        close(results(m, frozen, x), (y, derivatives, derivatives))
     assert len(traces) == 1
 
 
@@ -90,9 +90,9 @@ def test_second_derivatives(case, way, float64):
     check_grads(gradients, args, order=1, rtol=1e-4)
 
 
-@by_kind
-def test_transformations(case):
-    """jit gives what eager gives, the others what loops give; alike in both ways."""
+@in_turns("case, way", KINDS, WAYS)
+def test_transformations(case, way):
+    """jit gives what eager gives, the others what loops give."""
 
     @jax.jit
     def transformed(frozen, m, ms, x):
@@ -127,14 +127,12 @@ def test_transformations(case):
         return jax.jvp(gradient, (m,), (m,))[1]
 
     shape = case.make(12, 10, 4).m_shape
-    ms, x, both = random(1, 2, *shape), random(2, 2, 5, 12), []
-    for way in WAYS:
-        frozen = make(case, 12, 10, 4, way, np.float32)
-        both.append(transformed(frozen, ms[0], ms, x))
-        close(both[-1][0], apply(ms[0], frozen, x))
-        for got, expected in both[-1][1].values():
-            close(got, expected, 1e-4)
-    close(*both, 1e-4)
+    ms, x = random(1, 2, *shape), random(2, 2, 5, 12)
+    frozen = make(case, 12, 10, 4, way, np.float32)
+    y, pairs = transformed(frozen, ms[0], ms, x)
+    close(y, apply(ms[0], frozen, x))
+    for got, expected in pairs.values():
+        close(got, expected, 1e-4)
 
 
 def products(function, *args):
@@ -169,7 +167,7 @@ class Scanned(nn.Module):
 
 def wrapped(model, way, x, traced=True, targets=".*(kernel|embedding)"):
     """A Linen model's adapted apply with its arguments."""
-    variables = model.init(jax.random.key(0), x)
+    variables = made_for(model, x)
     settings = dict(operator="rotation", square_rank=4, alpha=ALPHA, targets=targets)
     config = MoRAConfig(execution=way, **settings)
     if traced:

@@ -20,7 +20,7 @@ from adapter_files import (
     unflatten,
 )
 from base_files import DATA, NAMES, base, llama, write_reference
-from cases import SIZES, by_case
+from cases import FEW_CASES, SIZES, in_turns
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
@@ -93,11 +93,10 @@ def delta_of(case, adapters):
     return spec.alpha * case.delta(spec.operator, m)
 
 
-@by_case
-@pytest.mark.parametrize(
-    "size",
+@in_turns(
+    "case, size",
+    FEW_CASES,
     [*map(slow, SIZES[:4]), SIZES[4], *map(slow, SIZES[5:-1]), SIZES[-1]],
-    ids=str,
 )
 def test_lora_is_the_update(tmp_path, case, size):
     """Exactly, where the delta has rank q; otherwise what singular values leave."""

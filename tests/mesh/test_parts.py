@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_case, by_kind
+from cases import FEW_CASES, by_kind, in_turns
 from helpers import close, random
 from platforms import as_if_on
 
@@ -28,8 +28,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@by_case
+@in_turns("case, size", FEW_CASES, SIZES, each=2)
 def test_parts_make_the_whole(case, size):
     ins, outs, q, in_parts, out_parts = size
     if q > min(ins, outs) and case.bounded:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from itertools import repeat
 
 import chex
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import assert_same, made, single, slow
-from cases import CASES, by_kind
+from cases import CASES, KINDS, by_kind, in_turns
 from jax.sharding import PartitionSpec as P
 from meshes import (
     assert_close,
@@ -128,11 +129,12 @@ NORMAL = (BOTH_KINDS[0], *(name for name in OPERATORS if name in LABELLED))
 
 
 DEFAULT = {
-    *itertools.product(NORMAL, ("fsdp-columns", "fsdp-rows"), ["activation"]),
+    *zip(NORMAL, itertools.cycle(("fsdp-columns", "fsdp-rows")), repeat("activation")),
+    *itertools.product(BOTH_KINDS, ("fsdp-columns", "fsdp-rows"), ["activation"]),
     *itertools.product(BOTH_KINDS, ["both"], ["activation"]),
     *itertools.product(["rotation"], ("fsdp-rows", "both"), ["fold"]),
 }
-"""Each operator where inputs are split and where outputs are, and a fold."""
+"""Each operator where inputs are split or where outputs are, by turns, and a fold."""
 GATHERED = {
     "fsdp": ("all-gather", (32, 48)),
     "fsdp-columns": ("all-gather", (32, 24)),
@@ -239,8 +241,7 @@ def test_explicit_sharding(case):
         assert set(sent(compiled)) <= allowed
 
 
-@by_kind
-@pytest.mark.parametrize("execution", ["activation", "fold"])
+@in_turns("case, execution", KINDS, ["activation", "fold"])
 def test_in_a_shard_map_that_checks_types(case, execution):
     """Devices with rows of their own, as a step of data parallelism by hand."""
     frozen, arrays, expected = layer(case, execution)
@@ -401,8 +402,17 @@ def test_axes_of_one_device_split_nothing():
     assert_close(run(arrays["m"][None], x, kernel), y[None], 2e-5)
 
 
-@pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype"),
+    [
+        pytest.param(MESH, "float32", id="auto-float32"),
+        pytest.param(EXPLICIT, "bfloat16", id="explicit-bfloat16"),
+        pytest.param(MESH, "bfloat16", id="auto-bfloat16", marks=pytest.mark.slow),
+        pytest.param(
+            EXPLICIT, "float32", id="explicit-float32", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_merges_where_the_kernel_is(mesh, dtype):
     """As on one device, and nothing is gathered."""
     whole = jax.tree.map(lambda kernel: jnp.asarray(kernel, dtype), PARAMS)

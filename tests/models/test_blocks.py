@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import slow
 from flax import nnx
 from helpers import close, random_like, trained
 from programs import case_of, results
@@ -20,7 +21,7 @@ KEY = jax.random.key(0)
 CAUSAL = np.tril(np.ones((TIME, TIME), bool))
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", [slow("linen"), "nnx"])
 def test_experts_do_not_share(api):
     """Each has an M of its own, and one that no token goes to gets no gradient."""
     case, run = case_of("experts", api), results("experts", api).run

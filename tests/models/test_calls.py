@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import close, random, trained
+from helpers import close, made_for, random, trained
 
 import mora_jax
 from mora_jax import Call, MoRAConfig, MoRAWarning, linen
@@ -63,7 +63,7 @@ OTHERS = [
 
 def reads():
     model = Reads()
-    variables = {"params": model.init(KEY, X)["params"]}
+    variables = {"params": made_for(model, X)["params"]}
     return model, variables, linen.wrap(model, CONFIG, variables, X)
 
 
@@ -146,7 +146,7 @@ def mapped(trans, module=nn.Dense):
         def __call__(self, x):
             return nn.map_variables(module, "params", trans)(8, name="fc")(x)
 
-    return Mapped(), {"params": {"fc": nn.Dense(8).init(KEY, X)["params"]}}
+    return Mapped(), {"params": {"fc": made_for(nn.Dense(8), X)["params"]}}
 
 
 def halved(tree):
@@ -205,7 +205,7 @@ def test_a_plan_without_mapped_params_needs_no_mapped_m():
             x = nn.Dense(8, name="own")(x)
             return nn.map_variables(nn.Dense, "params", halved)(8, name="fc")(x)
 
-    model, (own, fc) = Half(), [nn.Dense(8).init(KEY, X)["params"] for _ in "ab"]
+    model, (own, fc) = Half(), [made_for(nn.Dense(8), X)["params"] for _ in "ab"]
     variables = {"params": {"own": own, "fc": fc}}
     with pytest.raises(ValueError, match="fails with an M beside its kernels.*exclude"):
         linen.plan(model, variables, MoRAConfig(rank=2), X)
@@ -243,7 +243,7 @@ class AsksType(nnx.Module):
 
 def test_code_that_sees_an_m_is_refused():
     model = CountsLeaves()
-    variables = model.init(KEY, X)
+    variables = made_for(model, X)
     apply = linen.wrap(model, CONFIG, variables, X)
     message = "computes something else with an M beside its kernels, even if M = 0"
     with pytest.raises(ValueError, match=f"{message}: div .* 3.* instead of div .* 2"):

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import close, random, trained
+from helpers import close, made_for, random, trained
 
 import mora_jax
 from examples.gemma_module import MoRA
@@ -90,7 +90,7 @@ def test_a_class_that_another_version_has_is_left_out_by_name():
 def planned(gemma):
     """A feed-forward layer, its params and plan."""
     model = FeedForward()
-    params = model.init(KEY, X)["params"]
+    params = made_for(model, X)["params"]
     config = MoRAConfig(rank=2, dropout=0.5)
     return model, params, linen.plan(model, {"params": params}, config, X)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from adapter_files import slow
 from flax import nnx
+from helpers import made_for
 
 from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply
 from mora_jax import nnx as mora
@@ -64,7 +65,7 @@ def test_an_input_of_the_shape_of_m_is_no_weight():
 def test_a_linen_model_that_qwix_quantizes_follows_a_plan_of_the_plain_one(kind):
     """No product of arrays is there to be proven."""
     model, x = nn.Sequential([nn.Dense(12)]), jax.random.normal(KEY, (3, 8))
-    variables = model.init(KEY, x)
+    variables = made_for(model, x)
     plan = linen.plan(model, variables, MoRAConfig(square_rank=8), x)
     rule = qwix.QtRule if kind is qwix.QtProvider else qwix.QuantizationRule
     model = qwix.quantize_model(model, kind([rule(weight_qtype="int8")]))

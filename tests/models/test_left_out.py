@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers import made_for
 
 import mora_jax
 from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, linen
@@ -123,7 +124,7 @@ def test_what_no_call_was_traced_for_is_not_proven():
 
 def test_heads_of_one_number_are_left_out_by_default():
     model = nn.Sequential([nn.Dense(8), nn.Dense(1)])
-    variables = model.init(KEY, X)
+    variables = made_for(model, X)
     plan = linen.plan(model, variables, None, X)
     assert list(plan) == ["layers_0/kernel"]
     assert "layers_1/kernel: too narrow for a square" in str(plan)
@@ -168,7 +169,7 @@ class Own(nn.Module):
 def own():
     """A model that has one, and its variables."""
     model = nn.Sequential([nn.Embed(11, 8), Own(), nn.Dense(8)])
-    return model, model.init(KEY, IDS)
+    return model, made_for(model, IDS)
 
 
 def test_a_linen_model_of_unknown_layers():
@@ -191,7 +192,7 @@ def test_a_model_whose_kernels_are_all_heads_says_so():
             return nn.Dense(3, name="classifier")(nn.Conv(8, (3,))(x))
 
     model = Classifier()
-    text = message(linen.plan, model, model.init(KEY, X), None, X)
+    text = message(linen.plan, model, made_for(model, X), None, X)
     assert "Conv_0/kernel: a convolution; targets adapt it" in text
     assert "classifier/kernel: a head, router or embedding by its name" in text
 
@@ -214,7 +215,7 @@ def test_biases_of_layers_that_do_not_run_are_no_news():
             return self.used(x)
 
     with pytest.warns(LeftOutWarning, match="no adapter: idle/kernel: the call that"):
-        plan = linen.plan(Idle(), Idle().init(KEY, X), None, X)
+        plan = linen.plan(Idle(), made_for(Idle(), X), None, X)
     with pytest.warns(MoRAWarning, match="without an effect: idle/kernel: the call"):
         other = mora_nnx.plan(IdleNNX(), None, X)
     for chosen in (plan, other):
@@ -257,7 +258,7 @@ def test_a_class_without_the_attribute_that_multiplies_is_told():
 
     for cls in (Plain, PlainNNX):
         mora_jax.register_layer(cls, equation="...i,io->...o", dot_general=True)
-    variables = Plain().init(KEY, X)
+    variables = made_for(Plain(), X)
     named = mora_jax.plan(variables["params"])
     apply = linen.wrap(Plain(), named)
     for call in (
@@ -283,7 +284,7 @@ def test_a_class_that_hands_its_kernel_on_cannot_be_taught():
             return x @ Hands()(x)[0]
 
     mora_jax.register_layer(Hands, equation="...i,io->...o", kernel="w")
-    text = message(linen.plan, Takes(), Takes().init(KEY, X), None, X)
+    text = message(linen.plan, Takes(), made_for(Takes(), X), None, X)
     assert "Hands_0/w: Hands.__call__ must return the product" in text
     with pytest.raises(ValueError, match="Hands: equation must have two operands"):
         mora_jax.register_layer(Hands, equation="io", kernel="w")
@@ -318,7 +319,7 @@ def test_what_qwix_quantized_is_named():
     qwix = pytest.importorskip("qwix")
     rule = qwix.QuantizationRule(module_path="layers_0", weight_qtype="int8")
     net, x = nn.Sequential([nn.Dense(16), nn.Dense(16)]), jnp.ones((2, 16))
-    variables = net.init(KEY, x)
+    variables = made_for(net, x)
     model = qwix.quantize_model(net, qwix.PtqProvider([rule]))
     like = jax.eval_shape(model.init, KEY, x)["params"]
     params = qwix.quantize_params(variables["params"], like)
@@ -340,7 +341,7 @@ def test_a_pattern_may_match_biases_beside_kernels():
     ]
     assert len(mora_nnx.plan(GPT(), config)) == 4
     attention = nn.MultiHeadDotProductAttention(2)
-    variables = attention.init(KEY, X)
+    variables = made_for(attention, X)
     config = MoRAConfig(targets="(query|key).*", rank=2)
     assert len(linen.plan(attention, variables, config, X)) == 2
 
@@ -355,7 +356,7 @@ def test_layers_that_do_not_run_are_told_from_those_that_are_not_known():
             used, idle = nn.Dense(8, name="used"), nn.Dense(8, name="idle")
             return used(x) if not (other or self.is_initializing()) else idle(used(x))
 
-    variables = Idle().init(KEY, X)
+    variables = made_for(Idle(), X)
     args = Idle(), variables, MoRAConfig(targets=".*kernel"), X
     text = message(linen.plan, *args)
     assert text.startswith("idle/kernel: the call that was traced does not use it")

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_sharding
-from helpers import bare, close, python_blocks, random, random_like, trained
+from helpers import bare, close, made_for, python_blocks, random, random_like, trained
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_close, make_mesh
@@ -108,7 +108,7 @@ MODEL = Decoder()
 
 @pytest.fixture(scope="module")
 def variables():
-    return MODEL.init(KEY, X)
+    return made_for(MODEL, X)
 
 
 def test_every_layer_is_found_and_merging_is_exact(variables):

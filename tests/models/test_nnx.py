@@ -33,7 +33,7 @@ from mora_jax import nnx as mora
 from mora_jax.nnx import MoRALinear, MoRAParam
 
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
-FEW = ("methods", "normalised", "fused-gru", "t-kernel", "scan-remat")
+FEW = ("methods", "normalised", slow("fused-gru"), slow("t-kernel"), "scan-remat")
 by_model = pytest.mark.parametrize("name", FEW)
 
 
@@ -437,7 +437,7 @@ def dropped(model, x, scales):
 
 
 @pytest.mark.parametrize(
-    "name", ["scan-remat", "einsums", slow("methods"), slow("experts")]
+    "name", ["scan-remat", "methods", slow("einsums"), slow("experts")]
 )
 def test_dropout_follows_train_and_eval(name):
     (model, _), x = make(name), TWINS[name].x

@@ -17,6 +17,8 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from adapter_files import slow
+from cases import in_turns
 from flax import nnx
 from flax.errors import ScopeParamNotFoundError
 from helpers import bare, close, random, random_like, wide
@@ -134,7 +136,7 @@ class Adapted:
         if api == "linen":
             self.plain = nn.Sequential([layer.linen()])
             self.model = qwix.apply_lora_to_model(self.plain, provider)
-            params = self.model.init(KEY, self.x)["params"]
+            params = jax.jit(self.model.init)(KEY, self.x)["params"]
             self.base, self.adapters = mora_jax.split(params)
             self.plan = plan_of(self.model, self.x)
         else:
@@ -174,23 +176,28 @@ def delta_of(adapted, layer, adapters):
     return layer.kernel_of(delta, spec.kernel_shape)
 
 
-def combination(name, types, operator):
-    """Those are quick that show each layer, and each way to quantize one."""
+def combination(api, name, types, operator):
+    """Those are quick that show each layer, and each way to quantize one.
+
+    Beside them the APIs take turns.
+    """
     shown = types == "none" or (name == "dense" and types in ("int8", "nf4"))
     quick = shown and (operator == "rotation" or name in ("dense", "left"))
+    k = [*LAYERS].index(name) + OPERATORS.index(operator)
+    turn = api == APIS[k % 2] or types == "int8"
     marks = [] if quick else [pytest.mark.slow]
-    return pytest.param(name, types, operator, marks=marks)
+    marks += [] if turn else [pytest.mark.slow]
+    return pytest.param(api, name, types, operator, marks=marks)
 
 
 OPERATORS = ["rotation", "low_rank"]
 
 
-@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
-    "name, types, operator",
-    [combination(*case) for case in itertools.product(LAYERS, TYPES, OPERATORS)],
+    "api, name, types, operator",
+    [combination(*case) for case in itertools.product(APIS, LAYERS, TYPES, OPERATORS)],
 )
-def test_the_delta_is_added_to_what_qwix_computes(name, types, operator, api):
+def test_the_delta_is_added_to_what_qwix_computes(api, name, types, operator):
     layer, settings = LAYERS[name], TYPES[types]
     if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
         pytest.skip("qwix quantizes inputs of convolutions as their kernels")
@@ -209,8 +216,7 @@ def test_the_delta_is_added_to_what_qwix_computes(name, types, operator, api):
     close(adapted(adapters) - base, jnp.asarray(delta, jnp.float32))
 
 
-@pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@in_turns("operator, api", OPERATORS, APIS)
 def test_gradients_and_transformations(operator, api):
     adapted = Adapted(api, LAYERS["dense"], operator=operator, **TYPES["nf4"])
     adapters = random_like(adapted.adapters)
@@ -293,13 +299,13 @@ class Scanned(nn.Module):
         return nn.scan(body, length=3, **axes)(layer, x, None)[0]
 
 
-@pytest.mark.parametrize("types", ["none", "int8"])
+@pytest.mark.parametrize("types", [slow("none"), "int8"])
 def test_scanned_layers(types):
     """qwix itself has no tiles there."""
     model, x = Scanned(), random(1, 2, 16)
     provider = MoRAProvider(rank=2, operator="rotation", **TYPES[types])
     adapted = qwix.apply_lora_to_model(model, provider)
-    base, zeros = mora_jax.split(adapted.init(KEY, x)["params"])
+    base, zeros = mora_jax.split(jax.jit(adapted.init)(KEY, x)["params"])
     plan, adapters = plan_of(adapted, x), random_like(zeros)
     (spec,) = plan.values()
     assert spec.axes == "sio" and spec.shape == (3, 8, 8)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from adapter_files import slow
 from flax import nnx
 from helpers import close, random, random_like
 
@@ -151,9 +152,23 @@ def test_other_operands_of_the_shape_of_a_kernel_are_refused(function, api, type
         adapted_linen(function, x, wrapped, **types)
 
 
-@TYPES
-@pytest.mark.parametrize("function, rows", [(twice, 16), (attend, 17)])
-@pytest.mark.parametrize("api", ["eager", "jit", "nnx"])
+@pytest.mark.parametrize(
+    "api, function, rows, types",
+    [
+        ("eager", twice, 16, {}),
+        ("eager", attend, 17, INT8),
+        ("jit", twice, 16, INT8),
+        ("jit", attend, 17, {}),
+        ("nnx", twice, 16, {}),
+        ("nnx", attend, 17, INT8),
+        slow("eager", twice, 16, INT8),
+        slow("eager", attend, 17, {}),
+        slow("jit", twice, 16, {}),
+        slow("jit", attend, 17, INT8),
+        slow("nnx", twice, 16, INT8),
+        slow("nnx", attend, 17, {}),
+    ],
+)
 def test_kernels_are_told_from_other_operands(function, rows, api, types):
     x = random(0, rows, 16) / 4
     if api == "nnx":

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import slow
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random_like
@@ -329,7 +330,9 @@ def random_ms(case, plan, scale):
     return unflatten_dict(flat)
 
 
-@pytest.mark.parametrize("seed", range(20), ids="seed-{}".format)
+@pytest.mark.parametrize(
+    "seed", [*range(10), *map(slow, range(10, 20))], ids="seed-{}".format
+)
 def test_refused_by_name_or_as_merged(seed, float64):
     verdict(draw_model(seed, NOT_YET, most=1))
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import close, made_for, random, random_like
 from twins import Twin, nnx_model
 
 import mora_jax
@@ -104,7 +104,7 @@ def test_a_state_is_combined_split_and_masked(case):
 
 def test_linen_takes_what_a_state_holds():
     model = nn.Dense(12)
-    variables = model.init(jax.random.key(0), X)
+    variables = made_for(model, X)
     layer = wrap(linear(), CONFIG)
     set_adapters(layer, jax.tree.map(jnp.ones_like, adapters(layer)))
     state = nnx.state(layer, MoRAParam)

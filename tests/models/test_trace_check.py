@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import close, random, random_like, trained
+from helpers import close, made_for, random, random_like, trained
 from merged import merge_errors
 
 import mora_jax
@@ -385,7 +385,7 @@ class Table(nn.Module):
 def planned_lookup(look_up, mode):
     register_layer(Table, equation=Lookup(mode), kernel="table")
     model = Table(look_up)
-    variables = model.init(KEY, BESIDE)
+    variables = made_for(model, BESIDE)
     return model, variables, linen.plan(model, variables, CONFIG, BESIDE)
 
 
@@ -412,13 +412,23 @@ def test_a_delta_beyond_the_table_is_as_in_the_layer(how):
         return look_up(variables["params"]["table"] + delta_kernel(spec, m), BESIDE)
 
     m, weights = random(2, 4, 4), random(3, *BESIDE.shape, 6)
-    for function in (by_delta, by_row):
-        close(function(m), merged(m), 1e-5)
-        # By two M's, since JAX's own gradient of table[ids] drops what
-        # is beyond the table, where its value is the last row.
-        gradient = jax.grad(lambda m, f=function: jnp.nansum(weights * f(m)))(m)
-        change = jnp.nansum(weights * (merged(2 * m) - merged(m)))
-        close(jnp.vdot(gradient, m), change, 1e-5)
+
+    def derivative(function, m):
+        gradient = jax.grad(lambda m: jnp.nansum(weights * function(m)))(m)
+        return jnp.vdot(gradient, m)
+
+    @jax.jit
+    def run(m):
+        ways = by_delta, by_row
+        outputs = [way(m) for way in ways], merged(m)
+        return *outputs, [derivative(way, m) for way in ways], merged(2 * m)
+
+    ys, y, changes, doubled = run(m)
+    close(ys, [y, y], 1e-5)
+    # By two M's, since JAX's own gradient of table[ids] drops what
+    # is beyond the table, where its value is the last row.
+    change = np.nansum(weights * (doubled - y))
+    close(changes, [change, change], 1e-5)
 
 
 @pytest.mark.parametrize("how", OTHER_ROWS)
@@ -608,7 +618,7 @@ def test_rows_of_a_table_of_three_axes_are_no_kernel():
             return nn.Dense(WIDTH)(table[ids].sum(-2))
 
     model, ids = Model(), jnp.arange(4)
-    variables = model.init(KEY, ids)
+    variables = made_for(model, ids)
     plan = linen.plan(model, variables, MoRAConfig(rank=2), ids)
     assert list(plan) == ["Dense_0/kernel"]
     assert "  table: not multiplied with an input as it is" in str(plan)

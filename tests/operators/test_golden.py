@@ -20,7 +20,14 @@ def relative(got, expected):
     return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer["case"])
+# Each type at half of the sizes, and each size with half of the types.
+FEW = [
+    pytest.param(layer, marks=[] if k % 2 else [pytest.mark.slow])
+    for k, layer in enumerate(LAYERS)
+]
+
+
+@pytest.mark.parametrize("layer", FEW, ids=lambda layer: layer["case"])
 def test_reference_layer(layer):
     case = layer["case"]
     data = {

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from cases import (
     CASES,
+    FEW_CASES,
+    FEW_SIZES,
     by_case,
-    by_few_sizes,
     by_kind,
     by_linear_case,
+    in_turns,
 )
 from helpers import close, random
 from hypothesis import example, given, settings
@@ -115,8 +117,7 @@ def check_maps(case, op: Operator, m, x, delta):
     assert op.isometry == all(np.allclose(gram, eye, atol=1e-6) for gram in grams)
 
 
-@by_case
-@by_few_sizes
+@in_turns("case, size", FEW_CASES, FEW_SIZES, each=2)
 def test_laws(case, size):
     ins, outs, q = size
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q)))

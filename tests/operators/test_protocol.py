@@ -108,13 +108,22 @@ def registered(monkeypatch):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_laws(size):
     op = CASE.make(*size)
-    m, x, indices = random(0, *op.m_shape), random(1, 3, size[0]), jnp.arange(size[0])
+    m, x = random(0, *op.m_shape), random(1, 3, size[0])
     delta = CASE.delta(op, m)
-    y, kept = x @ delta, op.kept(x, m)
-    close((op.apply(m, x), op.tangent(kept, m)), (y, y))
-    close(op.gradient(kept, y), CASE.m_gradient(op, m, x, y))
-    close((op.delta_weight(m), Operator.matrix(op, m)), (delta, delta))
-    close(op.unit_rows(indices, m), delta)
+    y = np.float32(x @ delta)
+
+    @jax.jit
+    def everything(m, x, y):
+        kept = op.kept(x, m)
+        ys = op.apply(m, x), op.tangent(kept, m)
+        rows = op.unit_rows(jnp.arange(size[0]), m)
+        deltas = op.delta_weight(m), Operator.matrix(op, m), rows
+        return ys, op.gradient(kept, y), deltas
+
+    ys, by_m, deltas = everything(m, x, y)
+    close(ys, (y, y))
+    close(by_m, CASE.m_gradient(op, m, x, y))
+    close(deltas, (delta, delta, delta))
 
 
 def results(execution, m, x, kernel, layout=None, dropout=0.0):

@@ -83,19 +83,26 @@ NEEDS = {
 
 
 SLOW = {"checkpoints.md", "many-adapters.md", "quantized.md", "transformers.md"}
+SLOW |= {"coming-from.md", "lora.md", "training.md"}
 """Pages whose blocks take seconds."""
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW))
-        for page in PAGES[1:]
-        if python_blocks(page)
-    ],
-    ids=label,
-)
+def pages(slow):
+    return [p for p in PAGES[1:] if python_blocks(p) and (p.name in SLOW) == slow]
+
+
+@pytest.mark.parametrize("page", pages(slow=False), ids=label)
 def test_code_runs(page, tmp_path):
+    run_page(page, tmp_path)
+
+
+@pytest.mark.slow  # as a whole, so that CI runs each page
+@pytest.mark.parametrize("page", pages(slow=True), ids=label)
+def test_code_that_takes_seconds_runs(page, tmp_path):
+    run_page(page, tmp_path)
+
+
+def run_page(page, directory):
     warns = contextlib.nullcontext()
     if page.name in NEEDS and find_spec(NEEDS[page.name].partition(".")[0]) is None:
         pytest.skip(f"{NEEDS[page.name]} is not installed")
@@ -104,7 +111,7 @@ def test_code_runs(page, tmp_path):
     if page.name in ("gemma.md", "transformers.md"):  # what they import uses old names
         warns = warnings.catch_warnings(action="ignore")
     with warns:
-        run(page, tmp_path)
+        run(page, directory)
 
 
 @pytest.mark.slow  # the next test runs it too, beside the other blocks

@@ -38,7 +38,8 @@ def small(monkeypatch, layers):
     """A small Llama in place of SmolLM2."""
     sizes = {"width": 32, "hidden": 64, "heads": 2, "kv_heads": 1}
     model = Llama(Config(vocab=256, layers=layers, **sizes))
-    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+    params = params["params"]
     base = language.Base(model, params, Bytes())  # type: ignore[arg-type]
     monkeypatch.setattr(language, "base", lambda: base)
     monkeypatch.setattr(language, "definitions", lambda: itertools.repeat("ab" * 99, 2))

@@ -1,11 +1,14 @@
 """The operators under test. A new one is one line here, and inherits every law."""
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
+from _pytest.mark import ParameterSet
 
 from mora_jax import make_operator
 from mora_jax.operators import Operator, Subspace
@@ -152,8 +155,38 @@ LINEAR_KINDS = [p for p in KINDS if p.values[0] in LINEAR]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
 
 
-def _label(case: Case) -> str:
-    return case.label
+def _label(value: Any) -> str:
+    return value.label if isinstance(value, Case) else str(value)
+
+
+def in_turns(
+    names: str, rows: Iterable[Any], columns: Sequence[Any], each: int = 1
+) -> pytest.MarkDecorator:
+    """All pairs, of which a row's are slow but for `each` of the columns, in turn.
+
+    For laws of two parameters that have nothing to do with one another. What is slow
+    by itself, as some of `FEW_CASES` and `FEW_SIZES` are, is slow for this reason too.
+    """
+    pairs, turns = [], collections.Counter()
+    few = [column for column in columns if not _parts(column)[1]]
+    for row in rows:
+        value, marks = _parts(row)
+        first = each * turns[bool(marks)]
+        turns[bool(marks)] += 1
+        turn = [few[(first + k) % len(few)] for k in range(each)]
+        for column in columns:
+            other, more = _parts(column)
+            shown = bool(more) or column in turn
+            marked = [*marks, *more, *_slow(shown)]
+            pairs.append(pytest.param(value, other, marks=marked))
+    return pytest.mark.parametrize(names, pairs, ids=_label)
+
+
+def _parts(parameter: Any) -> tuple[Any, Collection[Any]]:
+    """The one value of a parameter, and its marks."""
+    if isinstance(parameter, ParameterSet):
+        return parameter.values[0], parameter.marks
+    return parameter, ()
 
 
 by_case = pytest.mark.parametrize("case", FEW_CASES, ids=_label)

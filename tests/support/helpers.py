@@ -32,6 +32,11 @@ def random_like(tree: Any, scale: float = 0.3) -> Any:
     return jax.tree.map(like, tree)
 
 
+def made_for(model: Any, *args: Any) -> Any:
+    """Normal numbers as the variables of a Linen model, with nothing to compile."""
+    return random_like(jax.eval_shape(model.init, jax.random.key(0), *args))
+
+
 def trained(plan: Plan, scale: float = 0.3) -> Any:
     """Adapters as after training: far from zero."""
     return random_like(jax.eval_shape(lambda: init(plan)), scale)

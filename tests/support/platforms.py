@@ -2,10 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from mora_jax._jax.platform import chosen_platform
+
+_traced_for: Any = jax.make_user_context("")
+"""A part of the key of all of JAX's caches."""
 
 
 @contextlib.contextmanager
@@ -18,10 +22,9 @@ def as_if_on(platform: str) -> Iterator[None]:
     Args:
       platform: One of `TUNING`.
     """
-    jax.clear_caches()
     token = chosen_platform.set(platform)
     try:
-        yield
+        with _traced_for(platform):
+            yield
     finally:
         chosen_platform.reset(token)
-        jax.clear_caches()

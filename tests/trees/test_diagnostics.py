@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import SIZES, by_case
+from cases import FEW_CASES, SIZES, in_turns
 from helpers import close, random, trained, wide
 
 import mora_jax
@@ -27,9 +27,10 @@ PLAN = mora_jax.plan(PARAMS, CONFIG)
 FEW_SIZES = {(13, 7, 4), (7, 13, 4)}
 
 
-@by_case
-@pytest.mark.parametrize(
-    "size", [size if size in FEW_SIZES else slow(size) for size in SIZES], ids=str
+@in_turns(
+    "case, size",
+    FEW_CASES,
+    [size if size in FEW_SIZES else slow(size) for size in SIZES],
 )
 def test_spectrum(case, size):
     ins, outs, q = size

@@ -85,7 +85,7 @@ FUNCTIONS: Any = {
     and not name.startswith("_")
 }
 FUNCTIONS["inject_hyperparams"] = optax.inject_hyperparams(optax.adamw)
-COMMON = "adafactor adamw clip_by_global_norm lamb lbfgs masked sgd".split()
+COMMON = "adafactor adamw clip_by_global_norm lamb masked sgd".split()
 COMMON = ["inject_hyperparams", *(f"optax.{name}" for name in COMMON)]
 COMMON += [f"optax.contrib.{name}" for name in ("muon", "prodigy", "schedule_free")]
 

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from adapter_files import assert_same
-from cases import by_case, by_few_sizes
+from cases import FEW_CASES, FEW_SIZES, in_turns
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import bare, close, random, random_like
@@ -156,8 +156,7 @@ def test_orbax_saves_and_restores_them_also_onto_another_mesh(tmp_path):
     assert_shardings(onto, places)
 
 
-@by_case
-@by_few_sizes
+@in_turns("case, size", FEW_CASES, FEW_SIZES)
 def test_an_adapter_is_a_function_of_inputs(case, size):
     ins, outs, _ = size
     op = case.make(*size)

@@ -1,5 +1,6 @@
 """A different adapter for each row of a batch, which is as with that one alone."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_kind
+from cases import KINDS, in_turns
 from flax import nnx
-from helpers import bare, close, random, trained
+from helpers import bare, close, made_for, random, trained
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put, shardings
 from platforms import as_if_on
@@ -58,11 +59,11 @@ def assert_rows_are_as_alone(case, tolerance=1e-5, dtype=None):
         own = serving.select(stacked, index)
         return jax.vmap(lambda a, x: case.adapted(params, a, x))(own, x)
 
-    @jax.jit
-    def alone(adapters, params, x):
-        return case.base(params, x), [case.adapted(params, a, x) for a in adapters]
-
-    rows = [alone(adapters, case.params, row) for row in x]
+    alone, base = jax.jit(case.adapted), jax.jit(case.base)
+    rows = [
+        (base(case.params, row), [alone(case.params, a, row) for a in adapters])
+        for row in x
+    ]
     for index in INDICES:
         own = [
             base if k < 0 else each[k]
@@ -108,12 +109,12 @@ class Layers(nn.Module):
         return nn.Dense(36, name="dense")(x)
 
 
-@by_kind
-def test_every_kind_of_operator(case):
+@in_turns("case, platform", KINDS, ["cpu", "tpu"])
+def test_every_kind_of_operator(case, platform):
     """Also as chips compute it, and with the gradients by the slots."""
     settings = {"operator": case.spec, "square_rank": 10, "alpha": 0.5}
     model, ids = Layers(), jnp.arange(12).reshape(4, 3) % 11
-    variables = model.init(jax.random.key(0), ids)
+    variables = made_for(model, ids)
     config = MoRAConfig(targets=".*", **settings)
     plan = linen.plan(model, variables, config, ids)
     assert len(plan) == 3
@@ -125,23 +126,22 @@ def test_every_kind_of_operator(case):
         y = row_by_row(run, stacked, index, ids)
         return jnp.sum(weights[:, None] * y), y
 
-    def loss_alone(adapters):
-        rows = [
-            apply(adapters[k], variables, row[None])[0]
-            if k >= 0
-            else model.apply(variables, row[None])[0]
-            for k, row in zip(index, ids, strict=True)
-        ]
-        return jnp.sum(weights[:, None] * jnp.stack(rows)), jnp.stack(rows)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_alone(adapters, row, weights):
+        y = apply(adapters, variables, row[None])[0]
+        return jnp.sum(weights * y), y
 
-    alone = jax.jit(jax.value_and_grad(loss_alone, has_aux=True))
-    (_, expected), by_m = alone(adapters)
-    by_slots = jax.tree.map(lambda *ms: jnp.stack(ms), *by_m)
-    for platform in ("cpu", "tpu"):
-        with as_if_on(platform):
-            run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-            (_, y), slots = run(stacked)
-        close((y, jax.tree.leaves(slots)), (expected, jax.tree.leaves(by_slots)), 1e-4)
+    alone = jax.jit(loss_alone)
+    by_m = jax.tree.map(jnp.zeros_like, adapters)
+    expected = np.array(model.apply(variables, ids))
+    for b, k in enumerate(index):
+        if k >= 0:
+            (_, expected[b]), own = alone(adapters[k], ids[b], weights[b])
+            by_m[k] = jax.tree.map(jnp.add, by_m[k], own)
+    by_slots = serving.stack(by_m)
+    with as_if_on(platform) if platform != "cpu" else contextlib.nullcontext():
+        (_, y), slots = jax.jit(jax.value_and_grad(loss, has_aux=True))(stacked)
+    close((y, jax.tree.leaves(slots)), (expected, jax.tree.leaves(by_slots)), 1e-4)
 
 
 ROWS, TOKENS, INS, OUTS = 3, 640, 24, 36
@@ -164,15 +164,12 @@ def programs_of(execution, operator="rotation"):
     def loss(slots, x):
         return jnp.sum(jnp.tanh(mapped(slots, x)))
 
-    def text(function, *args):
-        return jax.jit(function).lower(*args).as_text()
-
+    one, many = jax.jit(run).lower(adapters[0], x), jax.jit(mapped).lower(slots, x)
+    gradient = jax.jit(jax.grad(loss, (0, 1))).lower(slots, x)
     return (
-        text(run, adapters[0], x),
-        text(mapped, slots, x),
-        text(jax.grad(loss, (0, 1)), slots, x),
-        mapped(slots, x),
-        jax.tree.leaves(jax.grad(loss, (0, 1))(slots, x)),
+        *(lowered.as_text() for lowered in (one, many, gradient)),
+        many.compile()(slots, x),
+        jax.tree.leaves(gradient.compile()(slots, x)),
     )
 
 
