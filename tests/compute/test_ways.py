@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import CASES, FEW_CASES, KINDS, by_kind, in_turns
+from cases import CASES, KINDS, by_case, by_kind, in_turns
 from flax import nnx
 from helpers import close, made_for, random, trained
 from jax.test_util import check_grads
@@ -30,7 +30,7 @@ WAYS = ("activation", "fold")
 # with fewer rows than q and with more.
 SIZES = (24, 10, 10, 3), (7, 13, 4, 9), (13, 7, 4, 3), (12, 12, 6, 9)
 FEW = {("activation", SIZES[0]), ("fold", SIZES[0])}
-RUNS = [run if run in FEW else slow(run) for run in itertools.product(WAYS, SIZES)]
+RUNS = [run if run in FEW else slow(*run) for run in itertools.product(WAYS, SIZES)]
 
 
 def make(case, ins, outs, q, way, dtype=float, bias=None):
@@ -51,16 +51,16 @@ def merged_loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(x @ kernel + frozen.bias))
 
 
-@in_turns("case, run", FEW_CASES, RUNS)
-def test_oracle(case, run, float64):
+@by_case
+@pytest.mark.parametrize(("way", "size"), RUNS, ids=str)
+def test_oracle(case, way, size, float64):
     """The output and all derivatives, adapted and merged; one compilation serves."""
-    way, size = run
     ins, outs, q, rows = size
     q -= q % (2 if case.even else 1)
     x, traces = random(2, rows, ins, dtype=float), []
 
     @jax.jit
-    def results(m, frozen, x):
+    def run(m, frozen, x):
         traces.append(None)
         args, by = (m, frozen.kernel, x, frozen), (0, 1, 2)
         derivatives = jax.grad(loss, by)(*args), jax.grad(merged_loss, by)(*args)
@@ -75,7 +75,7 @@ def test_oracle(case, run, float64):
         by_y = np.cos(y)
         by_m = ALPHA * case.m_gradient(frozen.operator, m, x, by_y)
         derivatives = by_m, x.T @ by_y, by_y @ kernel.T
-        close(results(m, frozen, x), (y, derivatives, derivatives))
+        close(run(m, frozen, x), (y, derivatives, derivatives))
     assert len(traces) == 1
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import CASES, by_case
+from cases import CASES, by_case, in_turns
 from helpers import close, largest, random, random_like, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,11 +95,15 @@ def test_arguments_are_not_constants(case):
     assert not [const for const in jaxpr.consts if np.size(const) >= 12]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("m_dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("execution", ["activation", "fold"])
-def test_dtypes(dtype, m_dtype, execution, float64):
+M_DTYPES = itertools.product(["bfloat16", "float32", "float64"], ["activation", "fold"])
+
+
+@in_turns(
+    "dtype, other", ["bfloat16", "float16", "float32", "float64"], [*M_DTYPES], each=3
+)
+def test_dtypes(dtype, other, float64):
     """The sum keeps the base output's dtype, the gradient M's, whatever both are."""
+    m_dtype, execution = other
     settings = {"param_dtype": m_dtype, "execution": execution}
     config = MoRAConfig(rank=2, operator="rotation", **settings)
     kernel, x = random(0, 12, 10).astype(dtype), random(1, 3, 12).astype(dtype)

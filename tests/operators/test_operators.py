@@ -12,6 +12,7 @@ from cases import (
     CASES,
     FEW_CASES,
     FEW_SIZES,
+    KINDS,
     by_case,
     by_kind,
     by_linear_case,
@@ -227,8 +228,7 @@ def test_pytree(case):
         op.square_rank = 3
 
 
-@by_kind
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@in_turns("case, dtype", KINDS, ["bfloat16", "float16", "float32", "float64"])
 def test_dtypes(case, dtype, float64):
     """The dtype of the input is that of the result, to that dtype's accuracy."""
     op = case.make(12, 20, fit(case, 12, 20, 6))
