@@ -20,6 +20,8 @@ FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+# LAPACK of JAX, which is SciPy's: its second thread would wait by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Annotations of shapes are checked while tests run; pyright knows the others. Not in
 # linen: MoRADense inherits fields of nn.Dense whose annotations beartype cannot check.
