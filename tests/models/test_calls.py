@@ -291,7 +291,7 @@ def test_layers_may_be_mapped_over_any_axis(axis):
     plan = mora_nnx.plan(twin, CONFIG, x)
     assert not plan.unproven
     adapted = mora_nnx.wrap(twin, plan)
-    assert (adapted(x) == twin(x)).all()
+    close(adapted(x), twin(x))
     mora_nnx.set_adapters(adapted, trained(plan))
     close(adapted(x), mora_nnx.merge_adapters(adapted)(x))
 
