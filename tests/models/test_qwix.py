@@ -280,12 +280,12 @@ def test_merging_keeps_what_has_no_adapter():
     ]
     model = nn.Sequential([nn.Dense(16), nn.Dense(16)])
     adapted, x = qwix.apply_lora_to_model(model, MoRAProvider(rules)), random(1, 2, 16)
-    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+    base, adapters = mora_jax.split(jax.jit(adapted.init)(KEY, x)["params"])
     adapters = random_like(adapters)
     assert list(plan_of(adapted, x)) == ["layers_1/kernel"]
     plain = merge(base, adapters)
-    y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
-    close(model.apply({"params": plain}, x), y)
+    y = jax.jit(adapted.apply)({"params": mora_jax.combine(base, adapters)}, x)
+    close(jax.jit(model.apply)({"params": plain}, x), y)
 
 
 class Scanned(nn.Module):
@@ -625,9 +625,10 @@ def test_each_row_of_a_batch_has_its_own_adapter(api):
     provider = MoRAProvider(module_path=".*", square_rank=4, **INT8)
     if api == "linen":
         model = qwix.apply_lora_to_model(nn.Dense(24), provider)
-        base, _ = mora_jax.split(model.init(KEY, x)["params"])
+        base, _ = mora_jax.split(jax.jit(model.init)(KEY, x)["params"])
         plan = plan_of(model, x)
 
+        @jax.jit
         def apply(adapters, x):
             return model.apply({"params": mora_jax.combine(base, adapters)}, x)
 
@@ -636,6 +637,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(api):
         model = qwix.apply_lora_to_model(plain, provider, x, rngs=rngs)
         plan = mora.plan_of(model)
 
+        @jax.jit
         def apply(adapters, x):
             own = nnx.clone(model)
             mora.set_adapters(own, adapters)
