@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import assert_same, flatten, unflatten
+from cases import in_turns
 from helpers import close, random, random_like
 from safetensors.numpy import load_file, save_file
 
@@ -103,9 +104,7 @@ def adapted(params, operator="signed_decoupling"):
         return load(directory)
 
 
-by_layout = pytest.mark.parametrize(
-    ("names", "fused"), [("tunix", False), ("tunix", True), ("gm", False)]
-)
+LAYOUTS = [("tunix", False), ("tunix", True), ("gm", False)]
 
 
 @pytest.fixture
@@ -114,10 +113,10 @@ def base(tmp_path):
     return tmp_path / "base/model.safetensors"
 
 
-@by_layout
-@pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
-def test_merged_files_are_the_merged_model(tmp_path, base, names, fused, dtype):
+@in_turns("layout, dtype", LAYOUTS, ["bfloat16", "float32"])
+def test_merged_files_are_the_merged_model(tmp_path, base, layout, dtype):
     """Bit for bit, dither included; each way reads its base by the same names."""
+    (names, fused), dtype = layout, jnp.dtype(dtype)
     state = torch_state(dtype, fused)
     save_file(state, base)
     params = in_flax(state, names, fused)
@@ -133,9 +132,9 @@ def test_merged_files_are_the_merged_model(tmp_path, base, names, fused, dtype):
         assert_same(merged, expected)
 
 
-@by_layout
-@pytest.mark.parametrize("operator", ["sharing", "signed_decoupling"])
-def test_each_module_is_a_lora_of_its_outputs(tmp_path, names, fused, operator):
+@in_turns("layout, operator", LAYOUTS, ["sharing", "signed_decoupling"])
+def test_each_module_is_a_lora_of_its_outputs(tmp_path, layout, operator):
+    names, fused = layout
     params = in_flax(torch_state("float32", fused), names, fused)
     adapters = adapted(params, operator)
     rank = None if operator == "sharing" else 64

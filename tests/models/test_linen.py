@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapter_files import slow
 from helpers import bare, close, largest, random_like, trained
 from twins import CONFIG, STACK, TWINS, LinenMethods, X
 
@@ -457,7 +458,9 @@ LIFTS = {
 }
 
 
-@pytest.mark.parametrize("how", LIFTS)
+@pytest.mark.parametrize(
+    "how", [slow("scan"), "scan of remat", "scan of jit", slow("vmap"), "vmap of scan"]
+)
 def test_moradense_in_lifted_layers_is_merged_by_what_it_holds(how):
     """Their specs are of one layer, their M's of the stack, and no plan is known."""
     model = LIFTS[how](lambda: MoRADense(12, config=CONFIG, name="fc"))

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_kind, in_turns
+from cases import KINDS, in_turns
 from flax import nnx
 from helpers import close, largest, random_like, trained, wide
 from programs import plan_of, results, shapes_of
@@ -148,8 +148,7 @@ def test_compiled_and_not_give_the_same(name, api):
     close(case.adapted(case.params, case.adapters, case.x), compiled)
 
 
-@pytest.mark.parametrize("name", ["groups", "t-kernel"])
-@by_kind
+@in_turns("case, name", KINDS, ["groups", "t-kernel"])
 def test_merged_is_adapted_for_every_kind_of_operator(name, case):
     operator = tuple(case.spec.items())
     assert_merged_is_adapted(results(name, "linen", operator))

@@ -257,13 +257,22 @@ def test_plans_and_files_are_those_of_wrap(api, tmp_path):
         merge(other, loaded, any_base=True)
 
 
-@pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("types", ["none", "int8", "nf4"])
-@pytest.mark.parametrize(
-    "name, operator",
-    [("heads", "rotation"), ("dense", "rotation"), ("dense", "low_rank")],
+@in_turns(
+    "case, types",
+    [
+        (name, operator, api)
+        for name, operator in [
+            ("heads", "rotation"),
+            ("dense", "rotation"),
+            ("dense", "low_rank"),
+        ]
+        for api in APIS
+    ],
+    ["int8", "nf4", "none"],
+    each=2,
 )
-def test_merged_kernels(name, operator, types, api):
+def test_merged_kernels(case, types):
+    name, operator, api = case
     layer = LAYERS[name]
     adapted = Adapted(api, layer, operator=operator, **TYPES[types])
     adapters = random_like(adapted.adapters)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from adapter_files import assert_same
+from adapter_files import assert_same, slow
 from cases import FEW_CASES, FEW_SIZES, in_turns
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -266,7 +266,13 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("config", OTHERS, ids=lambda config: str(config.operator))
+def operator_of(config):
+    return config.operator
+
+
+@pytest.mark.parametrize(
+    "config", [OTHERS[0], *map(slow, OTHERS[1:3]), OTHERS[3]], ids=operator_of
+)
 def test_a_wrapped_model_computes_what_the_given_adapters_say(config):
     """With other operators, ranks and factors at the same kernels; compiled, too."""
     apply = linen.wrap(MODEL, linen.plan(MODEL, VARIABLES, GIVEN, X))
@@ -291,7 +297,7 @@ class Nnx(nnx.Module):
         return self.b(nnx.tanh(self.a(x)))
 
 
-@pytest.mark.parametrize("config", OTHERS[:3], ids=lambda config: str(config.operator))
+@pytest.mark.parametrize("config", [slow(OTHERS[0]), *OTHERS[1:3]], ids=operator_of)
 def test_a_wrapped_model_of_nnx_computes_what_it_is_given(config):
     base = Nnx()
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
