@@ -34,10 +34,9 @@ from mora_jax._tree.plan import LeftOut, Plan
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """Choose the kernels to adapt, and an operator and square rank for each.
 
-    The plan goes by names and shapes alone: a kernel of two axes is (in, out), or as
-    the shape of GPT-2's c_attn tells for GPT-2's names, and Flax's attention kernels of
-    three axes are known by name. `linen.plan` and
-    `nnx.plan` ask the model itself.
+    The plan goes by names and shapes alone: a kernel of two axes is (in, out), one of
+    GPT-2's names as the shape of its c_attn tells, and Flax's attention kernels of
+    three axes are known by name. `linen.plan` and `nnx.plan` ask the model itself.
 
     Args:
       params_or_shapes: The model's params, any pytree of arrays, or its

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import re
 import time
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -70,7 +71,7 @@ class Proofs:
         try:
             known, like = self.found.setdefault(content(model), {}), content(call)
             why = known.get(like)
-        except (Incomparable, TypeError):  # or it cannot be hashed
+        except (Incomparable, TypeError, ValueError):  # no hash, or an empty cell
             known, like, why = {}, None, None
         if is_new := why is None:
             start = time.perf_counter()
@@ -161,10 +162,9 @@ def _readers(kind: type) -> tuple[Whole | None, Parts]:
         return lambda value: (kind, value), iter
     if issubclass(kind, float | complex):  # NaN is not equal to itself, -0.0 is to 0.0
         return lambda value: (kind, repr(value)), iter
-    if issubclass(kind, _ARRAYS):
-        return lambda array: (*_shaped(array), getattr(array, "weak_type", None)), iter
-    if issubclass(kind, np.ndarray):
-        return lambda array: (kind, *_shaped(array)), iter
+    if issubclass(kind, (*_ARRAYS, np.ndarray)):
+        own = kind if issubclass(kind, np.ndarray) else jax.Array
+        return lambda x: (own, x.shape, x.dtype, getattr(x, "weak_type", None)), iter
     if issubclass(kind, set | frozenset):
         return lambda values: (kind, frozenset(map(content, values))), iter
     if issubclass(kind, np.generic):
@@ -173,42 +173,47 @@ def _readers(kind: type) -> tuple[Whole | None, Parts]:
         if issubclass(kind, known):
             return None, parts
     if dataclasses.is_dataclass(kind):
-        has_slots = "__slots__" in vars(kind) or issubclass(kind, nn.Module)
-        return None, _fields(kind) if has_slots else lambda value: [vars(value)]
+        return None, _fields(kind)
     if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
         return lambda value: (kind, value), iter
     return None, _parts_of_object
 
 
-def _shaped(array: Any) -> tuple[Any, ...]:
-    return array.shape, array.dtype
+@functools.cache  # models have few classes, and calls wait for this
+def _seen(names: tuple[str, ...]) -> list[str]:
+    # Adapters may differ: a proof is about kernels. NNX notes the running trace.
+    hidden = re.compile(rf"_pytree_.*|_object_.*|.*{SUFFIX}")
+    return [name for name in names if not hidden.fullmatch(name)]
 
 
 def _parts_of_nnx(value: Any) -> Iterable[Any]:
-    # Adapters may differ: a proof is about kernels. NNX notes the running trace.
-    held, own = vars(value), ("_pytree_", "_object_")
-    names = [name for name in held if name[-5:] != SUFFIX and name[:8] not in own]
+    held = vars(value)
+    names = _seen((*held,))
     return " ".join(names), *map(held.__getitem__, names)
 
 
+def _parts_of_variable(variable: nnx.Variable[Any]) -> Iterable[Any]:
+    metadata = variable.get_metadata()
+    return variable.get_raw_value(), " ".join(metadata), *metadata.values()
+
+
 def _fields(kind: Any) -> Parts:
-    """A function of a dataclass to its fields; a Linen module knows its caller, too."""
-    own = ("parent",) if issubclass(kind, nn.Module) else ()
-    names = [name for f in dataclasses.fields(kind) if (name := f.name) not in own]
+    """A function of a dataclass to its fields, and what else an object of it holds."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if issubclass(kind, nn.Module):  # frozen; what else it holds is of the running call
+        names.remove("parent")
+    else:
+        in_slots = types.MemberDescriptorType
+        names = [name for name in names if isinstance(getattr(kind, name, 0), in_slots)]
+        names += ["__dict__"] if kind.__dictoffset__ else []
     return lambda value: [getattr(value, name) for name in names]
 
 
 def _parts_of_function(function: types.FunctionType) -> Iterable[Any]:
     # A lambda is another object each time. Its globals are not looked at.
     own = function.__module__, function.__defaults__, function.__kwdefaults__
-    return function.__code__, *own, *(function.__closure__ or ())
-
-
-def _parts_of_cell(cell: types.CellType) -> Iterable[Any]:
-    try:
-        return [cell.cell_contents]
-    except ValueError:  # it is empty
-        return []
+    more = filter(None, [vars(function)])
+    return function.__code__, *own, *more, *(function.__closure__ or ())
 
 
 def _parts_of_object(value: Any) -> Iterable[Any]:
@@ -227,9 +232,9 @@ _PARTS: dict[Any, Parts] = {
     types.FunctionType: _parts_of_function,
     types.MethodType: lambda method: (method.__func__, method.__self__),
     types.BuiltinFunctionType: lambda method: (method.__name__, method.__self__),
-    types.CellType: _parts_of_cell,
+    types.CellType: lambda cell: [cell.cell_contents],
     functools.partial: lambda call: (call.func, call.args, call.keywords),
-    nnx.Variable: lambda variable: [variable.get_raw_value()],
+    nnx.Variable: _parts_of_variable,
     nnx.Pytree: _parts_of_nnx,
 }
 """{type: function of a value to its parts}."""

@@ -115,9 +115,8 @@ def set_class(module: nnx.Module, cls: type) -> None:
 def detached(model: Model) -> Model:
     """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
-    for module, (*_, name), value in attributes(
-        model, MoRAParam | nnx.Dropout | Proofs
-    ):
+    kinds = MoRAParam | nnx.Dropout | Proofs
+    for module, (*_, name), value in attributes(model, kinds):
         if isinstance(value, TrainedParam):
             setattr(module, name, value.plain())
         elif isinstance(value, MoRAParam) or name in (DROPOUT, PROOFS):

@@ -49,6 +49,19 @@ class SettingsInSlots:
     flag: object
 
 
+@dataclasses.dataclass
+class HalfInSlots(SettingsInSlots):
+    """It has attributes, and a base whose field is none of them."""
+
+
+def marked(flag):
+    def function():
+        return None
+
+    function.flag = flag
+    return function
+
+
 class ItsMora:
     """Its attribute is called as ours are."""
 
@@ -108,6 +121,8 @@ KINDS = {
     ),
     "a record": ((Settings(0), Settings(1)), lambda r: r.flag),
     "slots": ((SettingsInSlots(0), SettingsInSlots(1)), lambda r: r.flag),
+    "half in slots": ((HalfInSlots(0), HalfInSlots(1)), lambda r: r.flag),
+    "an attribute": ((marked(0), marked(1)), lambda function: function.flag),
     "a name": ((ItsMora(0), ItsMora(1)), lambda r: r.use_mora),
     "an object": ((Plain(0), Plain(1)), lambda r: r.flag),
     "the same object": (mutated(), lambda r: r.flag),
@@ -260,6 +275,29 @@ def test_a_method_is_its_code_and_all_it_holds():
     apply(adapters, variables, X, method=method(False))
     with pytest.raises(ValueError, match=OUTSIDE):
         apply(adapters, variables, X, method=method(True))
+
+
+@pytest.mark.parametrize("what", ["dtype", "metadata"])
+def test_other_variables_are_another_model(what):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            y, kernel = self.fc(x), self.fc.kernel
+            reads = kernel.dtype == jnp.bfloat16 or "tag" in kernel.get_metadata()
+            return y + kernel[...].sum() if reads else y
+
+    model = mora_nnx.wrap(Model(), CONFIG)
+    model(X)
+    if what == "dtype":
+        params = nnx.state(model, nnx.Param)
+        half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+        nnx.update(model, half)
+    else:
+        model.fc.kernel.set_metadata(tag=1)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        model(X)
 
 
 # --- What was checked ---
