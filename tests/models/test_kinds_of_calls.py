@@ -58,7 +58,7 @@ def marked(flag):
     def function():
         return None
 
-    function.flag = flag
+    vars(function)["flag"] = flag
     return function
 
 
