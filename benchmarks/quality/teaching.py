@@ -33,6 +33,7 @@ METHODS = {
     "lora": 1e-3,
     "lora+": 1e-4,
     "rotation": 1e-4,
+    "block_diagonal": 5e-5,
     "signed_decoupling": 1e-4,
     "decoupling": 1e-4,
     "signed_sharing": 1e-4,

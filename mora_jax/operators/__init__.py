@@ -4,6 +4,7 @@ from mora_jax.operators._base import Operator as Operator
 from mora_jax.operators._registry import OPERATORS as OPERATORS
 from mora_jax.operators._registry import make_operator as make_operator
 from mora_jax.operators._registry import square_rank as square_rank
+from mora_jax.operators.block_diagonal import BlockDiagonal as BlockDiagonal
 from mora_jax.operators.decoupling import Decoupling as Decoupling
 from mora_jax.operators.decoupling import SignedDecoupling as SignedDecoupling
 from mora_jax.operators.hadamard import Hadamard as Hadamard
@@ -29,6 +30,7 @@ OPERATORS.update(
         Orthogonal,
         Hadamard,
         Permutation,
+        BlockDiagonal,
         LowRank,
     )
 )

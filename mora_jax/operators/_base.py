@@ -134,9 +134,9 @@ class Operator(DeltaMap):
     """The names of the fields that hold arrays."""
     given: ClassVar[bool] = False
     """True if the arrays are given, not determined by settings; it has a `digest`."""
-    tiles: ClassVar[bool] = False
-    """True if C and D cut features into pieces of q; the last one may be short. Without
-    it q may not exceed `min(in_features, out_features)`."""
+    bounded: ClassVar[bool] = True
+    """False if `square_rank` may exceed `min(in_features, out_features)`, as where C
+    and D cut features into pieces of q, and the last one may be short."""
     q_multiple_of: ClassVar[int] = 1
     """A divisor of q."""
     work: ClassVar[Work] = "products"
@@ -152,7 +152,7 @@ class Operator(DeltaMap):
         for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
-        if self.square and not self.tiles and q > limit:
+        if self.bounded and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
@@ -231,7 +231,7 @@ class Operator(DeltaMap):
             return _zeros(shape, dtype)
         if key is None:
             raise ValueError(f"init={init!r} needs a key, got None")
-        return _normal(key, shape, dtype) / math.sqrt(self.square_rank)
+        return _normal(key, shape, dtype) / math.sqrt(self.m_shape[-1])
 
     def scaled(self, m: Any, factor: Any) -> Any:
         """Trained array that stands for `factor` times the delta of `m`."""
@@ -288,7 +288,8 @@ class Operator(DeltaMap):
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
-        return self._decompress(check_array("h", h, self.compressed_shape))
+        blocks = self.compressed_shape[:-1]
+        return self._decompress(check_array("h", h, (*blocks, self.m_shape[-1])))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""

@@ -102,7 +102,7 @@ def square_rank(
         return q
     q = min(q, in_features, out_features)
     if multiple_of is None:
-        common = math.gcd(in_features, out_features) if cls.tiles else 0
+        common = 0 if cls.bounded else math.gcd(in_features, out_features)
         if fitting := _fitting(q, common):
             return fitting
         multiple_of = 8 if q >= 64 else 1  # it costs at most a tenth of q

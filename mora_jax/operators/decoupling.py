@@ -69,7 +69,7 @@ class Decoupling(Operator):
     name = "decoupling"
     work = "blocks"
     block = True
-    tiles = True
+    bounded = False
 
     @property
     def compressed_shape(self) -> Shape:

@@ -46,6 +46,7 @@ class LowRank(Operator):
     name = "low_rank"
     linear = False
     square = False
+    bounded = False
     work = "factors"
 
     @classmethod

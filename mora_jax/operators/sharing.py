@@ -51,7 +51,7 @@ class Sharing(Operator):
 
     name = "sharing"
     work = "sums"
-    tiles = True
+    bounded = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
