@@ -8,7 +8,9 @@ On a TPU an array is stored as tiles of 8 rows and 128 features. A slice of whol
 costs nothing, while an array of blocks, (rows, n, q), is written once more. So blocks
 are cut from x, and M is rotated by R_k instead of each block of x: x_k (R_k M) = (x_k
 R_k) M. The gradient of M, the sum of R_k^T (x_k^T g_k), then takes n products of
-slices; on a GPU these are one product with an axis of blocks.
+slices; on a GPU these are one product with an axis of blocks. Blocks that have an M
+each and are narrower than a tile are put together, with zeros between them: a TPU
+multiplies whole tiles anyway.
 """
 
 import dataclasses
@@ -20,12 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._jax.linear_algebra import transposed, zeros_for
+from mora_jax._common.types import Shape
+from mora_jax._jax.linear_algebra import matmul, transposed, zeros_for
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh.parts import BlockPart, OperatorPart, whole
+from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
+from mora_jax.operators._registry import LANES
+from mora_jax.operators.block_diagonal import BlockDiagonal
 from mora_jax.operators.decoupling import Decoupling, divide
 from mora_jax.operators.low_rank import LowRank
 
@@ -41,14 +46,18 @@ UNROLLED_PRODUCTS = 8
 THIN = 16
 
 
+InBlocks = Decoupling | BlockDiagonal
+
+
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
-    aligned = isinstance(op, Decoupling) and op.aligned
-    if aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES:
-        if current_chip() == "tpu":
-            return BlockMap(op, _sliced_rows, _sliced_products)
-        if current_chip() == "gpu" and op.compressed_shape[0] == op.num_groups:
-            return BlockMap(op, type(op).rows, _batched_products)
+    if not _in_blocks(op):
+        return op
+    n, chip = _blocks_shape(op)[0], current_chip()
+    if chip == "tpu" and n <= MAX_UNROLLED_SLICES:
+        return BlockMap(op, _sliced_rows, _sliced_products)
+    if chip == "gpu" and n <= MAX_UNROLLED_SLICES and n == _groups(op):
+        return BlockMap(op, type(op).rows, _batched_products)
     return op
 
 
@@ -69,8 +78,11 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
-    if current_chip() == "tpu" and isinstance(part, BlockPart):
-        return _add_copies(part, m, kernel)
+    if current_chip() == "tpu" and isinstance(part, BlockPart | DiagonalPart):
+        here = part.in_features, part.out_features
+        sizes = zip(here, _blocks_shape(part.operator)[1:], strict=True)
+        if all(a % b == 0 or b % a == 0 for a, b in sizes):
+            return _add_copies(part, m, kernel)
     start, is_whole = (part.in_start, part.out_start), part.is_whole
     delta = matrix_of(part.operator if is_whole else part, m)
     return add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
@@ -78,12 +90,40 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def folds_in_place(op: Any) -> bool:
     """True if `add` changes blocks of the kernel, and copies the rest of it."""
-    return current_chip() == "tpu" and isinstance(op, Decoupling) and op.aligned
+    return current_chip() == "tpu" and _in_blocks(op)
 
 
-def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
-    rotated = op.rotate_m(m)  # R_k M for all blocks, (n, q, q)
-    return jnp.broadcast_to(rotated, (op.compressed_shape[0], *rotated.shape[1:]))
+def _in_blocks(op: Any) -> bool:
+    """True if the delta is made of blocks that are slices of features."""
+    return isinstance(op, InBlocks) and op.aligned
+
+
+def _groups(op: InBlocks) -> int:
+    """Number of the groups of blocks whose products are summed."""
+    return op.num_groups if isinstance(op, Decoupling) else _blocks_shape(op)[0]
+
+
+def _blocks_shape(op: InBlocks) -> Shape:
+    """Shape of `_blocks`."""
+    if isinstance(op, Decoupling):
+        return op.compressed_shape[0], op.square_rank, op.square_rank
+    n, p, s = op.m_shape
+    if current_chip() != "tpu":
+        return op.m_shape
+    # The fewest blocks that fill a tile, and are whole tiles on both sides if may be.
+    counts = [t for t in range(1, n + 1) if n % t == 0 and t * p >= LANES] or [n]
+    t = min(counts, key=lambda t: (bool(t * p % LANES) + bool(t * s % LANES), t))
+    return n // t, t * p, t * s
+
+
+def _blocks(op: InBlocks, m: jax.Array) -> jax.Array:
+    """What multiplies each slice of x: R_k M, or several M's with zeros between."""
+    (n, p, s), one = _blocks_shape(op), m.shape[-2:]
+    if isinstance(op, Decoupling):
+        return jnp.broadcast_to(op.rotate_m(m), (n, p, s))
+    t = p // one[0]
+    apart = jnp.eye(t, dtype=m.dtype)[:, None, :, None]
+    return (m.reshape(n, t, one[0], 1, one[1]) * apart).reshape(n, p, s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,52 +155,53 @@ class BlockMap(DeltaMap):
         self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
     ) -> jax.Array:
         products = self.products_of(self.op, kept, g, shards, precision)
-        rotated = functools.partial(_rotated_m, self.op)
-        unrotate = functools.partial(transposed, rotated, self.op.m_shape)
-        return jax.vmap(unrotate, in_axes=1)(products).sum(0).astype(g.dtype)
+        blocks = functools.partial(_blocks, self.op)
+        of_m = functools.partial(transposed, blocks, self.op.m_shape)
+        return jax.vmap(of_m, in_axes=1)(products).sum(0).astype(g.dtype)
 
 
 def _sliced_rows(
-    op: Decoupling, x: jax.Array, m: jax.Array, precision: Precision
+    op: InBlocks, x: jax.Array, m: jax.Array, precision: Precision
 ) -> jax.Array:
     """The form for TPUs: a product for each slice of x."""
-    rotated, q = _rotated_m(op, m), op.square_rank
-    blocks = jax.lax.split(x, (q,) * len(rotated), axis=-1)
-    groups: list[Any] = [None] * op.num_groups
-    for k, block in enumerate(blocks):
-        h, group = op.product(block, rotated[k], precision), k % op.num_groups
+    factors = _blocks(op, m)
+    slices = jax.lax.split(x, factors.shape[1:2] * len(factors), axis=-1)
+    groups: list[Any] = [None] * _groups(op)
+    for k, block in enumerate(slices):
+        h, group = matmul(block, factors[k], precision), k % len(groups)
         groups[group] = h if groups[group] is None else groups[group] + h
     return tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
 
 
 def _sliced_products(
-    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The same for products of a slice of x and one of the gradient."""
-    n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
-    y = sum_tiles(g, groups * q)
+    (n, p, s), groups = _blocks_shape(op), _groups(op)
+    y = sum_tiles(g, groups * s)
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
 
     def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
         # Unsigned, or XLA would not see that the slices are whole tiles.
         k = k.astype(jnp.uint32)
-        h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
-        back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
+        h = jax.lax.dynamic_slice_in_dim(x, k * p, p, axis=2)
+        back = jax.lax.dynamic_slice_in_dim(y, k % groups * s, s, axis=2)
         gradient = _products_of_rows(h, back, ((0,), (0,)), precision)
         return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
     # A loop, since XLA takes as long for n products as for n layers.
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    products = zeros_for((n, shards, q, q), wide, x, y)
+    products = zeros_for((n, shards, p, s), wide, x, y)
     return jax.lax.fori_loop(0, n, put_product, products, unroll=UNROLLED_PRODUCTS)
 
 
 def _batched_products(
-    op: Decoupling, x: jax.Array, g: jax.Array, shards: int, precision: Precision
+    op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The form for GPUs: one product with an axis of blocks."""
-    blocks = x, sum_tiles(g, x.shape[-1])
-    h, back = (a.reshape(shards, -1, *op.compressed_shape) for a in blocks)
+    n, p, s = _blocks_shape(op)
+    h, back = x.reshape(shards, -1, n, p), sum_tiles(g, n * s)
+    back = back.reshape(shards, -1, n, s)
     return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
 
@@ -174,19 +215,23 @@ def _products_of_rows(
     )
 
 
-def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
+def _add_copies(
+    part: BlockPart | DiagonalPart, m: jax.Array, kernel: jax.Array
+) -> jax.Array:
     """The kernel with the copies of M added one after another, in place."""
     # The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
     # where the product that follows reads it. A device has whole blocks, or a part of
     # one. It goes through its blocks of that side which has more of them in the whole
     # kernel; each meets one block of the other side, and adds zeros if that is away.
-    op, q = part.operator, part.operator.square_rank
-    n, p = op.compressed_shape[0], op.num_out_blocks
-    ins, outs = min(q, part.in_features), min(q, part.out_features)
+    op, (n, rows, columns) = part.operator, _blocks_shape(part.operator)
+    p = op.out_features // columns
+    ins, outs = min(rows, part.in_features), min(columns, part.out_features)
     starts = part.in_start.astype(jnp.uint32), part.out_start.astype(jnp.uint32)
-    (first_in, row_in_m), (first_out, column_in_m) = (divide(s, q) for s in starts)
-    rotated = jax.lax.dynamic_slice(
-        _rotated_m(op, m), (np.uint32(0), row_in_m, column_in_m), (n, ins, outs)
+    (first_in, row_in_m), (first_out, column_in_m) = map(
+        divide, starts, (rows, columns)
+    )
+    blocks = jax.lax.dynamic_slice(
+        _blocks(op, m), (np.uint32(0), row_in_m, column_in_m), (n, ins, outs)
     )
     here_in, here_out = part.in_features // ins, part.out_features // outs
 
@@ -205,7 +250,7 @@ def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
         # Of a whole kernel each block comes once. XLA keeps an array more for `folded`.
         source = kernel if part.is_whole else folded
         block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
-        copy = jax.lax.dynamic_index_in_dim(rotated, block_in, keepdims=False)
+        copy = jax.lax.dynamic_index_in_dim(blocks, block_in, keepdims=False)
         start = starts[0] + row, starts[1] + column
         block = add_rounded(
             block, jnp.where(is_here, copy, 0), "io", kernel.dtype, "dither", start

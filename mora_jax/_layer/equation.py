@@ -17,6 +17,7 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -113,7 +114,9 @@ class Delta(KernelDelta):
         if (got := jnp.shape(m)) != expected:
             many = many_if(got, expected)
             raise ValueError(f"M must have shape {expected}, got {got}{many}")
-        m = scaled_m(spec, m, dtype, x)
+        features = spec.layout and spec.layout.for_activations(axes, shape)
+        split = OnMesh(spec.operator, features).m_spec if features else ()
+        m = scaled_m(spec, m, dtype, x, split)
         return cls(spec.operator, m, shape, axes, precision, spec.layout)
 
     def rows(self, x: jax.Array) -> jax.Array:
@@ -206,17 +209,19 @@ def scaled_m(
     m: ArrayLike,
     dtype: DTypeLike | None = None,
     x: jax.Array | None = None,
+    split: Iterable[Any] = (),
 ) -> jax.Array:
     """The trained array of alpha times the delta, in `dtype` or its own."""
-    # It is replicated over the devices that the layer's input `x` is on. The factor is
-    # not rounded where the layer is wider than M.
+    # It is replicated over the devices that the layer's input `x` is on, but for a
+    # `split` of blocks. The factor is not rounded where the layer is wider than M.
     m = jnp.asarray(m)
     wide = m.dtype if dtype is None else jnp.promote_types(m.dtype, dtype)
     scaled = spec.operator.scaled(m.astype(wide), spec.factor)
     scaled = scaled if dtype is None else scaled.astype(dtype)
     if x is None:
         return scaled
-    return placement.gather_m(scaled, spec.layout, x, len(spec.operator.m_shape))
+    ndim = len(spec.operator.m_shape)
+    return placement.gather_m(scaled, spec.layout, x, ndim, split)
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:

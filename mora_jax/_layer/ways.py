@@ -40,7 +40,7 @@ from mora_jax._layer.equation import ByM, Delta, sum_dtype
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
-from mora_jax._mesh.on_mesh import REPLICATED, OnMesh, shared
+from mora_jax._mesh.on_mesh import OnMesh, shared
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
 from mora_jax.products._product import Product
@@ -237,7 +237,7 @@ class Fused(_OfLayer):
         arrays = operand, m, jax.lax.with_sharding_constraint(kernel, place)
         on_one = Activation(dataclasses.replace(layer, layout=None))
 
-        specs = x_spec, REPLICATED, kernel_spec
+        specs = x_spec, OnMesh(op, features).m_spec, kernel_spec
         return shared(on_one.forward, op, arrays, specs, y_spec, features)
 
 

@@ -24,6 +24,7 @@ from mora_jax._jax.platform import current_platform
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
 from mora_jax.operators._base import DeltaMap, Operator
+from mora_jax.operators.block_diagonal import BlockDiagonal
 
 REPLICATED = PartitionSpec()
 
@@ -109,7 +110,8 @@ class OnMesh(DeltaMap):
 
     The sums over devices are of C(x), q numbers a row; or of the output, if C(x) is as
     large as x or M is two factors. The derivative by M always is of such parts of the
-    output, so that M's gradient needs a sum of arrays like M, and nothing else.
+    output, so that M's gradient needs a sum of arrays like M, and nothing else; none of
+    those of blocks that are needed on one device.
     """
 
     operator: Operator
@@ -209,7 +211,7 @@ class OnMesh(DeltaMap):
             last_axis(axes, x.ndim)
             for axes in (self.features.in_axes, self.features.out_axes)
         )
-        return self._shared(here, [x, m], [x_spec, REPLICATED], y_spec)
+        return self._shared(here, [x, m], [x_spec, self.m_spec], y_spec)
 
     def _shared(
         self, here: Here, arrays: Any, specs: Any, out_spec: PartitionSpec, **axes: Any
@@ -217,6 +219,17 @@ class OnMesh(DeltaMap):
         """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
         return shared(here, self.operator, arrays, specs, out_spec, features)
+
+    @property
+    def m_spec(self) -> PartitionSpec:
+        """The split of M: by blocks if each is needed on one device, or none."""
+        op, axes = self.operator, (self.features.in_axes, self.features.out_axes)
+        if not isinstance(op, BlockDiagonal) or all(axes) or not op.aligned:
+            return REPLICATED
+        shards = math.prod(self.features.mesh.shape[a] for a in (*axes[0], *axes[1]))
+        return (
+            REPLICATED if op.m_shape[0] % shards else PartitionSpec(axes[0] or axes[1])
+        )
 
     @property
     def _kernel_spec(self) -> PartitionSpec:

@@ -8,6 +8,7 @@ general one for every operator, and others that do less work.
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import DeltaMap, Operator, Precision
 from mora_jax.operators._projection import Projection
+from mora_jax.operators.block_diagonal import BlockDiagonal
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
@@ -180,6 +182,39 @@ class BlockPart(OperatorPart):
         return jnp.roll(h, shift, axis=-2)[..., : self._wanted, :]
 
 
+@_part
+class DiagonalPart(OperatorPart):
+    """The part of blocks with an M each, where a device has whole blocks.
+
+    Blocks whose inputs or outputs are elsewhere add zeros. The trained array may be
+    that of the blocks here alone.
+    """
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        _, p, s = self.operator.m_shape
+        ins, outs = self.in_features // p, self.out_features // s
+        first_in, first_out = self.in_start // p, self.out_start // s
+        first, count = (first_in, ins) if ins <= outs else (first_out, outs)
+        # Whole numbers of blocks are here, so that of two places one is in the other.
+        here = (first_in <= first) & (first < first_in + ins)
+        here &= (first_out <= first) & (first < first_out + outs)
+        h = x.reshape(*x.shape[:-1], ins, p)
+        h = jax.lax.dynamic_slice_in_dim(h, first - first_in, count, axis=-2)
+        if len(m) > count:
+            m = jax.lax.dynamic_slice_in_dim(m, first, count)
+        y = jnp.where(here, self.operator.product(h, m, precision), 0)
+        y = y.reshape(*y.shape[:-2], count * s)
+        return y if count == outs else _put(y, outs * s, first * s - self.out_start)
+
+
+def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
+    """The part of blocks with an M each; all else of an `OperatorPart` is `place`."""
+    whole = op.aligned and not any(map(operator.mod, place[2:], op.m_shape[1:]))
+    return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
+
+
 def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:
     """The part of a block operator, whose `place` is all else of an `OperatorPart`."""
     # Evenly cut: a device has whole blocks, or blocks are on whole devices.
@@ -198,6 +233,7 @@ part_of = functools.singledispatch(OperatorPart)
 """The part of an operator, by its type, with the arguments of `OperatorPart`."""
 part_of.register(Projection, BasisPart)
 part_of.register(Decoupling, _blocks_or_all)
+part_of.register(BlockDiagonal, _whole_blocks_or_all)
 part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,9 +29,13 @@ def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
 
 
 def gather_m(
-    m: jax.Array, layout: KernelLayout | None, x: jax.Array, ndim: int = 2
+    m: jax.Array,
+    layout: KernelLayout | None,
+    x: jax.Array,
+    ndim: int = 2,
+    split: Iterable[Any] = (),
 ) -> jax.Array:
-    """M and its gradient, replicated wherever they are kept.
+    """M and its gradient, replicated wherever they are kept, but for a `split`.
 
     M, (*stack, q, q), has `ndim` axes without the stack's. The layer's input is x.
     """
@@ -42,7 +46,7 @@ def gather_m(
         return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
         return m
-    return _replicate(m, layout.mesh, ndim)
+    return _replicate(m, layout.mesh, ndim, split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,15 @@ def mesh_of(x: jax.Array) -> AbstractMesh | None:
     return mesh if auto else None
 
 
-def _replicate(m: jax.Array, mesh: Mesh | AbstractMesh, ndim: int) -> jax.Array:
+def _replicate(
+    m: jax.Array,
+    mesh: Mesh | AbstractMesh,
+    ndim: int,
+    split: Iterable[Any] = (),
+) -> jax.Array:
     stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
-    spec = PartitionSpec(*stack, *[None] * ndim)
+    own = [*split, *[None] * ndim][:ndim]
+    spec = PartitionSpec(*stack, *own)
     return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
 
 

@@ -220,7 +220,7 @@ class Operator(DeltaMap):
         rate * q c d (see `gains`). docs/learning-rates.md derives it.
         """
         c, d = self.gains
-        return self.in_features / (self.square_rank * c * d)
+        return self.in_features / (self.m_shape[-2] * c * d)
 
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike

@@ -10,7 +10,7 @@ import numpy as np
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.tiles import pad_to
-from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators._base import Precision
 from mora_jax.operators._order import Ordered
 from mora_jax.operators._pytree import operator
 
@@ -66,7 +66,10 @@ class BlockDiagonal(Ordered):
             return n * -(-in_features // n) * -(-out_features // n)
 
         budget = rank * (in_features + out_features)
-        most, common = min(in_features, out_features), math.gcd(in_features, out_features)
+        most, common = (
+            min(in_features, out_features),
+            math.gcd(in_features, out_features),
+        )
         # min(in, out) blocks are narrower than in + out, so that one of these fits.
         numbers = range(max(1, in_features * out_features // budget), most + 1)
         least = next(n for n in numbers if parameters(n) <= budget)
@@ -86,9 +89,15 @@ class BlockDiagonal(Ordered):
         return self.m_shape[:2]
 
     @property
-    def fine_tuning_scale(self) -> float:
-        """in / p, since an output is the sum of p inputs, and not of all."""
-        return self.in_features / self.m_shape[1]
+    def aligned(self) -> bool:
+        """True if blocks are slices of features, all of one width."""
+        widths = self.in_features, self.out_features
+        return self.in_order is None and not any(w % self.square_rank for w in widths)
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        """1 each, since C and D move numbers."""
+        return 1.0, 1.0
 
     def _compress(self, x: jax.Array) -> jax.Array:
         return cut(self.ordered(x), self.square_rank)

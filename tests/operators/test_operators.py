@@ -15,7 +15,7 @@ from cases import (
     KINDS,
     by_case,
     by_kind,
-    by_linear_case,
+    by_square_case,
     in_turns,
 )
 from helpers import close, random
@@ -268,7 +268,7 @@ def test_every_input_has_an_effect(case):
     assert silent == expected
 
 
-@by_linear_case
+@by_square_case
 @pytest.mark.parametrize("size", [(16, 16, 4), (48, 8, 2), (8, 48, 2)])
 def test_gains_are_those_of_the_matrices(case, size):
     """Of the numbers of C(x), and of the outputs that M reaches."""

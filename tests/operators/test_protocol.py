@@ -26,13 +26,13 @@ SIZES = [(16, 16, 4), (13, 7, 3), (7, 13, 2), (9, 9, 9), (8, 5, 1)]
 
 
 @operator
-class BlockDiagonal(Operator):
+class OwnBlocks(Operator):
     """n blocks of p inputs, each with a matrix (p, s) of its own for s outputs.
 
     The last block of inputs, and of outputs, may be short. `square_rank` is n.
     """
 
-    name = "block_diagonal"
+    name = "own_blocks"
     work = "blocks"
     block = True
     square = False
@@ -75,11 +75,11 @@ class BlockDiagonal(Operator):
         return blocks.reshape(n * p, n * s)[: self.in_features, : self.out_features]
 
 
-class BlockDiagonalCase(Case):
+class OwnBlocksCase(Case):
     """Its matrices, element by element."""
 
     def make(self, in_features, out_features, q, seed=0):
-        return BlockDiagonal(in_features, out_features, q)
+        return OwnBlocks(in_features, out_features, q)
 
     def delta(self, op, m):
         delta, (_, p, s) = np.zeros((op.in_features, op.out_features)), op.m_shape
@@ -97,12 +97,12 @@ class BlockDiagonalCase(Case):
         return by_m
 
 
-CASE = BlockDiagonalCase("block_diagonal", {"name": "block_diagonal"}, lambda op: op)
+CASE = OwnBlocksCase("own_blocks", {"name": "own_blocks"}, lambda op: op)
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(OPERATORS, "block_diagonal", BlockDiagonal)
+    monkeypatch.setitem(OPERATORS, "own_blocks", OwnBlocks)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -128,7 +128,7 @@ def test_laws(size):
 
 def results(execution, m, x, kernel, layout=None, dropout=0.0):
     """The output of a layer, and its gradients by M and x."""
-    op = BlockDiagonal(*kernel.shape, m.shape[0])
+    op = OwnBlocks(*kernel.shape, m.shape[0])
     settings = {"execution": execution, "layout": layout, "dropout": dropout}
     frozen = FrozenDense(kernel, None, op, alpha=ALPHA, **settings)
 
@@ -141,7 +141,7 @@ def results(execution, m, x, kernel, layout=None, dropout=0.0):
 
 
 def expected(m, x, kernel):
-    op = BlockDiagonal(*kernel.shape, m.shape[0])
+    op = OwnBlocks(*kernel.shape, m.shape[0])
     adapted = kernel + ALPHA * CASE.delta(op, m)
     y = x @ adapted
     return y, ALPHA * CASE.m_gradient(op, m, x, np.cos(y)), np.cos(y) @ adapted.T
@@ -162,7 +162,7 @@ def test_ways(execution, platform):
 def test_on_a_mesh(execution, dropout):
     mesh, split = make_mesh(inputs=2, outputs=2), PartitionSpec("inputs", "outputs")
     arrays = random(0, 3, 4, 4), random(1, 5, 12), random(2, 12, 10)
-    adapter = Adapter(arrays[0], AdapterSpec(BlockDiagonal(12, 10, 3), (12, 10)))
+    adapter = Adapter(arrays[0], AdapterSpec(OwnBlocks(12, 10, 3), (12, 10)))
     where = {"batch_axes": (), "mesh": mesh}
     known = sharding.on_mesh({"kernel_mora": adapter}, {"kernel": split}, **where)
     layout = known["kernel_mora"].spec.layout
@@ -212,7 +212,7 @@ def test_devices_that_share_c_take_its_product(split):
 @pytest.mark.usefixtures("registered")
 def test_a_plan_chooses_its_size_by_a_budget_and_merges_it():
     params = {"kernel": random(0, 24, 20)}
-    plan = mora_jax.plan(params, MoRAConfig(rank=2, operator="block_diagonal"))
+    plan = mora_jax.plan(params, MoRAConfig(rank=2, operator="own_blocks"))
     spec = plan["kernel"]
     assert spec.operator.m_shape == (6, 4, 4) and spec.lora_rank <= 2.2
     m = random(1, 6, 4, 4)

@@ -43,14 +43,14 @@ class Case:
         return oracle.m_gradient(*self.matrices(op), x, g)
 
 
-class LowRankCase(Case):
-    """LoRA, whose delta is not linear in what is trained."""
+class OtherCase(Case):
+    """One whose M is no square, so that it has no C and D of its own."""
 
     def delta(self, op, m):
-        return oracle.low_rank(op, m)
+        return oracle.delta_of(op, m)
 
     def m_gradient(self, op, m, x, g):
-        return oracle.low_rank_gradient(op, m, x, g)
+        return oracle.m_gradient_of(op, m, x, g)
 
 
 def _with_given_bases(op: Operator, seed: int) -> Operator:
@@ -106,9 +106,15 @@ CASES = [
         given=True,
     ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
-    LowRankCase("low_rank", {"name": "low_rank"}, oracle.low_rank),
+    OtherCase(
+        "block_diagonal",
+        {"name": "block_diagonal"},
+        oracle.block_diagonal,
+        bounded=True,
+    ),
+    OtherCase("low_rank", {"name": "low_rank"}, oracle.low_rank),
 ]
-LINEAR = [case for case in CASES if not isinstance(case, LowRankCase)]
+LINEAR = [case for case in CASES if case.label != "low_rank"]
 SIZES = [
     (16, 16, 4),
     (16, 16, 16),
@@ -143,6 +149,7 @@ _KINDS = (
     "rotation",
     "permutation",
     "orthogonal",
+    "block_diagonal",
     "low_rank",
 )
 
@@ -193,5 +200,8 @@ by_case = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
 by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)
 by_linear_case = pytest.mark.parametrize("case", FEW_LINEAR, ids=_label)
+by_square_case = pytest.mark.parametrize(
+    "case", [p for p in FEW_LINEAR if type(p.values[0]) is Case], ids=_label
+)
 by_linear_kind = pytest.mark.parametrize("case", LINEAR_KINDS, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -30,21 +30,60 @@ def m_gradient(c, d, x, g):
 
 def delta_of(op, m):
     """The delta of an operator that has no settings beside its sizes and its seed."""
-    if op.name == "low_rank":
-        return low_rank(op, m)
+    if not op.square:
+        return globals()[op.name](op, m)
     return delta(*globals()[op.name](op), m)
 
 
 def m_gradient_of(op, m, x, g):
     """The gradient of what such an operator trains."""
-    if op.name == "low_rank":
-        return low_rank_gradient(op, m, x, g)
+    if not op.square:
+        return globals()[f"{op.name}_gradient"](op, m, x, g)
     return m_gradient(*globals()[op.name](op), x, g)
 
 
 def _factors(op, m):
     m = np.asarray(m, np.float64)
     return m[: op.in_features], m[op.in_features :].T
+
+
+def _own_numbers(op):
+    """(i, o, place in M) of the numbers of a block-diagonal delta."""
+    n = op.square_rank
+    places = [
+        [
+            (k, j)
+            for k, block in enumerate(np.array_split(np.arange(w), n))
+            for j in range(len(block))
+        ]
+        for w in (op.in_features, op.out_features)
+    ]
+    ins, outs = (
+        [*zip(range(w) if order is None else np.asarray(order), place, strict=True)]
+        for w, order, place in (
+            (op.in_features, op.in_order, places[0]),
+            (op.out_features, op.out_order, places[1]),
+        )
+    )
+    for i, (k, row) in ins:
+        yield from ((i, o, (k, row, column)) for o, (b, column) in outs if b == k)
+
+
+def block_diagonal(op, m):
+    """Neighbouring features in n blocks, the first ones longer by one."""
+    delta = np.zeros((op.in_features, op.out_features))
+    for i, o, place in _own_numbers(op):
+        delta[i, o] = np.float64(m[place])
+    return delta
+
+
+def block_diagonal_gradient(op, m, x, g):
+    """The numbers of the kernel's gradient at their places in M."""
+    by_m = np.zeros(op.m_shape)
+    by_kernel = x.reshape(-1, op.in_features).T @ g.reshape(-1, op.out_features)
+    for i, o, place in _own_numbers(op):
+        by_m[place] = by_kernel[i, o]
+    return by_m
 
 
 def low_rank(op, m):
