@@ -47,8 +47,10 @@ def adapter_shardings(
 ) -> Tree:
     """The shardings of a model's adapters, by the shardings of its kernels.
 
-    Each device holds all of an M. Of a stack of layers or experts each M is where its
-    layer or expert is, and a copy of an array that trains itself where that is.
+    Each device holds all of an M, but of a `BlockDiagonal` the blocks that its features
+    need, if the adapters know where these are (`on_mesh`). Of a stack of layers or
+    experts each M is where its layer or expert is, and a copy of an array that trains
+    itself where that is.
 
     Args:
       adapters: The adapters, or their plan.
@@ -85,7 +87,8 @@ def on_mesh(
 
     Results do not depend on this. Without it, XLA may move activations or kernels where
     devices share features (tensor parallelism) or kernels (FSDP). With it, the adapter
-    of a dense layer adds a sum of (q, q) for M's gradient, and nothing else.
+    of a dense layer adds a sum of (q, q) for M's gradient, and nothing else; an M for
+    each block of features needs none over the axis that splits these.
 
     Args:
       adapters: The adapters; or a plan, whose adapters then know it from the start.

@@ -47,11 +47,12 @@ THIN = 16
 
 
 InBlocks = Decoupling | BlockDiagonal
+"""Operators whose deltas are made of blocks; `aligned` ones are slices of features."""
 
 
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
-    if not _in_blocks(op):
+    if not (isinstance(op, InBlocks) and op.aligned):
         return op
     n, chip = _blocks_shape(op)[0], current_chip()
     if chip == "tpu" and n <= MAX_UNROLLED_SLICES:
@@ -90,12 +91,7 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def folds_in_place(op: Any) -> bool:
     """True if `add` changes blocks of the kernel, and copies the rest of it."""
-    return current_chip() == "tpu" and _in_blocks(op)
-
-
-def _in_blocks(op: Any) -> bool:
-    """True if the delta is made of blocks that are slices of features."""
-    return isinstance(op, InBlocks) and op.aligned
+    return current_chip() == "tpu" and isinstance(op, InBlocks) and op.aligned
 
 
 def _groups(op: InBlocks) -> int:

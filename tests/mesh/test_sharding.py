@@ -28,7 +28,7 @@ from meshes import (
 from platforms import as_if_on
 
 import mora_jax
-from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
+from mora_jax import Adapter, AdapterSpec, FrozenDense, MoRAConfig, mora_apply, sharding
 from mora_jax.operators import OPERATORS, Truncation
 
 MESH = make_mesh(data=2, fsdp=2, model=2)
@@ -168,7 +168,35 @@ def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execut
         assert extra[kind] <= 2, extra
 
 
-@pytest.mark.parametrize("label", ["rotation", slow("decoupling"), slow("permutation")])
+@pytest.mark.parametrize("split", ["columns", "rows", slow("fsdp-rows")])
+def test_blocks_that_one_device_needs_are_summed_over_no_features(split):
+    """Their gradients are summed over the rows of a batch, part by part."""
+    case, (kernel, x, y) = LABELLED["block_diagonal"], SPLITS[split]
+    frozen, arrays, expected = layer(case, q=8)
+    frozen = on(MESH, frozen, kernel)
+    spec = AdapterSpec(frozen.operator, (32, 48), alpha=ALPHA, layout=frozen.layout)
+    known = {"kernel_mora": Adapter(arrays["m"], spec)}
+    places = sharding.adapter_shardings(known, {"kernel": kernel}, mesh=MESH)
+    m_spec = places["kernel_mora"].m.spec
+    assert m_spec == P("model", None, None)
+
+    def run(m, x, kernel, y):
+        out, backward = jax.vjp(lambda m, x: apply_to(frozen, m, x, kernel), m, x)
+        return out, *backward(y)
+
+    args = on_mesh(arrays, split, m_spec)
+    run = jax.jit(run, out_shardings=shardings((y, m_spec, x), MESH))
+    compiled = run.lower(**args).compile()
+    assert_results(compiled(**args), expected)
+    ((_, shape), count), *others = (sent(compiled) - base_collectives(split)).items()
+    here = math.prod(frozen.operator.m_shape) / MESH.shape["model"]
+    assert not others and count * math.prod(shape) == here
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["rotation", slow("block_diagonal"), slow("decoupling"), slow("permutation")],
+)
 @pytest.mark.parametrize("split", ["fsdp-rows", slow("fsdp-columns"), slow("both")])
 @pytest.mark.parametrize("execution", ["activation", slow("fold")])
 def test_whole_blocks(label, split, execution):
@@ -210,7 +238,9 @@ def test_traffic_of_a_split_m(label):
     assert set(split - whole) == {
         ("all-gather", LABELLED[label].make(32, 48, 12).m_shape)
     }
-    check_layer(LABELLED[label], "fsdp-rows", P("data", "model"))
+    between = len(LABELLED[label].make(32, 48, 12).m_shape) - 2
+    places = P("data", *[None] * between, "model")
+    check_layer(LABELLED[label], "fsdp-rows", places)
 
 
 def test_traffic_is_noticed():
