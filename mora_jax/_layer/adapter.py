@@ -76,7 +76,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         operator = getattr(self.spec, "operator", None)
-        name, m = getattr(operator, "name", "trained"), self.m
+        name, m = getattr(operator, "label", "trained"), self.m
         is_array = hasattr(m, "shape") and hasattr(m, "dtype")
         return f"Adapter({name}, {f'{m.dtype}{[*m.shape]}' if is_array else repr(m)})"
 

@@ -31,6 +31,7 @@ from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._registry import LANES
 from mora_jax.operators.block_diagonal import BlockDiagonal
+from mora_jax.operators.damped import Damped
 from mora_jax.operators.decoupling import Decoupling, divide
 from mora_jax.operators.low_rank import LowRank
 
@@ -52,6 +53,8 @@ InBlocks = Decoupling | BlockDiagonal
 
 def map_of(op: Any) -> Any:
     """The map of an operator in the form for the platform, or the operator itself."""
+    if isinstance(op, Damped):
+        return op.around(map_of(op.inner))
     if not (isinstance(op, InBlocks) and op.aligned):
         return op
     n, chip = _blocks_shape(op)[0], current_chip()
@@ -64,6 +67,8 @@ def map_of(op: Any) -> Any:
 
 def matrix_of(op: Any, m: jax.Array) -> jax.Array:
     """`op.matrix(m)`."""
+    if isinstance(op, Damped):
+        return matrix_of(op.inner, m) - matmul(op.columns(m.dtype), op.outputs(m))
     if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
         # A sum of outer products, which XLA fuses with all that follows.
         a, b = op.factors(m)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_algebra import transposed, varying
@@ -48,34 +49,36 @@ def shared(
     """
     both = features.in_axes, features.out_axes
     names = (*features.in_axes, *features.out_axes)
+    widths = operator.in_features, operator.out_features
     shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
+    sizes = [width // n for width, n in zip(widths, shards, strict=True)]
 
     def sum_to(spec: PartitionSpec) -> _Sum:
         split = {axis for entry in spec for axis in mesh_axes(entry)}
         return _Sum(tuple(axis for axis in names if axis not in split))
 
-    def local(operator: Operator, *arrays: jax.Array) -> jax.Array:
-        sizes = operator.in_features // shards[0], operator.out_features // shards[1]
-        starts = (
-            jax.lax.axis_index(axes) * n if axes else jnp.zeros((), jnp.int32)
-            for axes, n in zip(both, sizes, strict=True)
-        )
-        part = part_of(operator, *starts, *sizes)
+    def local(operator: Operator, starts: Any, *arrays: jax.Array) -> jax.Array:
+        part = part_of(operator, *(start[0] for start in starts), *sizes)
         first, *others = (
             sum_to(spec)((), array, transposed=True)
             for array, spec in zip(arrays, specs, strict=True)
         )
         return sum_to(out_spec)((), here((part, *others), first))
 
+    # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
+    starts = [
+        n * np.arange(k, dtype=np.int32) for n, k in zip(sizes, shards, strict=True)
+    ]
+    in_specs = REPLICATED, [*map(PartitionSpec, both)], *specs
     context = jax.sharding.get_abstract_mesh()
     mapped = jax.shard_map(
         local,
         mesh=features.mesh if context.empty else context,
-        in_specs=(REPLICATED, *specs),
+        in_specs=in_specs,
         out_specs=out_spec,
         axis_names=set(names),
     )
-    return mapped(operator, *arrays)
+    return mapped(operator, starts, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)

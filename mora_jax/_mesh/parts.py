@@ -19,6 +19,7 @@ from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import DeltaMap, Operator, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.block_diagonal import BlockDiagonal
+from mora_jax.operators.damped import Damped
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
@@ -209,6 +210,24 @@ class DiagonalPart(OperatorPart):
         return y if count == outs else _put(y, outs * s, first * s - self.out_start)
 
 
+@_part
+class DampedPart(OperatorPart):
+    """The part of a damped operator, by the part of the inner one.
+
+    What inputs have along the directions is summed with all else.
+    """
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        op, here = self.operator, (self.in_features, self.out_features)
+        inner = part_of(op.inner, self.in_start, self.out_start, *here)
+        columns = op.columns(x.dtype)
+        outputs = self.take_outputs(op.inner.rows(columns.T, m, precision))
+        less = matmul(matmul(x, self.take_inputs(columns)), outputs)
+        return inner.rows(x, m, precision) - less
+
+
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
     """The part of blocks with an M each; all else of an `OperatorPart` is `place`."""
     whole = op.aligned and not any(map(operator.mod, place[2:], op.m_shape[1:]))
@@ -234,6 +253,7 @@ part_of = functools.singledispatch(OperatorPart)
 part_of.register(Projection, BasisPart)
 part_of.register(Decoupling, _blocks_or_all)
 part_of.register(BlockDiagonal, _whole_blocks_or_all)
+part_of.register(Damped, DampedPart)
 part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 

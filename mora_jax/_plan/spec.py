@@ -256,6 +256,9 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     traced = any(isinstance(array, Tracer) for array in arrays)
     fields |= {"digest"} if operator.given and not traced else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
+    for name, value in values.items():
+        if isinstance(value, Operator):
+            values[name] = operator_settings(value)
     return {"name": operator.name, **values}
 
 

@@ -255,7 +255,7 @@ def _cells(part: Spec) -> dict[str, str]:
     q, asked = part.operator.square_rank, part.asked_square_rank
     return {
         "in -> out": f"{part.in_features} -> {part.out_features}",
-        "operator": part.operator.name,
+        "operator": part.operator.label,
         "r": f"{part.lora_rank:.1f}",
         "q": f"{q} of {asked}" if asked else f"{q}",
         "alpha": f"{part.alpha:g}",

@@ -5,6 +5,7 @@ from mora_jax.operators._registry import OPERATORS as OPERATORS
 from mora_jax.operators._registry import make_operator as make_operator
 from mora_jax.operators._registry import square_rank as square_rank
 from mora_jax.operators.block_diagonal import BlockDiagonal as BlockDiagonal
+from mora_jax.operators.damped import Damped as Damped
 from mora_jax.operators.decoupling import Decoupling as Decoupling
 from mora_jax.operators.decoupling import SignedDecoupling as SignedDecoupling
 from mora_jax.operators.hadamard import Hadamard as Hadamard
@@ -17,7 +18,7 @@ from mora_jax.operators.sharing import SignedSharing as SignedSharing
 from mora_jax.operators.subspace import Subspace as Subspace
 from mora_jax.operators.truncation import Truncation as Truncation
 
-# In the order in which error messages list them; `Subspace` is made, not named.
+# In the order in which messages list them; `Subspace` and `Damped` are made, not named.
 OPERATORS.update(
     (cls.name, cls)
     for cls in (

@@ -10,11 +10,14 @@ otherwise replaces it as a whole: a form for a chip, one device's part, many dev
 """
 
 import dataclasses
+import functools
+import hashlib
 import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
@@ -172,6 +175,18 @@ class Operator(DeltaMap):
     def widest(cls, rank: int, in_features: int, out_features: int) -> int:
         """The largest q with no more parameters than a LoRA of `rank`."""
         return math.isqrt((in_features + out_features) * rank)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A SHA-256 of the arrays, in hexadecimal, by which given ones are compared."""
+        # It does not belong to the pytree: layers of one shape share their programs.
+        arrays = (np.asarray(getattr(self, name)) for name in self.arrays)
+        return hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """The operator in tables."""
+        return self.name
 
     @property
     def compressed_shape(self) -> Shape:

@@ -16,13 +16,18 @@ def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
     return dataclasses.field(init=init, **settings)
 
 
+def nested() -> Any:
+    """Field for an operator inside of another one, whose arrays are leaves, too."""
+    return dataclasses.field(metadata={"nested": True})
+
+
 def given(check: Compute, *, init: Literal[True] = True) -> Any:
     """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
     return seeded(check, init=init)  # type: ignore[arg-type]
 
 
 @dataclass_transform(
-    frozen_default=True, field_specifiers=(seeded, given, dataclasses.field)
+    frozen_default=True, field_specifiers=(seeded, given, nested, dataclasses.field)
 )
 def operator(cls: ClassT) -> ClassT:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its arrays."""
@@ -30,8 +35,19 @@ def operator(cls: ClassT) -> ClassT:
     fields = dataclasses.fields(cls)
     cls.arrays = tuple(f.name for f in fields if "compute" in f.metadata)
     cls.given = any(f.init for f in fields if "compute" in f.metadata)
-    register_pytree(cls, cls.arrays)
+    if cls.given:
+        cls.__eq__ = _alike
+    inner = [field.name for field in fields if "nested" in field.metadata]
+    register_pytree(cls, [*cls.arrays, *inner])
     return cls
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """True for operators with equal settings and equal given arrays."""
+    if type(one) is not type(other):
+        return False
+    fields = [f.name for f in dataclasses.fields(one) if f.compare] + ["digest"]
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 
 def register_pytree(cls: type, children: Sequence[str]) -> None:

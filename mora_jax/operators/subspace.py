@@ -1,7 +1,5 @@
 """Subspace: given directions, such as the leading ones of a gradient."""
 
-import functools
-import hashlib
 import math
 from typing import Any
 
@@ -48,18 +46,6 @@ class Subspace(Projection):
     out_basis: ArrayLike = given(lambda op: _orthonormal(op, "out"))
 
     name = "subspace"
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """A SHA-256 of both bases, in hexadecimal, by which operators are compared."""
-        # It does not belong to the pytree: layers of one shape share their programs.
-        both = np.asarray(self.in_basis), np.asarray(self.out_basis)
-        return hashlib.sha256(b"".join(map(np.ndarray.tobytes, both))).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Subspace) or hash(self) != hash(other):
-            return False
-        return self.m_shape == other.m_shape and self.digest == other.digest
 
     @property
     def gains(self) -> tuple[float, float]:

@@ -67,10 +67,10 @@ def test_a_llama_learns_as_on_one_device(operator, execution):
     expected = llama_program(linen.wrap(alone, plan), arrays)(*arrays)
     names = nn.get_partition_spec(boxed)["params"]
     places = logical_to_mesh_sharding(names, MESH, llama.RULES)
-    adapter_places = sharding.adapter_shardings(plan, places)
+    laid = sharding.on_mesh(plan, places, batch_axes=llama.BATCH_AXES)
+    adapter_places = sharding.adapter_shardings(laid, places)
+    arrays = made(laid, scale=1 / 8), *arrays[1:]
     arrays = jax.device_put(arrays, (adapter_places, *without_table(places), BATCH))
-    on_mesh = sharding.on_mesh(arrays[0], places, batch_axes=llama.BATCH_AXES)
-    arrays = on_mesh, *arrays[1:]
     adapted = llama_program(linen.wrap(split, plan), arrays)
     got = adapted(*arrays)
     assert_close(got, expected)

@@ -11,7 +11,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from mora_jax import make_operator
-from mora_jax.operators import Operator, Subspace
+from mora_jax.operators import Damped, Operator, Subspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Case:
     """One operator variant.
 
     `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle, for a
-    linear one. One with given bases is no operator that a config names; `spec` then
-    names its relative.
+    linear one. One with `given` arrays is no operator that a config names; `spec` then
+    names its relative, which it is made of.
     """
 
     label: str
@@ -28,11 +28,11 @@ class Case:
     matrices: Callable[[Operator], tuple[np.ndarray, np.ndarray]]
     even: bool = False
     bounded: bool = False
-    given: bool = False
+    given: Callable[[Operator, int], Operator] | None = None
 
     def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
         op = make_operator(self.spec, in_features, out_features, q, seed=seed)
-        return _with_given_bases(op, seed) if self.given else op
+        return self.given(op, seed) if self.given else op
 
     def delta(self, op: Operator, m) -> np.ndarray:
         """The delta of an M, (in, out), in float64."""
@@ -61,6 +61,25 @@ def _with_given_bases(op: Operator, seed: int) -> Operator:
         for side, width in (("in", op.in_features), ("out", op.out_features))
     }
     return Subspace(op.in_features, op.out_features, q, **bases)
+
+
+class DampedCase(OtherCase):
+    """Another one that sees its inputs times P."""
+
+    def delta(self, op, m):
+        return oracle.damping(op) @ super().delta(op.inner, m)
+
+    def m_gradient(self, op, m, x, g):
+        return super().m_gradient(op.inner, m, x @ oracle.damping(op), g)
+
+
+def _damped(op: Operator, seed: int) -> Operator:
+    """Along a few directions of different lengths."""
+    random, k = np.random.default_rng(seed + 1), min(3, op.in_features)
+    directions = np.linalg.qr(random.standard_normal((op.in_features, k)))[0]
+    sizes = op.in_features, op.out_features, op.square_rank
+    directions = directions * np.array([1.0, 0.7, 0.4])[:k]
+    return Damped(*sizes, inner=op, directions=directions)
 
 
 def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
@@ -103,7 +122,18 @@ CASES = [
         {"name": "orthogonal"},
         oracle.orthogonal,
         bounded=True,
-        given=True,
+        given=_with_given_bases,
+    ),
+    *(
+        DampedCase(
+            f"damped-{name}",
+            {"name": name},
+            oracle.damped,
+            bounded=name != "rotation",
+            even=name == "rotation",
+            given=_damped,
+        )
+        for name in ("block_diagonal", "rotation", "orthogonal")
     ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
     OtherCase(
@@ -138,7 +168,7 @@ def _slow(unless: bool) -> list[pytest.MarkDecorator]:
 
 
 def _is_of_few(case: Case) -> bool:
-    if case.given:  # computes as orthogonal does
+    if case.label == "subspace":  # computes as orthogonal does
         return False
     kind, _, variant = case.label.partition("-")
     return variant in _FEW_SHARING if kind == "sharing" else not variant
@@ -150,6 +180,7 @@ _KINDS = (
     "permutation",
     "orthogonal",
     "block_diagonal",
+    "damped-rotation",
     "low_rank",
 )
 
@@ -201,7 +232,9 @@ by_size = pytest.mark.parametrize("size", SIZES, ids=str)
 by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)
 by_linear_case = pytest.mark.parametrize("case", FEW_LINEAR, ids=_label)
 by_square_case = pytest.mark.parametrize(
-    "case", [p for p in FEW_LINEAR if type(p.values[0]) is Case], ids=_label
+    "case",
+    [p for p in FEW_LINEAR if not isinstance(p.values[0], OtherCase)],
+    ids=_label,
 )
 by_linear_kind = pytest.mark.parametrize("case", LINEAR_KINDS, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -60,6 +60,12 @@ def sums_of_m(op):
     """Sums over devices of M's gradient, which may be one for each factor."""
     widths = (op.in_features, op.out_features) if not op.linear else ()
     pairs = [(n, op.square_rank) for n in widths]
+    if op.name == "damped":  # as of a LoRA's B, on one device or on several
+        k, outs = op.directions.shape[1], op.out_features
+        pairs += [(n, k) for n in (op.in_features, outs, outs // 2)]
     shapes = [op.m_shape, *pairs]
+    if op.name == "block_diagonal":  # of the blocks that one device needs
+        n, *block = op.m_shape
+        shapes += [(n // 2, *block)]
     shapes += [(*stack, columns, rows) for *stack, rows, columns in shapes]
     return {("all-reduce", shape) for shape in shapes}

@@ -86,6 +86,17 @@ def block_diagonal_gradient(op, m, x, g):
     return by_m
 
 
+def damping(op):
+    """P = I - V V^T."""
+    v = np.asarray(op.directions, np.float64)
+    return np.eye(op.in_features) - v @ v.T
+
+
+def damped(op):
+    c, d = globals()[op.inner.name](op.inner)
+    return np.einsum("ij,jnq->inq", damping(op), c), d
+
+
 def low_rank(op, m):
     """A B, of A above the transpose of B."""
     a, b = _factors(op, m)

@@ -165,7 +165,7 @@ def test_an_adapter_is_a_function_of_inputs(case, size):
     close(adapter.delta(), delta)
     close(adapter(x), x @ delta)
     close(jax.jit(lambda adapter, x: adapter(x))(adapter, x), x @ delta)
-    assert repr(adapter) == f"Adapter({op.name}, float32{[*op.m_shape]})"
+    assert repr(adapter) == f"Adapter({op.label}, float32{[*op.m_shape]})"
 
 
 @pytest.mark.parametrize("operator", ["hadamard", "low_rank"])

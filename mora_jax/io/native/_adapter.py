@@ -204,8 +204,10 @@ def save(
     for path, adapter in found.items():
         name = "/".join(paths.place_of(path, adapter.spec))
         arrays[name] = to_numpy(name, adapter.m)
-        if isinstance(adapter.spec, AdapterSpec) and (op := adapter.operator).given:
-            arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
+        op = getattr(adapter.spec, "operator", None)
+        for given in (op, getattr(op, "inner", None)):
+            if given is not None and given.given:
+                arrays |= {f"{name}/{key}": getattr(given, key) for key in given.arrays}
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
     text = _records.text_of(dict(sorted(found.items())), more)
     data = encode(arrays, {KEY: text})

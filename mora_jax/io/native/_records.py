@@ -34,7 +34,7 @@ from mora_jax._plan.spec import (
 from mora_jax._tree.paths import place_of
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
-from mora_jax.operators import Operator, Subspace, make_operator
+from mora_jax.operators import Damped, Operator, Subspace, make_operator
 from mora_jax.operators._registry import OPERATORS
 
 VERSION = 1
@@ -282,7 +282,7 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
 def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
     """Raise if a file asks for arrays that are larger than any model has."""
     ins, outs, q = widths
-    kind = OPERATORS.get(str(settings.get("name")), Operator)
+    kind = OPERATORS.get(str(_inner(settings).get("name")), Operator)
     # Random maps have q rows of the wider side, and each operator is tried on a few.
     numbers = max(ins, outs) * max(16, q * hasattr(kind, "seed"))
     if file.arrays is None:
@@ -311,16 +311,30 @@ def _operator(
 ) -> Operator:
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
-    if settings.get("name") == Subspace.name:
-        place = name + SUFFIX
-        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
-        return Subspace(*widths, **given)
+    for kind in (Damped, Subspace):
+        if settings.get("name") == kind.name:
+            place = name + SUFFIX
+            given: Any = {key: file.take(f"{place}/{key}") for key in kind.arrays}
+            if kind is Damped:
+                given["inner"] = _operator(_inner(record), widths, name, file)
+            return kind(*widths, **given)
     seed = settings.pop("seed", 0)
     try:
         return make_operator(settings, *widths, seed=seed)
     except ValueError as error:
         hint = f"the file is of mora_jax {short(file.writer)}, which may know more"
         raise ValueError(f"{error} ({hint})") from None
+
+
+def _inner(record: Record) -> Record:
+    """The record of the operator inside of a damped one, or of any other itself."""
+    if record.get("name") != Damped.name:
+        return record
+    if not isinstance(inner := record.get("inner"), dict):
+        raise ValueError(
+            f"a damped operator must have an inner one, got {short(inner)}"
+        )
+    return inner
 
 
 def _trained_spec(record: Record, name: str, file: Reading) -> TrainedArray:

@@ -1,0 +1,215 @@
+"""Damped inputs: another operator, which sees less of some directions."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._common.checks import check_concrete
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_algebra import matmul, rows_product
+from mora_jax.operators._base import Operator, Precision, Work
+from mora_jax.operators._pytree import given, nested, operator
+
+
+@operator
+class Damped(Operator):
+    r"""An operator that sees its inputs damped along given directions.
+
+    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
+
+    `input_damping` makes it from ordinary inputs of the layer: what these have most of,
+    the adapter sees least of, and changes least. The delta is P C M D, a matrix as any
+    other, so that merging is exact.
+
+    Attributes:
+      inner: The operator, of the same widths and `square_rank`.
+      directions: V, (in_features, k), with orthogonal columns; kept in bfloat16. The
+        part |v|^2 of an input along a column v is taken away.
+
+    Raises:
+      TypeError: `inner` is not an operator, or damped itself; `directions` are not a
+        floating-point array, or a tracer.
+      ValueError: Sizes do not fit, or columns are not orthogonal or longer than 1.
+
+    Example::
+
+      >>> import numpy as np
+      >>> from mora_jax.operators import Damped, Truncation
+      >>> op = Damped(3, 3, 3, inner=Truncation(3, 3, 3), directions=0.5 * np.eye(3, 1))
+      >>> op.delta_weight(jnp.eye(3)).tolist()[0]
+      [0.75, 0.0, 0.0]
+    """
+
+    # Neither P nor P x is formed. An output is that of x less (x V) B, where B are the
+    # inner operator's outputs for the rows of V^T: the work of a LoRA of rank k. The
+    # derivative by M likewise is the inner one's by x less that by V^T.
+    inner: Operator = nested()
+    directions: ArrayLike = given(lambda op: _checked(op))
+
+    name = "damped"
+
+    def around(self, inner: Any) -> "Damped":
+        """The same around another form of the inner map."""
+        new = copy.copy(self)  # not through __init__: the directions are checked
+        object.__setattr__(new, "inner", inner)
+        return new
+
+    @property
+    def label(self) -> str:
+        """The inner operator's name, and the number of directions."""
+        return f"{self.inner.name}, damped ({self.directions.shape[1]})"
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        """That of the inner operator, as all that follows."""
+        return self.inner.linear
+
+    @property
+    def square(self) -> bool:  # type: ignore[override]
+        return self.inner.square
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return self.inner.bounded
+
+    @property
+    def block(self) -> bool:  # type: ignore[override]
+        return self.inner.block
+
+    @property
+    def work(self) -> Work:  # type: ignore[override]
+        return self.inner.work
+
+    @property
+    def m_shape(self) -> Shape:
+        return self.inner.m_shape
+
+    @property
+    def compressed_shape(self) -> Shape:
+        return self.inner.compressed_shape
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        return self.inner.gains
+
+    @property
+    def fine_tuning_scale(self) -> float:
+        return self.inner.fine_tuning_scale
+
+    def start(
+        self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
+    ) -> jax.Array:
+        return self.inner.start(stack, init, key, dtype)
+
+    def scaled(self, m: Any, factor: Any) -> Any:
+        return self.inner.scaled(m, factor)
+
+    def along(self, x: jax.Array) -> jax.Array:
+        """Coordinates of inputs along V, (..., k)."""
+        return matmul(x, self.columns(x.dtype))
+
+    def damped(self, x: jax.Array) -> jax.Array:
+        """P x: (..., in_features) to the same."""
+        return x - matmul(self.along(x), self.columns(x.dtype).T)
+
+    def columns(self, dtype: DTypeLike) -> jax.Array:
+        """V, (in_features, k)."""
+        return jnp.asarray(self.directions).astype(dtype)
+
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return self.inner._compress(self.damped(x))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        return self.inner._decompress(h)
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        return self.inner.enter(self.damped(x))
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        return self.inner.leave(h)
+
+    def product(
+        self, h: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.inner.product(h, m, precision)
+
+    def product_by_m(
+        self, h: jax.Array, g: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.inner.product_by_m(h, g, precision)
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        y = self.inner.rows(x, m, precision)
+        return y - matmul(self.along(x), self.outputs(m, precision))
+
+    def outputs(self, m: jax.Array, precision: Precision = None) -> jax.Array:
+        """V^T C M D, (k, out_features)."""
+        return self.inner.rows(self.columns(m.dtype).T, m, precision)
+
+    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+        columns = self.columns(x.dtype).T
+        kept = self.inner.kept(x, m, precision), self.inner.kept(columns, m, precision)
+        return *kept, self.along(x)
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        of_x, of_columns, along = kept
+        y = self.inner.tangent(of_x, tangent, precision)
+        outputs = self.inner.tangent(of_columns, tangent, precision)
+        return y - matmul(along, outputs, precision)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
+    ) -> jax.Array:
+        of_x, of_columns, along = kept
+        by_outputs = rows_product(along, g, precision)
+        less = self.inner.gradient(of_columns, by_outputs, precision)
+        return self.inner.gradient(of_x, g, precision, shards) - less
+
+    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c, d = self.inner.factors(m)
+        return self.damped(c.T).T, d
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        along = self.columns(m.dtype)[indices]
+        rows = self.inner.unit_rows(indices, m, precision)
+        return rows - matmul(along, self.outputs(m, precision))
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
+
+
+def _checked(op: Damped) -> np.ndarray:
+    """The directions of `op` as a bfloat16 array of its own."""
+    inner, v = op.inner, op.directions
+    if not isinstance(inner, Operator) or isinstance(inner, Damped):
+        raise TypeError(f"inner must be an operator that is not damped, got {inner!r}")
+    sizes = [
+        (each.in_features, each.out_features, each.square_rank) for each in (op, inner)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"inner must have the sizes {sizes[0]}, got {sizes[1]}")
+    check_concrete(v, "directions", (op.in_features, *jnp.shape(v)[1:2]))
+    v = np.array(v, jnp.bfloat16)
+    products = v.T.astype(np.float32) @ v.astype(np.float32)
+    lengths = np.diag(products)
+    if not (
+        np.allclose(products, np.diag(lengths), atol=0.02) and max(lengths) <= 1.01
+    ):
+        raise ValueError(
+            "directions must be orthogonal columns of lengths up to 1, got squares of "
+            f"up to {max(lengths):.3g} and products of up to "
+            f"{np.abs(products - np.diag(lengths)).max():.3g}"
+        )
+    v.setflags(write=False)
+    return v
