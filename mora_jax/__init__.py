@@ -89,6 +89,7 @@ from mora_jax._plan.spec import TrainedArray as TrainedArray
 from mora_jax._tree.adapters import init as init
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
+from mora_jax._tree.damping import input_damping as input_damping
 from mora_jax._tree.gradients import gradient_bases as gradient_bases
 from mora_jax._tree.gradients import gradient_start as gradient_start
 from mora_jax._tree.lora_trees import from_lora as from_lora

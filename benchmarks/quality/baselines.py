@@ -6,6 +6,7 @@ multiplies sums of inputs. Each is written from its paper, with alpha = 1.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -217,8 +218,8 @@ def make(
     if name == "full":
         return learners.full(task.model, task.params, task.targets)
     if name in LORAS:
-        learner = make_lora(name, task, rank)
-        return renewed(task, learner, along=False) if extras else learner
+        learner = make_lora(name, task, rank, damp="damped" in extras)
+        return renewed(task, learner, along=False) if "renewed" in extras else learner
     settings: Any = {"rank": rank, "scale": scale, "multiple_of": multiple_of}
     if name == "halves":
         return make_halves(task, **settings)
@@ -231,6 +232,7 @@ def make(
         plan = with_directions(plan, dict(learners.matching(*task[1:3])))
     elif along:
         plan = with_directions(plan, task.gradient(task.params))
+    plan = learners.damped(task, plan) if "damped" in extras else plan
     learner = with_plan(task.model, plan)
     if "start" in extras:
         learner = started(task, learner, plan)
@@ -252,10 +254,11 @@ def passes(method: str, steps: float, renewals: float) -> float:
     return steps + prepasses(method) + (renewals if along else 0)
 
 
-def make_lora(name: str, task: Task, rank: int) -> Learner:
+def make_lora(name: str, task: Task, rank: int, *, damp: bool) -> Learner:
     """One of `LORAS`."""
     speed = learners.LORA_PLUS if name == "lora+" else 1.0
-    learner = learners.lora(*task[:3], rank, speed=speed)
+    made: Any = {"damp": functools.partial(learners.damped, task)} if damp else {}
+    learner = learners.lora(*task[:3], rank, speed=speed, **made)
     if name in ("lora", "lora+"):
         return learner
     begin = lora_one if name == "lora-one" else lora_ga

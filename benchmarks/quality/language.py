@@ -21,6 +21,21 @@ from models.lesson import Batch, batch
 
 ANSWER = 24  # tokens of an answer to an ordinary question, at most
 TEXTS, TEXT = 16, 44  # ordinary texts, and their tokens
+PROMPTS = (
+    "Write a short story about a fox and a river.",
+    "Explain how rain forms.",
+    "List three uses of copper.",
+    "Translate good morning to Spanish.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "What should I pack for a hike?",
+    "Summarise the plot of a famous play.",
+    "How do plants make food?",
+    "Describe a busy market in one paragraph.",
+    "What is the tallest mountain on Earth?",
+    "Tell me a joke about computers.",
+)
+"""Ordinary prompts, which are none of those that forgetting is measured on."""
 
 
 class Base(NamedTuple):
@@ -98,7 +113,10 @@ def learner(
     inputs = read(ids, begin), at
     if begin:
         model = Tail(model.config, begin)
-    task = learners.Task(model, params, targets, inputs, loss)
+    own, places = damping_text()
+    task = learners.Task(
+        model, params, targets, inputs, loss, (read(own, begin), places)
+    )
     return baselines.make(method, task, rank or 0, scale or "fine-tuning")
 
 
@@ -147,6 +165,21 @@ def ordinary() -> Ordinary:
     long = list(itertools.islice((t for t in texts if len(t) == TEXT), TEXTS))
     read = batch([t[:1] for t in long], [t[1:] for t in long])
     return Ordinary(answers, apply(answers.ids, answers.at), read)
+
+
+@functools.lru_cache
+def damping_text() -> tuple[np.ndarray, np.ndarray]:
+    """Ids and places of ordinary text for damped inputs, about a thousand tokens.
+
+    These are definitions that forgetting is not measured on, and prompts of a chat.
+    """
+    tokenizer = base().tokenizer
+    texts = map(tokenizer.encode, itertools.islice(definitions(), 200, 400))
+    long = list(itertools.islice((t[:TEXT] for t in texts if len(t) >= TEXT), TEXTS))
+    chats = [token for prompt in PROMPTS for token in tokenizer.chat(prompt)]
+    ends = range(TEXT, len(chats) + 1, TEXT)
+    ids = np.array([*long, *(chats[end - TEXT : end] for end in ends)], np.int32)
+    return ids, np.zeros((len(ids), 1), np.int32)
 
 
 def definitions() -> Iterator[str]:

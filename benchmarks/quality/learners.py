@@ -33,6 +33,7 @@ class Task(NamedTuple):
         targets: A pattern of the paths of the kernels.
         inputs: The inputs of a call.
         loss: (logits of that call) -> loss.
+        ordinary: The inputs of a call with ordinary text, for damped inputs.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     targets: str
     inputs: tuple[Any, ...]
     loss: Callable[[jax.Array], jax.Array]
+    ordinary: tuple[Any, ...] = ()
 
     def loss_of(self, learner: "Learner") -> Callable[..., jax.Array]:
         """(trained, frozen) -> loss."""
@@ -97,13 +99,15 @@ def lora(
     rank: int,
     seed: int = 0,
     speed: float = 1.0,
+    *,
+    damp: Callable[[mora_jax.Plan], mora_jax.Plan] = lambda plan: plan,
 ) -> Learner:
     """LoRA with alpha = r: A as He has it, B of zeros. LoRA+ if B has another speed.
 
     It is this library's, and so as fast as MoRA is by the same means.
     """
     config = MoRAConfig(rank=rank, operator="low_rank", targets=targets)
-    plan, key = mora_jax.plan(params, config), jax.random.key(seed)
+    plan, key = damp(mora_jax.plan(params, config)), jax.random.key(seed)
     start, speeds = {}, {}
     for path, kernel in matching(params, targets):
         key, own = jax.random.split(key)
@@ -151,6 +155,15 @@ def _adapted(model: nn.Module) -> Callable[..., jax.Array]:
 def bare(adapters: Any) -> Any:
     """The arrays of adapters, whose meaning their plan has."""
     return jax.tree.map(lambda a: a.m, adapters, is_leaf=_is_adapter)
+
+
+def damped(task: Task, plan: mora_jax.Plan) -> mora_jax.Plan:
+    """The plan with inputs that are damped by the ordinary text of a task."""
+    run, variables = jax.jit(linen.wrap(task.model, plan)), {"params": task.params}
+    adapters = mora_jax.input_damping(
+        lambda adapters: run(adapters, variables, *task.ordinary), mora_jax.init(plan)
+    )
+    return plan_like(plan, adapters)
 
 
 def plan_like(plan: mora_jax.Plan, adapters: Any) -> mora_jax.Plan:

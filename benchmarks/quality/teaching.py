@@ -34,6 +34,9 @@ METHODS = {
     "lora+": 1e-4,
     "rotation": 1e-4,
     "block_diagonal": 5e-5,
+    "block_diagonal, damped": 5e-5,
+    "rotation, damped": 1e-4,
+    "lora, damped": 1e-3,
     "signed_decoupling": 1e-4,
     "decoupling": 1e-4,
     "signed_sharing": 1e-4,
@@ -62,6 +65,7 @@ MoRA is called by its operator and has scale="fine-tuning"; if its name ends wit
 "start" M starts as a step of gradient descent, and what is "renewed" is merged at equal
 intervals and starts again between other maps, along a new gradient if it was along one.
 With "others" the first gradient is of a few other samples than those that are taught.
+What is "damped" has damped inputs, by ordinary text.
 """
 
 

@@ -1,0 +1,231 @@
+"""Damped inputs: the directions of ordinary inputs, found by adapters that are none."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.checks import check_finite, positive_integer
+from mora_jax._common.suggestions import alike, shown
+from mora_jax._common.types import Path, Shape
+from mora_jax._common.warnings import warn
+from mora_jax._jax.linear_algebra import rows_product
+from mora_jax._layer.adapter import Adapter
+from mora_jax._tree import paths
+from mora_jax.operators import Damped
+from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators._pytree import operator
+
+FLOOR = 0.03
+"""The part of the mean second moment that is added to each."""
+
+
+def input_damping(
+    call: Callable[[Any], Any], adapters: Any, *, directions: int = 16
+) -> Any:
+    r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
+
+    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
+
+    V are the leading directions of the second moments of each layer's inputs in `call`,
+    which is of what should stay as it is: some hundred tokens of any text. Inputs are
+    scaled down along them to what they are in all other directions. Steps of M then
+    lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
+    kernel; V is stored with the adapters, in * `directions` numbers of bfloat16 for
+    each input that layers have.
+
+    Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
+    (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),
+    which remove such directions; and EVA (https://arxiv.org/abs/2410.07170), which
+    takes the task's. docs/what-it-learns.md says what it gains.
+
+    Args:
+      call: A function from adapters to the outputs of a call of the adapted model.
+        Give it compiled.
+      adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+        Kernels of a stack share their directions.
+      directions: k, the number of directions.
+
+    Returns:
+      Adapters whose operator is `operators.Damped` around the old one. Embeddings,
+      convolutions and kernels that methods read stay as they are; a `MoRAWarning` names
+      them.
+
+    Raises:
+      TypeError, ValueError: `call` is not a function or has no floating-point outputs;
+        no kernel is in them; an adapter is damped already, or has a delta that is not
+        zero; or inputs are not finite.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> adapters = mora_jax.init(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
+      >>> call = lambda adapters: adapters["fc"]["kernel_mora"](jnp.eye(8)[:3])
+      >>> mora_jax.input_damping(call, adapters, directions=2)["fc"]["kernel_mora"]
+      Adapter(rotation, damped (2), float32[4, 4])
+    """
+    positive_integer("directions", directions)
+    if not callable(call):
+        rule = "call must be a function from adapters to outputs"
+        raise TypeError(f"{rule}, got {type(call).__name__}")
+    found = paths.checked_adapters(adapters).kernels
+    for path, adapter in found.items():
+        _check_new("/".join(path), adapter)
+    widths = {path: adapter.operator.in_features for path, adapter in found.items()}
+    columns = {
+        path: np.random.RandomState(0).choice([-1.0, 1.0], (width, min(width, k)))
+        for path, width in widths.items()
+        for k in [2 * directions + 8]
+    }
+    # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
+    # holds the leading directions of S, and within it they are those of Q^T S Q.
+    first = _moments(call, adapters, found, columns)
+    columns = {path: np.linalg.qr(product)[0] for path, (product, _) in first.items()}
+    if not columns:
+        raise ValueError("call must multiply inputs by an adapted kernel, and has none")
+    second = _moments(call, adapters, found, columns)
+    known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
+    damped = {}
+    for path, (product, trace) in second.items():
+        adapter = found[path]
+        v = _damping(columns[path].T @ product, columns[path], trace, directions)
+        v = known.setdefault(v.tobytes(), v)
+        inner = adapter.operator
+        sizes = inner.in_features, inner.out_features, inner.square_rank
+        new = Damped(*sizes, inner=inner, directions=v)
+        spec = dataclasses.replace(adapter.spec, operator=new)
+        damped[path] = adapter.replace(spec=spec)
+    left = [("/".join(path), None) for path in found if path not in damped]
+    if left:
+        names = ", ".join(shown(p, len(kind)) for p, kind in alike(left, lambda x: x))
+        warn(f"the inputs of {names} are no rows of numbers, and are not damped")
+    return paths.replace_adapters(adapters, damped)
+
+
+def _check_new(name: str, adapter: Adapter) -> None:
+    """Raise if the adapter's delta is not zero, or its inputs are damped."""
+    op = adapter.operator
+    if isinstance(op, Damped):
+        raise ValueError(
+            f"{name} has damped inputs already: damp those of new adapters"
+        )
+    x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
+    stack = adapter.m.reshape(-1, *op.m_shape)
+    if jax.vmap(lambda m: op.rows(x, m))(stack).any():
+        raise ValueError(
+            f"{name}: the delta of an adapter must be zero, since damping changes it; "
+            "damp inputs before training, as of init(plan)"
+        )
+
+
+def _moments(
+    call: Callable[[Any], Any],
+    adapters: Any,
+    found: Mapping[Path, Adapter],
+    columns: Mapping[Path, np.ndarray],
+) -> dict[Path, tuple[np.ndarray, float]]:
+    """{path: (S Z, trace of S)} of second moments S of inputs, for columns Z.
+
+    Kernels whose inputs are not seen are left out.
+    """
+    sketches = {}
+    plain: Any = {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "layout": None}
+    for path, z in columns.items():
+        old = found[path].spec
+        op = _Moments(old.in_features, old.out_features, z.shape[1])
+        spec = dataclasses.replace(old, operator=op, execution="activation", **plain)
+        m = jnp.asarray(np.pad(z, ((0, 0), (1, 0))), jnp.float32)
+        sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
+
+    def total(given: Any) -> jax.Array:
+        outputs = jax.tree.leaves(call(given))
+        sums = [
+            jnp.sum(jnp.asarray(y, jnp.float32))
+            for y in outputs
+            if jnp.issubdtype(jnp.result_type(y), jnp.floating)
+        ]
+        if not sums:
+            raise ValueError("call must return floating-point outputs, and has none")
+        return sum(sums, jnp.zeros(()))
+
+    grads = jax.grad(total)(paths.replace_adapters(adapters, sketches))
+    moments = {}
+    for path, gradient in paths.adapters_in(grads).kernels.items():
+        if path in sketches:
+            array = np.asarray(gradient.m, np.float64)
+            check_finite(array, f"the moment of inputs of {'/'.join(path)}")
+            array = array.reshape(-1, *array.shape[-2:]).sum(0)
+            if (trace := float(array[:, 0].sum())) > 0:
+                moments[path] = array[:, 1:], trace
+    return moments
+
+
+def _damping(
+    within: np.ndarray, basis: np.ndarray, trace: float, count: int
+) -> np.ndarray:
+    """V by the second moments within a basis, (width, width)."""
+    features = len(basis)
+    values, vectors = np.linalg.eigh((within + within.T) / 2)
+    values, v = values[-count:].clip(0), basis @ vectors[:, -count:]
+    # Each direction is scaled by a root, to what a mean one of the others is. Then
+    # P = I - V V^T has these factors: 1 - |v|^2.
+    floor = FLOOR * trace / features
+    rest = max(trace - values.sum(), 0) / max(features - count, 1)
+    factors = np.sqrt((rest + floor) / (values + floor)).clip(max=1)
+    return np.asarray(v * np.sqrt(1 - factors), jnp.bfloat16)
+
+
+@operator
+class _Moments(Operator):
+    """A delta of zero, whose "gradient by M" is the second moment of the inputs.
+
+    M are columns Z, after a column that is not used; for which the squares of inputs
+    are returned, and S Z for the others.
+    """
+
+    # A wrapped model computes what adapters say, under scan and remat, with quantized
+    # kernels and in both APIs. So this sees the inputs of all layers, and no hook is
+    # needed. XLA leaves out the backward pass, since nothing depends on a gradient.
+    name = "moments"
+    square = False
+    bounded = False
+    block = True
+
+    @property
+    def m_shape(self) -> Shape:
+        return self.in_features, 1 + self.square_rank
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return jnp.zeros((*x.shape[:-1], self.out_features), x.dtype)
+
+    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+        return x, m
+
+    def tangent(
+        self, kept: Any, tangent: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return self.rows(kept[0], tangent)
+
+    def gradient(
+        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
+    ) -> jax.Array:
+        x, m = (
+            array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in kept
+        )
+        x = x.reshape(-1, self.in_features)
+        by_columns = rows_product(x, x @ m[:, 1:])
+        return jnp.concatenate([jnp.sum(x**2, 0)[:, None], by_columns], -1)
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        return jnp.zeros((*indices.shape, self.out_features), m.dtype)
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        return jnp.zeros((self.in_features, self.out_features), m.dtype)
