@@ -252,7 +252,8 @@ def _cells(part: Spec) -> dict[str, str]:
     if isinstance(part, TrainedArray):
         shape = " x ".join(map(str, part.shape)) or "1"
         return {"in -> out": shape, "operator": "trained"}
-    q, asked = part.operator.square_rank, part.asked_square_rank
+    op, asked = part.operator, part.asked_square_rank
+    q = " x ".join(map(str, op.m_shape)) if len(op.m_shape) > 2 else op.square_rank
     return {
         "in -> out": f"{part.in_features} -> {part.out_features}",
         "operator": part.operator.label,

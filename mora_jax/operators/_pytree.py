@@ -36,7 +36,7 @@ def operator(cls: ClassT) -> ClassT:
     cls.arrays = tuple(f.name for f in fields if "compute" in f.metadata)
     cls.given = any(f.init for f in fields if "compute" in f.metadata)
     if cls.given:
-        cls.__eq__ = _alike
+        cls.__eq__ = _alike  # type: ignore[method-assign]
     inner = [field.name for field in fields if "nested" in field.metadata]
     register_pytree(cls, [*cls.arrays, *inner])
     return cls

@@ -56,7 +56,9 @@ class BlockDiagonal(Ordered):
 
     @classmethod
     @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
-    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+    def widest(  # type: ignore[override]
+        cls, rank: int, in_features: int, out_features: int
+    ) -> int:
         """The least number of blocks with no more parameters than a LoRA of `rank`.
 
         It divides both widths if blocks then have two thirds of the parameters or more.
@@ -127,7 +129,7 @@ class BlockDiagonal(Ordered):
         return self._decompress(jnp.where(here[..., None], rows[..., None, :], 0))
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        return self.unit_rows(np.arange(self.in_features), m)
+        return self.unit_rows(jnp.arange(self.in_features), m)
 
 
 def cut(x: jax.Array, n: int) -> jax.Array:

@@ -1,22 +1,23 @@
 """Damped inputs: another operator, which sees less of some directions."""
 
 import copy
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul, rows_product
-from mora_jax.operators._base import Operator, Precision, Work
-from mora_jax.operators._pytree import given, nested, operator
+from mora_jax.operators import _pytree
+from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators._pytree import given, nested
 
 
-@operator
+@_pytree.operator
 class Damped(Operator):
     r"""An operator that sees its inputs damped along given directions.
 
@@ -64,51 +65,6 @@ class Damped(Operator):
         """The inner operator's name, and the number of directions."""
         return f"{self.inner.name}, damped ({self.directions.shape[1]})"
 
-    @property
-    def linear(self) -> bool:  # type: ignore[override]
-        """That of the inner operator, as all that follows."""
-        return self.inner.linear
-
-    @property
-    def square(self) -> bool:  # type: ignore[override]
-        return self.inner.square
-
-    @property
-    def bounded(self) -> bool:  # type: ignore[override]
-        return self.inner.bounded
-
-    @property
-    def block(self) -> bool:  # type: ignore[override]
-        return self.inner.block
-
-    @property
-    def work(self) -> Work:  # type: ignore[override]
-        return self.inner.work
-
-    @property
-    def m_shape(self) -> Shape:
-        return self.inner.m_shape
-
-    @property
-    def compressed_shape(self) -> Shape:
-        return self.inner.compressed_shape
-
-    @property
-    def gains(self) -> tuple[float, float]:
-        return self.inner.gains
-
-    @property
-    def fine_tuning_scale(self) -> float:
-        return self.inner.fine_tuning_scale
-
-    def start(
-        self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
-    ) -> jax.Array:
-        return self.inner.start(stack, init, key, dtype)
-
-    def scaled(self, m: Any, factor: Any) -> Any:
-        return self.inner.scaled(m, factor)
-
     def along(self, x: jax.Array) -> jax.Array:
         """Coordinates of inputs along V, (..., k)."""
         return matmul(x, self.columns(x.dtype))
@@ -124,24 +80,8 @@ class Damped(Operator):
     def _compress(self, x: jax.Array) -> jax.Array:
         return self.inner._compress(self.damped(x))
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        return self.inner._decompress(h)
-
     def enter(self, x: jax.Array) -> jax.Array:
         return self.inner.enter(self.damped(x))
-
-    def leave(self, h: jax.Array) -> jax.Array:
-        return self.inner.leave(h)
-
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        return self.inner.product(h, m, precision)
-
-    def product_by_m(
-        self, h: jax.Array, g: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        return self.inner.product_by_m(h, g, precision)
 
     def rows(
         self, x: jax.Array, m: jax.Array, precision: Precision = None
@@ -187,6 +127,16 @@ class Damped(Operator):
 
     def matrix(self, m: jax.Array) -> jax.Array:
         return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
+
+
+_OF_INNER = (
+    *("linear", "square", "bounded", "block", "work", "m_shape", "compressed_shape"),
+    *("gains", "fine_tuning_scale", "widest", "start", "scaled"),
+    *("_decompress", "leave", "product", "product_by_m"),
+)
+"""What is the inner operator's."""
+for _name in _OF_INNER:
+    setattr(Damped, _name, property(operator.attrgetter(f"inner.{_name}")))
 
 
 def _checked(op: Damped) -> np.ndarray:
