@@ -44,7 +44,7 @@ from mora_jax._tree.merge import merged_kernel
 from mora_jax._tree.optim import check_transformation, restarted_state
 from mora_jax._tree.paths import Found, Tree, checked_adapters
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
-from mora_jax.operators import Sharing
+from mora_jax.operators import Damped, Operator, Sharing
 from mora_jax.operators.low_rank import nearest_factors
 
 __all__ = ["Restarted", "learned", "restart"]
@@ -205,22 +205,26 @@ def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
 
 def _next_spec(path: Path, spec: AdapterSpec) -> AdapterSpec:
     """The adapter of the same kernel and size between other maps."""
-    op = spec.operator
+    op = _next_operator("/".join(path), spec.operator)
+    return dataclasses.replace(_on_next_base(spec), operator=op)
+
+
+def _next_operator(name: str, op: Operator) -> Operator:
+    if isinstance(op, Damped):
+        return op.around(_next_operator(name, op.inner))
     if hasattr(op, "seed"):
-        op = dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
-    elif isinstance(op, Sharing):
+        return dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
+    if isinstance(op, Sharing):
         types = list(REFERENCE_GROUPS.values())
         at = types.index((op.compress_groups, op.decompress_groups))
         names = "compress_groups", "decompress_groups"
         groups = dict(zip(names, types[(at + 1) % len(types)], strict=True))
-        op = dataclasses.replace(op, **groups)
-    else:
-        raise ValueError(
-            f"{'/'.join(path)}: {op.name} has the same maps after each restart, so "
-            "that the rank of what is learned would not grow; plan with 'permutation', "
-            "'signed_decoupling' or 'sharing', or give restart(grads=...)"
-        )
-    return dataclasses.replace(_on_next_base(spec), operator=op)
+        return dataclasses.replace(op, **groups)
+    raise ValueError(
+        f"{name}: {op.name} has the same maps after each restart, so that the rank of "
+        "what is learned would not grow; plan with 'block_diagonal', "
+        "'signed_decoupling' or 'sharing', or give restart(grads=...)"
+    )
 
 
 def _on_next_base(spec: AdapterSpec) -> AdapterSpec:

@@ -19,7 +19,7 @@ from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
 from mora_jax._tree.plan import Plan, check_plan
-from mora_jax.operators import Subspace
+from mora_jax.operators import Damped, Operator, Subspace
 
 HALVINGS = 20
 """Lengths that `gradient_start` tries at most."""
@@ -101,9 +101,12 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
         raise ValueError(f"{what} is zero, and has no directions")
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
+    if isinstance(old, Damped):  # the inner operator is to follow P G
+        rows = old.damped(rows.swapaxes(1, 2)).swapaxes(1, 2)
     q, features = old.square_rank, (spec.in_features, spec.out_features)
     bases = _leading(rows, q), _leading(rows.swapaxes(1, 2), q)
-    new = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
+    new: Operator = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
+    new = old.around(new) if isinstance(old, Damped) else new
     scaled = spec.scale == old.fine_tuning_scale
     scale = new.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)

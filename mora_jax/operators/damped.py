@@ -54,6 +54,18 @@ class Damped(Operator):
 
     name = "damped"
 
+    def __post_init__(self) -> None:
+        inner = self.inner
+        if not isinstance(inner, Operator) or isinstance(inner, Damped):
+            rule = "inner must be an operator that is not damped"
+            raise TypeError(f"{rule}, got {inner!r}")
+        sizes = [
+            (op.in_features, op.out_features, op.square_rank) for op in (self, inner)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"inner must have the sizes {sizes[0]}, got {sizes[1]}")
+        super().__post_init__()
+
     def around(self, inner: Any) -> "Damped":
         """The same around another form of the inner map."""
         new = copy.copy(self)  # not through __init__: the directions are checked
@@ -141,14 +153,7 @@ for _name in _OF_INNER:
 
 def _checked(op: Damped) -> np.ndarray:
     """The directions of `op` as a bfloat16 array of its own."""
-    inner, v = op.inner, op.directions
-    if not isinstance(inner, Operator) or isinstance(inner, Damped):
-        raise TypeError(f"inner must be an operator that is not damped, got {inner!r}")
-    sizes = [
-        (each.in_features, each.out_features, each.square_rank) for each in (op, inner)
-    ]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"inner must have the sizes {sizes[0]}, got {sizes[1]}")
+    v = op.directions
     check_concrete(v, "directions", (op.in_features, *jnp.shape(v)[1:2]))
     v = np.array(v, jnp.bfloat16)
     products = v.T.astype(np.float32) @ v.astype(np.float32)

@@ -23,6 +23,8 @@ from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
+from mora_jax.io.native._records import directions_name
+from mora_jax.operators import Damped
 
 FORMAT, KEY = "mora_jax adapter", "mora_jax"
 """The format, and the only key of the file's metadata, whose text is the config."""
@@ -205,9 +207,11 @@ def save(
         name = "/".join(paths.place_of(path, adapter.spec))
         arrays[name] = to_numpy(name, adapter.m)
         op = getattr(adapter.spec, "operator", None)
-        for given in (op, getattr(op, "inner", None)):
-            if given is not None and given.given:
-                arrays |= {f"{name}/{key}": getattr(given, key) for key in given.arrays}
+        if isinstance(op, Damped):
+            arrays[directions_name(op.digest)] = op.directions
+            op = op.inner
+        if op is not None and op.given:
+            arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
     text = _records.text_of(dict(sorted(found.items())), more)
     data = encode(arrays, {KEY: text})

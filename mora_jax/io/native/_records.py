@@ -186,15 +186,19 @@ class Reading(NamedTuple):
     limit: int
     arrays: dict[str, np.ndarray] | None
     writer: str
+    shared: set[str]
 
-    def take(self, name: str) -> np.ndarray | None:
-        """An array of finite numbers, taken out of the file's."""
+    def take(self, name: str, *, shared: bool = False) -> np.ndarray | None:
+        """An array of finite numbers, taken out of the file's; later if it is shared."""
         if self.arrays is None:
             return None
         if name not in self.arrays:
             raise ValueError(f"the file lacks {name}")
         check_finite(self.arrays[name], name, " in the file")
-        return self.arrays.pop(name)
+        if not shared:
+            return self.arrays.pop(name)
+        self.shared.add(name)
+        return self.arrays[name]
 
 
 def room(shapes: Iterable[Shape] = ()) -> int:
@@ -214,7 +218,7 @@ def restore(
     Messages call it `where`, and `limit` is as `room` has it. `arrays` are the file's,
     until they are taken; without them each adapter has None for its own, as in a plan.
     """
-    file = Reading(limit, arrays, content["library_version"])
+    file = Reading(limit, arrays, content["library_version"], set())
     found: dict[Path, Adapter] = {}
     tables = ("layers", LAYER, _kernel_spec), ("trained", TRAINED, _trained_spec)
     for key, fields, spec_of in tables:
@@ -235,6 +239,8 @@ def restore(
                 _check_same(record, own, spec)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
+    for name in file.shared:
+        file.arrays.pop(name)  # type: ignore[union-attr]
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
     for one, other in itertools.pairwise(places):
         if other.startswith(one):
@@ -311,19 +317,25 @@ def _operator(
 ) -> Operator:
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
-    for kind in (Damped, Subspace):
-        if settings.get("name") == kind.name:
-            place = name + SUFFIX
-            given: Any = {key: file.take(f"{place}/{key}") for key in kind.arrays}
-            if kind is Damped:
-                given["inner"] = _operator(_inner(record), widths, name, file)
-            return kind(*widths, **given)
+    if settings.get("name") == Subspace.name:
+        place = name + SUFFIX
+        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
+        return Subspace(*widths, **given)
+    if settings.get("name") == Damped.name:
+        inner = _operator(_inner(record), widths, name, file)
+        v: Any = file.take(directions_name(record.get("digest")), shared=True)
+        return Damped(*widths, inner=inner, directions=v)
     seed = settings.pop("seed", 0)
     try:
         return make_operator(settings, *widths, seed=seed)
     except ValueError as error:
         hint = f"the file is of mora_jax {short(file.writer)}, which may know more"
         raise ValueError(f"{error} ({hint})") from None
+
+
+def directions_name(digest: Any) -> str:
+    """The name of an array of directions, which kernels with one input share."""
+    return f"{Damped.name}/{digest}"
 
 
 def _inner(record: Record) -> Record:
