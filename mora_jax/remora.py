@@ -74,7 +74,6 @@ def restart(
     *,
     grads: Callable[[Any], Any] | None = None,
     any_base: bool = False,
-    donate: bool = False,
 ) -> Restarted:
     """Merge the adapters, and start new ones between other maps.
 
@@ -97,8 +96,6 @@ def restart(
         an iterator as `gradient_bases` takes them. The new maps are the directions of
         these gradients then, which needs concrete arrays, so not under jit.
       any_base: True to merge into any weights, as for `merge`.
-      donate: True to overwrite the old kernels. Memory then does not hold them twice,
-        and `params` cannot be used any more, also if `grads` raises an error.
 
     Raises:
       TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
@@ -117,8 +114,7 @@ def restart(
         path: _next_spec(path, spec) if grads is None else _on_next_base(spec)
         for path, spec in old.specs.items()
     }
-    add, sums = _add_and_donate if donate else _add, {}
-    arrays = found.in_base(params, any_base=any_base)
+    arrays, sums = found.in_base(params, any_base=any_base), {}
     for path, adapter in old.items():
         place, kernel = arrays[path]
         # A spec is an argument, so that equal layers share a program whatever arrays
@@ -127,7 +123,7 @@ def restart(
         settings = repr(operator_settings(adapter.operator))
         shift = crc32(settings.encode()) % 2**31
         spec = dataclasses.replace(adapter.spec, base_digest=None)
-        sums[place] = add(spec, adapter.m, kernel, shift)
+        sums[place] = _dithered(spec, adapter.m, kernel, shift)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
         following = specs_along(grads(merged), following, "tree of adapters")
@@ -233,13 +229,10 @@ def _on_next_base(spec: AdapterSpec) -> AdapterSpec:
     return dataclasses.replace(spec, base_digest=None, init=init)
 
 
+@jax.jit
 def _dithered(
     spec: AdapterSpec, m: jax.Array, kernel: jax.Array, shift: Any
 ) -> jax.Array:
     """The kernel plus the delta, rounded with the dither that starts at `shift`."""
     start = shift, shift
     return merged_kernel(Adapter(m, spec), kernel, rounding="dither", start=start)
-
-
-_add = jax.jit(_dithered)
-_add_and_donate = jax.jit(_dithered, donate_argnums=2)

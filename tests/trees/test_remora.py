@@ -42,7 +42,6 @@ def made(operator="signed_decoupling", dtype="float32", **settings):
 
 @pytest.mark.parametrize("operator", CHANGING)
 def test_the_function_stays_and_the_rank_grows(operator):
-    donate = operator == "permutation"
     params, adapters = made(operator, alpha=0.5, scale="fine-tuning")
     first = jax.tree.map(np.asarray, params)
     tx, expected = optax.adam(1e-3), jax.tree.map(wide, params)
@@ -53,9 +52,7 @@ def test_the_function_stays_and_the_rank_grows(operator):
         for name in SIZES:
             expected[name]["kernel"] += wide(delta[name]["kernel"])
         bias = params["a"]["bias"]
-        params, zeros, _ = remora.restart(
-            params, adapters, tx.init(adapters), tx, donate=donate
-        )
+        params, zeros, _ = remora.restart(params, adapters, tx.init(adapters), tx)
         assert params["a"]["bias"] is bias
         close(params, expected)
         assert not any(m.any() for m in jax.tree.leaves(zeros))
@@ -67,16 +64,6 @@ def test_the_function_stays_and_the_rank_grows(operator):
     assert ranks == sorted(ranks)
     if not adapters["a"]["kernel_mora"].operator.block:
         assert ranks[0] == 4 < ranks[-1]
-
-
-def test_donated_kernels_are_gone_and_others_are_not():
-    params, adapters = made()
-    tx = optax.sgd(1.0)
-    args = params, adapters, tx.init(adapters), tx
-    remora.restart(*args)
-    assert not params["a"]["kernel"].is_deleted()
-    remora.restart(*args, donate=True)
-    assert params["a"]["kernel"].is_deleted() and not params["a"]["bias"].is_deleted()
 
 
 def test_the_cycle_of_groups_is_the_references():
