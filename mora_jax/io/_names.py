@@ -1,11 +1,9 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
-import difflib
 import functools
 import itertools
-import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -213,44 +211,11 @@ def split_index(kernel: str) -> tuple[str, Shape]:
     return path, tuple(map(int, numbers))
 
 
-# --- The names that would fit ---
-
-
-def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
-    """The `names` that would fit, as the end of a message.
-
-    `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
-    may be the kernels. If none of them is like a kernel, names are guessed.
-    """
-    numbers, templates = re.compile(r"\d+"), {}
-
-    def template(name: str) -> str:
-        fields = iter(("{n}", "{m}", "{k}"))
-        return numbers.sub(lambda number: next(fields, number[0]), name)
-
-    for kernel in kernels:
-        guess = _guess(kernel)
-        alike = [m for m in modules if numbers.findall(m) == numbers.findall(guess)]
-        # Of the last names one may be short for the other, as up for up_proj.
-        last = {m: sorted(n.rpartition(".")[2] for n in (m, guess)) for m in alike}
-        alike = [m for m, (short, long) in last.items() if long.startswith(short)]
-        module = next(iter(difflib.get_close_matches(guess, alike, 1, 0.0)), guess)
-        if numbers.findall(module) == numbers.findall(kernel):
-            # All layers of a model have one template.
-            module, kernel = template(module), template(kernel)
-        templates.setdefault(module, kernel)
-    shown = json.dumps(templates)
-    return f"templates name them, as in names={shown}, with PyTorch's names on the left"
-
-
-def _guess(kernel: str) -> str:
-    """The name that a kernel's module has in PyTorch if models' names agree."""
-    path, index = split_index(kernel)
-    parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
-    parts[1:1] = map(str, index)  # layers/up/kernel[3] is layers.3.up
-    name, known = ".".join(parts), bijection(None)
-    rooted = (f"{root}.{name}" for root in ("model", "transformer", "bert"))
-    return next((name for name in rooted if any(known.of_module(name))), name)
+TEMPLATES = (
+    "templates name them, as in names={'layers.{n}.fc': 'layers_{n}/fc/kernel'}, with "
+    "PyTorch's names on the left"
+)
+"""The remedy where names lack a kernel or a module, as the end of a message."""
 
 
 # --- The names of well-known models ---

@@ -298,10 +298,8 @@ def test_names_that_do_not_fit():
     with pytest.raises(AdapterFileError, match="does not fit the model"):
         read("llama")
     missing = "names have no kernel for the module"
-    with pytest.raises(AdapterFileError, match=missing) as told:
+    with pytest.raises(AdapterFileError, match=f"{missing}.*templates name them"):
         read("bert")
-    names = json.loads(re.search(r"names=(\{.*\})", str(told.value))[1])
-    assert_same(read(names), read(NAMES))
 
 
 BAD_CONFIGS = [

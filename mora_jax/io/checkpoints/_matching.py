@@ -220,9 +220,8 @@ class Source:
         for own in {leaf, leaf.replace("/", ".")} & place.keys():
             text += f"; {own!r} has another shape, {place[own].entries[own].shape}"
         others = (name for name in self.missing if not name.endswith("/bias"))
-        if unknown := [name for name in others if not any(self.known.of_kernel(name))]:
-            free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {_names.suggestion(unknown, free)}"
+        if not all(any(self.known.of_kernel(name)) for name in others):
+            text += f"; {_names.TEMPLATES}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:

@@ -304,8 +304,8 @@ def _modules(
     if not items and not unknown:
         raise ValueError("adapters must hold one of a kernel to write, got none")
     if unknown:
-        hint = _names.suggestion(unknown, ())
-        raise ValueError(f"names have no module for the kernel {unknown[0]!r}; {hint}")
+        what = f"names have no module for the kernel {unknown[0]!r}"
+        raise ValueError(f"{what}; {_names.TEMPLATES}")
     return items
 
 

@@ -20,7 +20,7 @@ from mora_jax._tree.plan import Plan
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, bijection, split_index, suggestion
+from mora_jax.io._names import TEMPLATES, Names, bijection, split_index
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
@@ -112,11 +112,10 @@ def _kernels(
             raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
         kernels[path][index] = pair
     if unknown:
-        # A checkpoint that was read by the same names lacks paths.
-        paths = paths or [m.replace(".", "/") + "/kernel" for m in unknown]
+        near = nearest_paths(unknown[0].replace(".", "/"), paths)
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts; {suggestion(paths, unknown)}"
+            f"adapts{near}; {TEMPLATES}"
         )
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
