@@ -2,8 +2,6 @@
 
 import functools
 import importlib.metadata
-import re
-import shlex
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -214,19 +212,6 @@ def export(
     typer.echo(told)
 
 
-def as_options(text: str) -> str:
-    """A message of the library with arguments as the command line has them."""
-
-    # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
-    def option(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        flag = "--" + name.replace("_", "-")
-        return flag if value == "True" else f"{flag} {shlex.quote(value)}"
-
-    arguments = r"\b(any_base|force|max_error|names|rank|rounding)"
-    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
-
-
 def run() -> None:
     """Run a command. Its error is one line, and the exit code is 1."""
     try:
@@ -237,5 +222,5 @@ def run() -> None:
         # of object stores have errors of their own, which may be a word.
         if not isinstance(error, ImportError | OSError | TypeError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        typer.secho(f"error: {as_options(reason)}", fg="red", err=True)
+        typer.secho(f"error: {reason}", fg="red", err=True)
         raise SystemExit(1) from error
