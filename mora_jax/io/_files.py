@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from urllib.request import url2pathname
@@ -178,17 +178,12 @@ def replace_file(path: Location, data: bytes) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with _naming(directory), locked(directory) as sync, contextlib.ExitStack() as left:
-        # Listed before anything is written: clients of object stores keep a listing
-        # until they write, and this listing will soon be out of date.
-        for entry in entries(directory):
-            if entry.name.startswith(TEMPORARY):  # of a process that was killed
-                left.callback(_remove, entry)
+    with _naming(directory), contextlib.ExitStack() as left:
         new = directory / f"{TEMPORARY}{uuid.uuid4().hex}"
         left.callback(_remove, new)
         _write(new, [data])
         new.replace(path)
-        sync()
+        _sync_names(directory)
 
 
 def _remove(path: Location) -> None:
@@ -237,18 +232,16 @@ def _replace_directory(path: Path, files: Files) -> None:
         for name, chunks in files:
             _write(new / name, chunks)
         # First the files' names go to the disk, and then their directory's.
-        with locked(new) as sync:
-            sync()
-        with locked(path.parent) as sync:
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(path, old)
-                os.rename(new, path)  # before, for an instant, neither is there
-            except BaseException:
-                if old.exists() and not path.exists():
-                    os.rename(old, path)
-                raise
-            sync()
+        _sync_names(new)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, old)
+            os.rename(new, path)  # before, for an instant, neither is there
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+        _sync_names(path.parent)
 
 
 @contextlib.contextmanager
@@ -264,21 +257,12 @@ def _naming(path: Location) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, why, os.fspath(path)) from None
 
 
-@contextlib.contextmanager
-def locked(directory: Location) -> Iterator[Callable[[], None]]:
-    """Keep other writers out of `directory`, where the file system has locks.
-
-    The result writes the names in it to the disk, where that can be asked for.
-    """
+def _sync_names(directory: Location) -> None:
+    """Write the names in a directory to the disk, where that can be asked for."""
     if os.name == "nt" or not is_local(directory):
-        yield lambda: None
         return
-    import fcntl  # Windows lacks it
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems lack locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield lambda: os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
