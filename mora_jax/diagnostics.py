@@ -25,7 +25,6 @@ Example::
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -130,12 +129,8 @@ def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.flo
       The effective ranks, (...).
 
     Raises:
-      TypeError: `values` are what `spectrum` returns, and not one of its values.
       ValueError: `values` are a single number, or one is negative or not finite.
     """
-    if isinstance(values, Mapping):
-        rule = "values must be an array of singular values, got a mapping"
-        raise TypeError(f"{rule}: give one of the values that spectrum returns")
     values = np.asarray(values, np.float64)
     if not values.ndim:
         raise ValueError(f"values must have shape (..., k), got {values!r}")

@@ -107,8 +107,9 @@ def select(stacked: Tree, index: Any) -> Tree:
       stands for no adapter.
 
     Raises:
-      TypeError: `stacked` was not made by `stack`, or `index` are not integers.
-      ValueError: `index` has more or fewer axes than one, or a number without a slot.
+      TypeError: `stacked` was not made by `stack`, or `index` are not integers in one
+        axis.
+      ValueError: `index` has a number without a slot.
     """
     slots, number = _slots_of(stacked)
     index = _indices(index, number)
@@ -131,11 +132,7 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
         number, *shape = jnp.shape(leaf.m) or (0,)
         if (*shape,) != leaf.spec.shape:
-            expected = "(N, {})".format(", ".join(map(str, leaf.spec.shape)))
-            raise ValueError(
-                f"{rule}, {'/'.join(path)!r} of shape {expected}, got "
-                f"{jnp.shape(leaf.m)}"
-            )
+            raise ValueError(f"{rule}, got {leaf} at {'/'.join(path)!r}")
         numbers.add(number)
         slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
     if len(numbers) != 1:
@@ -149,11 +146,9 @@ def _indices(index: Any, number: int) -> jax.Array:
     indices = np.asarray(index) if known else index
     if not indices.size:  # NumPy takes [] for floats
         indices = indices.astype(jnp.int32)
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"index must be integers, got {indices.dtype}")
-    if indices.ndim != 1:
-        rule = "index must be an integer for each row, (B,)"
-        raise ValueError(f"{rule}, got shape {indices.shape}")
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim != 1:
+        kind = f"{indices.dtype}{list(indices.shape)}"
+        raise TypeError(f"index must be integers, one for each row, got {kind}")
     for slot in indices[(indices < -1) | (indices >= number)] if known else ():
         raise ValueError(f"index must be from -1 to {number - 1}, got {slot}")
     return jnp.asarray(indices, jnp.int32)

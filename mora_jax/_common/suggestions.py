@@ -68,28 +68,12 @@ def matching(
         matched = {name for name in names if re.fullmatch(pattern, name)}
         if not matched:
             # Without any names, similar ones among `known` are the best advice.
-            hint = _pattern_hint(pattern, names or known)
-            raise ValueError(f"{field}: {pattern!r} matches no {what}{hint}")
+            what += (
+                f"{nearest_paths(pattern, names or known)}; patterns match whole paths"
+            )
+            raise ValueError(f"{field}: {pattern!r} matches no {what}")
         selected |= matched
     return selected
-
-
-def _pattern_hint(pattern: str, names: Collection[str]) -> str:
-    """A pattern that may have been meant, as the end of a message."""
-    group = f"(?:{pattern})" if "|" in pattern else pattern
-    wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
-    for candidate in wider:
-        try:
-            matched = [name for name in names if re.fullmatch(candidate, name)]
-        except re.error:  # flags in the pattern, which must stand at the beginning
-            break
-        if matched:
-            more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
-            return (
-                f"; patterns match whole paths: {candidate!r} would match "
-                f"{matched[0]!r}{more}"
-            )
-    return nearest_paths(pattern, names)
 
 
 def nearest_paths(name: str, names: Iterable[str]) -> str:

@@ -62,12 +62,8 @@ class Trail(NamedTuple):
 
     def hidden(self, name: str) -> "Trail":
         """The trail after the primitive called `name`, which may do anything."""
-        return self._replace(unseen=cannot_see(name), numbers=None)
-
-
-def cannot_see(name: str) -> str:
-    """Reason why nothing is known after the primitive called `name`."""
-    return f"a trace cannot look into `{name}`"
+        unseen = f"a trace cannot look into `{name}`"
+        return self._replace(unseen=unseen, numbers=None)
 
 
 Start = str | MarkedCall | None

@@ -28,9 +28,6 @@ Location: TypeAlias = "Path | epath.Path"
 PathLike = str | os.PathLike[str]
 """The type of arguments that `as_path` reads."""
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
-"""{scheme: the package with which epath opens its URLs}."""
-
 
 def as_path(argument: str, value: object) -> Location:
     """The path that a user's argument names, a `str` or a path object.
@@ -76,28 +73,20 @@ def holds(directory: Location, path: Location) -> bool:
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
-    try:
-        from etils import epath
+    from etils import epath
 
+    try:
         if scheme == "hf":  # each file that is written there would make a commit
             raise KeyError(scheme)
         path = epath.Path(text)
-        path.exists()  # raises if the package that opens such URLs is missing
-        return path
     except KeyError:
-        known = ", ".join(f"{name}://" for name in PACKAGES)
         advice = "; download it first" * (scheme in ("http", "https", "hf"))
         raise ValueError(
-            f"{argument} must be a local path or a URL of {known} or of a scheme that "
-            f"is registered with epath, got {text!r}{advice}"
+            f"{argument} must be a local path or a URL of gs://, s3://, az:// or of a "
+            f"scheme that is registered with epath, got {text!r}{advice}"
         ) from None
-    except ImportError as error:
-        has_epath = sys.modules.get("etils.epath")
-        package = PACKAGES.get(scheme) if has_epath else "'mora-jax[io]'"
-        raise ImportError(
-            f"{argument} is the URL {text!r}, which cannot be opened: {error}"
-            + f"; pip install {package}" * bool(package)
-        ) from error
+    path.exists()  # raises if the package that opens such URLs is missing
+    return path
 
 
 ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -129,8 +118,6 @@ def missing_files(path: Location) -> Iterator[None]:
             what = f"directory {path.parent.absolute()}, and so no {path.name}"
             if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path.parent)):
                 what += "; huggingface_hub.snapshot_download gives that of the Hub"
-        elif is_local(path) and (path.parent / TENSORS).exists():
-            what += f", but {TENSORS}, which mora_jax.load reads if it is ours"
         raise AdapterFileError(f"there is no {what}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None

@@ -18,7 +18,6 @@ from mora_jax.nnx._held import named_modules
 
 try:
     import qwix
-    from qwix._src.core import numerics
     from qwix._src.providers.ptq import WithAux as WithAux
     from qwix._src.providers.ptq import flax_util
 except ImportError as error:
@@ -29,9 +28,6 @@ except ImportError as error:
 
 module_of_call = flax_util.get_current_module
 """The Flax module whose method runs now."""
-
-bound_of_type = numerics.get_symmetric_bound
-"""The largest number of a type; an error for one that qwix does not know."""
 
 
 def path_of_call() -> Path:

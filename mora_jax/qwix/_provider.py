@@ -101,22 +101,18 @@ class MoRAProvider(qwix.PtqProvider):
         return super().process_model_output(method_name, model_output)
 
     def _check_adapted(self, model: Any) -> None:
-        """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
+        """Raise unless a rule adapts a kernel; warn of other kernels that it names."""
         named = _private.named_parameters(model)
         adapted = {"/".join(path) for path in traced.get() or ()}
         ms = {name for name in named if name.endswith(SUFFIX)}  # of a Linen model
         adapted |= {name.removesuffix(SUFFIX) for name in ms}
-        ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
-        used = {id(rule) for name in adapted for rule in self._matching(name)}
-        unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not adapted:
-            raise ValueError(f"no kernel is multiplied in module_path={unused}")
-        if unused:
-            warn(f"these rules adapt no kernel: module_path={unused}")
+            ours = [r.module_path for r in self._rules if isinstance(r, MoRARule)]
+            raise ValueError(f"no kernel is multiplied in module_path={ours}")
         left = [
             name
             for name in sorted(named.keys() - adapted - ms)
-            if isinstance(next(iter(self._matching(name)), None), MoRARule)
+            if isinstance(self._rule_of(name), MoRARule)
             if _private.first_array(named[name]).ndim > 1
             if "bias" not in name.rpartition("/")[2]
         ]
@@ -127,15 +123,11 @@ class MoRAProvider(qwix.PtqProvider):
                 LeftOutWarning,
             )
 
-    def _matching(self, name: str) -> list[qwix.QuantizationRule]:
-        """The rules that operations with a parameter go by: one, if it is of all."""
-        module, found = name.rpartition("/")[0], []
-        for rule in self._rules:
-            if re.fullmatch(rule.module_path, module):
-                found.append(rule)
-                if not rule.op_names:
-                    break
-        return found
+    def _rule_of(self, name: str) -> qwix.QuantizationRule | None:
+        """The first rule that matches the module of a parameter."""
+        module = name.rpartition("/")[0]
+        rules = (r for r in self._rules if re.fullmatch(r.module_path, module))
+        return next(rules, None)
 
     def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
         """The output of qwix's operation `op`, with the delta if a kernel is in it."""

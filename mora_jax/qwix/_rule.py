@@ -8,7 +8,6 @@ import qwix
 
 from mora_jax._common.checks import patterns_of
 from mora_jax._plan.settings import KernelConfig, MoRAConfig
-from mora_jax.qwix import _private
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def check_rules(rules: Any) -> None:
 
 
 def check_rule(rule: qwix.QuantizationRule) -> None:
-    """Raise unless qwix understands the pattern and the types of a rule."""
+    """Raise unless qwix understands the pattern of a rule."""
     pattern: Any = rule.module_path
     if not isinstance(pattern, str):
         raise TypeError(
@@ -60,12 +59,3 @@ def check_rule(rule: qwix.QuantizationRule) -> None:
             "modules write '.*(q_proj|v_proj)'"
         )
     patterns_of("module_path", pattern)
-    for name in ("weight_qtype", "act_qtype"):
-        if (qtype := getattr(rule, name)) is not None:
-            try:
-                _private.bound_of_type(qtype)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{name} must be a type that qwix quantizes to, such as 'int8', "
-                    f"'int4', 'nf4' or 'float8_e4m3fn', got {qtype!r}"
-                ) from error

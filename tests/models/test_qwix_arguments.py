@@ -129,8 +129,6 @@ def test_a_base_of_integers(adapted):
         (lambda: MoRAProvider(module_path="("), ValueError, "'.', .* expression: mis"),
         (lambda: MoRAProvider(module_path=3), TypeError, "module_path must .* got 3"),
         (lambda: MoRARule(module_path=["a"]), TypeError, r"got \['a'\]; for several"),
-        (lambda: MoRARule(weight_qtype="int3x"), ValueError, "weight_qtype .*'int3x'"),
-        (lambda: MoRARule(weight_qtype="bfloat16"), ValueError, "weight_qtype must"),
         (
             lambda: MoRAProvider([MoRARule(), qwix.QuantizationRule(module_path="*")]),
             ValueError,
@@ -142,11 +140,6 @@ def test_a_base_of_integers(adapted):
 def test_wrong_rules_are_refused_when_they_are_made(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-@pytest.mark.parametrize("qtype", ["int8", "int4", "int2", "nf4", jnp.float8_e4m3fn])
-def test_rules_of_all_types_of_qwix(qtype):
-    assert MoRARule(weight_qtype=qtype).weight_qtype == qtype
 
 
 def test_plain_arrays_in_place_of_adapters_are_refused(adapted):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Sharding
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_dtype
@@ -55,8 +54,8 @@ def load_base(
     Raises:
       AdapterFileError: The files are damaged, a leaf lacks a tensor, a tensor lacks a
         leaf, or a shape or a dtype does not fit. No tensor is read before.
-      TypeError: `like` is a model or holds tracers, `sharding` or `skip` is of a wrong
-        type, or a transformation of JAX is under way.
+      TypeError: `like` is a model or holds tracers, `skip` is of a wrong type, or a
+        transformation of JAX is under way.
       ValueError: `names` are unknown, `skip` matches nothing, or a leaf cannot be split
         as its sharding says.
 
@@ -127,22 +126,14 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for name, array in arrays.items():
         if name not in given:
             raise ValueError(f"sharding lacks {name!r}{nearest_paths(name, given)}")
-        if (one := given[name]) is None:
-            continue
-        if not isinstance(one, Sharding):
-            raise TypeError(
-                "sharding must hold shardings, such as NamedSharding(mesh, spec), got "
-                f"{one!r} for {name!r}"
-            )
-        if isinstance(getattr(one, "mesh", None), AbstractMesh):
-            raise ValueError(f"sharding must name devices for {name!r}, got {one}")
         try:
-            if len(spec := getattr(one, "spec", ())) > len(array.shape):
-                raise ValueError(f"{spec} has more axes")
-            one.shard_shape(tuple(array.shape))
+            if given[name] is not None:
+                given[name].addressable_devices_indices_map(tuple(array.shape))
+                given[name].shard_shape(tuple(array.shape))
         except Exception as error:  # some of JAX's errors are not ValueErrors
             raise ValueError(
-                f"sharding must split {name!r}, of shape {tuple(array.shape)}, evenly; "
-                f"a tree may have one for each leaf: {error}"
+                f"sharding must split {name!r}, of shape {tuple(array.shape)}, evenly "
+                "over devices, as NamedSharding(mesh, spec) does; a tree may have one "
+                f"for each leaf: {error}"
             ) from error
     return given
