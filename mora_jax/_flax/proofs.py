@@ -71,7 +71,7 @@ class Proofs:
         try:
             known, like = self.found.setdefault(content(model), {}), content(call)
             why = known.get(like)
-        except (Incomparable, TypeError, ValueError):  # no hash, or an empty cell
+        except (TypeError, ValueError):  # no hash, no copy, or an empty cell
             known, like, why = {}, None, None
         if is_new := why is None:
             start = time.perf_counter()
@@ -111,19 +111,11 @@ def unchecked(value: bool = True) -> Iterator[None]:
 # --- What Python sees ---
 
 
-PLAIN = type("", (), {}).__basicsize__
-"""The bytes of an object that holds nothing but its attributes."""
-
-
-class Incomparable(Exception):
-    """A value may differ from another one without a sign of it."""
-
-
 def content(value: Any) -> Hashable:
     """All that Python sees in a value, equal for values that it cannot tell apart.
 
     Raises:
-      Incomparable: Not all of it can be read.
+      TypeError: Not all of it can be read, by what copies and pickles read.
     """
     # Types, numbers of parts and values, as a walk meets them: one flat tuple.
     found, left, met = [], [value], {}
@@ -160,20 +152,22 @@ def _readers(kind: type) -> tuple[Whole | None, Parts]:
     """Functions of a value of a type: its content, or None and the parts of that."""
     if issubclass(kind, _ALONE):
         return lambda value: (kind, value), iter
-    if issubclass(kind, float | complex):  # NaN is not equal to itself, -0.0 is to 0.0
+    # NaN is not equal to itself, and -0.0 is equal to 0.0.
+    if issubclass(kind, float | complex | np.generic):
         return lambda value: (kind, repr(value)), iter
     if issubclass(kind, (*_ARRAYS, np.ndarray)):
         own = kind if issubclass(kind, np.ndarray) else jax.Array
         return lambda x: (own, x.shape, x.dtype, getattr(x, "weak_type", None)), iter
     if issubclass(kind, set | frozenset):
         return lambda values: (kind, frozenset(map(content, values))), iter
-    if issubclass(kind, np.generic):
-        return lambda number: (kind, number.tobytes()), iter
     for known, parts in _PARTS.items():
         if issubclass(kind, known):
             return None, parts
+    if issubclass(kind, nn.Module):  # frozen; what else it holds is of the running call
+        names = [f.name for f in dataclasses.fields(kind) if f.name != "parent"]
+        return None, lambda module: [getattr(module, name) for name in names]
     if dataclasses.is_dataclass(kind):
-        return None, _fields(kind)
+        return None, lambda value: value.__reduce_ex__(4)
     if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
         return lambda value: (kind, value), iter
     return None, _parts_of_object
@@ -197,18 +191,6 @@ def _parts_of_variable(variable: nnx.Variable[Any]) -> Iterable[Any]:
     return variable.get_raw_value(), " ".join(metadata), *metadata.values()
 
 
-def _fields(kind: Any) -> Parts:
-    """A function of a dataclass to its fields, and what else an object of it holds."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    if issubclass(kind, nn.Module):  # frozen; what else it holds is of the running call
-        names.remove("parent")
-    else:
-        in_slots = types.MemberDescriptorType
-        names = [name for name in names if isinstance(getattr(kind, name, 0), in_slots)]
-        names += ["__dict__"] if kind.__dictoffset__ else []
-    return lambda value: [getattr(value, name) for name in names]
-
-
 def _parts_of_function(function: types.FunctionType) -> Iterable[Any]:
     # A lambda is another object each time. Its globals are not looked at.
     own = function.__module__, function.__defaults__, function.__kwdefaults__
@@ -219,11 +201,10 @@ def _parts_of_function(function: types.FunctionType) -> Iterable[Any]:
 def _parts_of_object(value: Any) -> Iterable[Any]:
     if (wrapped := getattr(value, "__wrapped__", None)) is not None:  # as by jax.jit
         return [wrapped]
-    if not hasattr(value, "__dict__") or type(value).__basicsize__ > PLAIN:
-        raise Incomparable  # it holds more than attributes
-    leaves, structure = jax.tree.flatten(value)
-    is_leaf = jax.tree_util.treedef_is_leaf(structure)
-    return [vars(value)] if is_leaf else [structure, *leaves]
+    if hasattr(value, "__dict__") and not jax.tree_util.all_leaves([value]):
+        leaves, structure = jax.tree.flatten(value)
+        return [structure, *leaves]
+    return value.__reduce_ex__(4)
 
 
 _PARTS: dict[Any, Parts] = {
@@ -233,7 +214,6 @@ _PARTS: dict[Any, Parts] = {
     types.MethodType: lambda method: (method.__func__, method.__self__),
     types.BuiltinFunctionType: lambda method: (method.__name__, method.__self__),
     types.CellType: lambda cell: [cell.cell_contents],
-    functools.partial: lambda call: (call.func, call.args, call.keywords),
     nnx.Variable: _parts_of_variable,
     nnx.Pytree: _parts_of_nnx,
 }
