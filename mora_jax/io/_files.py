@@ -1,7 +1,6 @@
 """Paths and URLs, and files that are there whole or not at all."""
 
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -165,7 +164,7 @@ def replace_file(path: Location, data: bytes) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with _naming(directory), contextlib.ExitStack() as left:
+    with contextlib.ExitStack() as left:
         new = directory / f"{TEMPORARY}{uuid.uuid4().hex}"
         left.callback(_remove, new)
         _write(new, [data])
@@ -194,20 +193,19 @@ def write_directory(path: Location, files: Files) -> None:
     an object store's the files that it had written. So the last file should be the one
     that readers look for first.
     """
-    with _naming(path):
-        if is_local(path):
-            _replace_directory(path, files)
-            return
-        # A store lacks directories to rename, so the old files make room. A config goes
-        # first, so that nothing takes the remainder for a whole.
-        for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
-            if file.is_file():
-                file.unlink(missing_ok=True)
-        with contextlib.ExitStack() as written:
-            for name, chunks in files:
-                written.callback(_remove, path / name)
-                _write(path / name, chunks)
-            written.pop_all()
+    if is_local(path):
+        _replace_directory(path, files)
+        return
+    # A store lacks directories to rename, so the old files make room. A config goes
+    # first, so that nothing takes the remainder for a whole.
+    for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
+    with contextlib.ExitStack() as written:
+        for name, chunks in files:
+            written.callback(_remove, path / name)
+            _write(path / name, chunks)
+        written.pop_all()
 
 
 def _replace_directory(path: Path, files: Files) -> None:
@@ -229,19 +227,6 @@ def _replace_directory(path: Path, files: Files) -> None:
                 os.rename(old, path)
             raise
         _sync_names(path.parent)
-
-
-@contextlib.contextmanager
-def _naming(path: Location) -> Iterator[None]:
-    """Make errors of the file system name `path` and not an unfinished file."""
-    try:
-        yield
-    except OSError as error:
-        nameless = error.errno is not None and error.filename is None
-        if not nameless and TEMPORARY not in str(error):
-            raise
-        why = error.strerror or re.sub(rf"{TEMPORARY}[\w.]*", path.name, str(error))
-        raise OSError(error.errno or errno.EIO, why, os.fspath(path)) from None
 
 
 def _sync_names(directory: Location) -> None:

@@ -286,8 +286,15 @@ def set_adapters(
     # All of them are checked before the first is set.
     places, new = list(attributes(model, MoRAParam)), found.placed
     fitting = [_fitting(*place, new[place[1]]) for place in places]
-    pairs = zip(places, fitting, strict=True)
-    if any([_set(module, m, one, seed) for (module, _, m), one in pairs]):
+    begins_to_drop = False
+    for (module, _, variable), adapter in zip(places, fitting, strict=True):
+        if adapter.spec == variable.spec:
+            variable[...] = adapter.m  # which keeps the variable of a trace
+            continue
+        # Not by `[...]`, which sets arrays alone.
+        variable.copy_from(variable.replace(adapter.m, spec=adapter.spec))
+        begins_to_drop |= hold_dropout(module, adapter.spec, seed)
+    if begins_to_drop:
         warn(
             "the new adapters have dropout, which the old ones lacked: the model drops "
             "until model.eval()"
@@ -310,12 +317,3 @@ def _fitting(
     if hasattr(module, "plain_class"):  # qwix drops in another way
         refuse_dropout(module, name.removesuffix(SUFFIX), spec)
     return Adapter(m, spec)
-
-
-def _set(module: nnx.Module, variable: MoRAParam, new: Adapter, seed: int) -> bool:
-    """Put an adapter into its variable; True if the module begins to drop."""
-    if new.spec == variable.spec:
-        variable[...] = new.m  # which keeps the variable of a trace
-        return False
-    variable.copy_from(variable.replace(new.m, spec=new.spec))  # `[...]` sets arrays
-    return hold_dropout(module, new.spec, seed)

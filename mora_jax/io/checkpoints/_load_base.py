@@ -126,14 +126,15 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for name, array in arrays.items():
         if name not in given:
             raise ValueError(f"sharding lacks {name!r}{nearest_paths(name, given)}")
+        if (one := given[name]) is None:
+            continue
         try:
-            if given[name] is not None:
-                given[name].addressable_devices_indices_map(tuple(array.shape))
-                given[name].shard_shape(tuple(array.shape))
+            one.addressable_devices_indices_map(tuple(array.shape))
+            one.shard_shape(tuple(array.shape))
         except Exception as error:  # some of JAX's errors are not ValueErrors
             raise ValueError(
                 f"sharding must split {name!r}, of shape {tuple(array.shape)}, evenly "
-                "over devices, as NamedSharding(mesh, spec) does; a tree may have one "
-                f"for each leaf: {error}"
+                f"over devices, as NamedSharding(mesh, spec) does, got {one!r}; a tree "
+                f"may have one for each leaf: {error}"
             ) from error
     return given

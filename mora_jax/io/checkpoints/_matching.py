@@ -116,16 +116,13 @@ def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """`array` in `dtype`, unless numbers are too large for that."""
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = array.astype(dtype)
-        saturates = np.isfinite(np.array(np.inf, np.float32).astype(dtype))
     largest = jnp.finfo(dtype).max
     if largest < jnp.finfo(array.dtype).max:
         # Some dtypes have NaN beyond their largest number, and others have that number.
-        lost = ~(abs(array) <= largest) if saturates else ~np.isfinite(result)
-        if (lost & np.isfinite(array)).any():
+        if ((abs(array) > largest) & np.isfinite(array)).any():
             raise AdapterFileError(f"{name!r} overflows {dtype}")
-    return result
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
 
 
 class Source:
