@@ -9,7 +9,7 @@ import qwix
 from jax.core import Tracer
 
 from mora_jax._jax.walk import IDENTITIES
-from mora_jax.products import Contraction, Convolution, Product
+from mora_jax.products import Contraction, Product
 from mora_jax.products.contraction import dot_general_equation
 from mora_jax.qwix import _private
 
@@ -28,8 +28,6 @@ def product_of(
     op: str, operands: Sequence[Any], kernel_at: int, given: Mapping[str, Any]
 ) -> Product:
     """The product of two operands; the one at `kernel_at` is the kernel."""
-    if op == "conv_general_dilated":
-        return _convolution(operands, kernel_at, dict(given))
     lhs, rhs = (operand.ndim for operand in operands)
     if op == "einsum":
         einsum = given["einsum_str"].replace(" ", "")
@@ -39,28 +37,6 @@ def product_of(
     terms, arrow, outputs = einsum.partition("->")
     x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
     return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", lhs if kernel_at else rhs)
-
-
-def _convolution(
-    operands: Sequence[Any], kernel_at: int, settings: dict[str, Any]
-) -> Convolution:
-    (lhs, rhs), numbers = operands, settings.get("dimension_numbers")
-    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
-    settings["dimension_numbers"] = numbers
-    # As Flax stores kernels, (*window, in, out), so that neither is transposed.
-    last = rhs.ndim - 1
-    if (kernel_at, numbers.rhs_spec[0], numbers.out_spec[1]) != (1, last, last):
-        raise ValueError(
-            "a convolution has an adapter if its output features are the last axis "
-            f"of kernel and output, got {numbers}"
-        )
-
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), **settings)
-
-    groups = "feature_group_count", "batch_group_count"
-    any_outputs = all(settings.get(name, 1) == 1 for name in groups)
-    return Convolution("i" * last + "o", convolve, any_outputs)
 
 
 UNCHANGED = IDENTITIES | {"convert_element_type", "stop_gradient"}

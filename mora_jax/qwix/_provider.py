@@ -44,7 +44,7 @@ class MoRAProvider(qwix.PtqProvider):
     In the modules that a rule matches each kernel stays what qwix makes it, quantized
     or not, and gets an M beside it: :math:`y = x\,Q(W) + \alpha\, D(C(x) M)`. The delta
     is computed on the inputs and never quantized. No layer class is registered: every
-    `dot_general`, `einsum` and convolution of a kernel is found where it runs.
+    `dot_general` and `einsum` of a kernel is found where it runs.
 
     With `dropout` a call of a Linen model drops if it is given `rngs={"dropout": key}`,
     an NNX model until `model.eval()`.
@@ -163,10 +163,9 @@ class MoRAProvider(qwix.PtqProvider):
             precision = given.get("precision")
             return add_delta(y, spec, adapter.m, x, product, key, precision)
 
-    # The operations that qwix hands to its provider.
+    # The operations that qwix hands to its provider, but for convolutions.
     dot_general: Any = partialmethod(_adapted, "dot_general")
     einsum: Any = partialmethod(_adapted, "einsum")
-    conv_general_dilated: Any = partialmethod(_adapted, "conv_general_dilated")
 
 
 def _adapter(

@@ -82,21 +82,10 @@ class Layer:
     nnx: Callable
     axes: str
     product: Callable
-    x: tuple[int, ...] = (3, 16)
 
     def kernel_of(self, delta, shape):
         """(in, out) in the shape of the kernel."""
         return delta.T if self.axes == "oi" else delta.reshape(shape)
-
-
-def convolve(x, kernel):
-    numbers = ("NWC", "WIO", "NWC")
-    return jax.lax.conv_general_dilated(
-        *(jnp.asarray(a, jnp.float32) for a in (x, kernel)),
-        (1,),
-        "SAME",
-        dimension_numbers=numbers,
-    )
 
 
 LAYERS = {
@@ -116,13 +105,6 @@ LAYERS = {
         lambda x, w: np.einsum("ni,iho->nho", x, w),
     ),
     "left": Layer(LeftLinen, LeftNNX, "oi", lambda x, w: x @ w.T),
-    "convolution": Layer(
-        lambda: nn.Conv(24, (3,)),
-        lambda r: nnx.Conv(16, 24, (3,), rngs=r),
-        "iio",
-        convolve,
-        x=(2, 5, 16),
-    ),
 }
 
 
@@ -130,7 +112,7 @@ class Adapted:
     """A layer with M's, in one API: what tests do with it is the same in the other."""
 
     def __init__(self, api, layer, rules=None, **settings):
-        self.api, self.x = api, random(1, *layer.x)
+        self.api, self.x = api, random(1, 3, 16)
         rules = rules or [MoRARule(**{"rank": 2, "operator": "rotation", **settings})]
         provider, self.rules = MoRAProvider(rules), rules
         if api == "linen":
@@ -199,10 +181,6 @@ OPERATORS = ["rotation", "low_rank"]
 )
 def test_the_delta_is_added_to_what_qwix_computes(api, name, types, operator):
     layer, settings = LAYERS[name], TYPES[types]
-    if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
-        pytest.skip("qwix quantizes inputs of convolutions as their kernels")
-    if name == "convolution" and VERSION == "0.1.5":
-        pytest.skip("qwix has no convolutions for this version of Flax")
     adapted = Adapted(api, layer, operator=operator, **settings)
     (spec,) = adapted.plan.values()
     assert spec.axes == layer.axes
@@ -561,6 +539,17 @@ def test_kernels_that_are_not_multiplied_are_named():
         qwix.apply_lora_to_model(
             net, MoRAProvider(rank=2), jnp.arange(3), rngs=nnx.Rngs(0)
         )
+
+
+def test_convolutions_are_left_out():
+    net = nnx.Sequential(
+        nnx.Conv(16, 16, (3,), rngs=nnx.Rngs(0)), nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    )
+    with pytest.warns(LeftOutWarning, match="^layers/0/kernel: no product"):
+        model = qwix.apply_lora_to_model(
+            net, MoRAProvider(rank=2), random(0, 2, 5, 16), rngs=nnx.Rngs(0)
+        )
+    assert list(plan_of(model)) == ["layers/1/kernel"]
 
 
 def plain_layer():
