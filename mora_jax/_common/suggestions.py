@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
@@ -22,14 +23,13 @@ def alike(
 
     `kind(item)` is its path, where numbers may differ ("*"), and what else is equal.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[str, T]]] = {}
+    kinds: dict[tuple[Any, ...], list[T]] = defaultdict(list)
     for item in items:
         path, *others = kind(item)
-        starred = re.sub(r"\d+", "*", path)
-        kinds.setdefault((starred, *others), []).append((path, item))
+        kinds[re.sub(r"\d+", "*", path), *others].append(item)
     return [
-        (starred if len(pairs) > 1 else pairs[0][0], [item for _, item in pairs])
-        for (starred, *_), pairs in kinds.items()
+        (starred if len(group) > 1 else kind(group[0])[0], group)
+        for (starred, *_), group in kinds.items()
     ]
 
 

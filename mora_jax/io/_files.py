@@ -44,13 +44,7 @@ def as_path(argument: str, value: object) -> Location:
             return value  # type: ignore[return-value]
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", text)
     if url is None:
-        try:
-            return Path(text).expanduser()
-        except RuntimeError:
-            raise ValueError(
-                f"{argument} begins with '~', and there is no such home directory, "
-                f"got {text!r}; write './{text}' for a file of that name"
-            ) from None
+        return Path(text).expanduser()
     if local := re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text):
         return Path(url2pathname(local[1]))
     if url[1] == "file" or len(url[2]) == 1:

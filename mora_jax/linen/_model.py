@@ -199,11 +199,9 @@ class AdaptedApply:
         if kept and not self._warned:
             self._warned = True
             warn(
-                f"the call updates {', '.join(kept)}, which are part of the base and "
-                "neither in the adapters nor in what mora_jax.save and mora_jax.merge "
-                f"make. Keep updated[{kept[0]!r}] next to the adapters and pass it in "
-                "variables, or freeze it (BatchNorm: use_running_average=True, and "
-                "not in mutable)"
+                f"the call updates {', '.join(kept)} of the base, which save and merge "
+                f"know nothing of: keep updated[{kept[0]!r}] next to the adapters and "
+                "pass it in variables, or freeze it (use_running_average=True)"
             )
 
 
