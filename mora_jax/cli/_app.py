@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -13,7 +12,6 @@ from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax._tree.plan import summary
-from mora_jax.diagnostics import effective_rank, spectrum
 from mora_jax.io import _files
 from mora_jax.io._json import parse, read_json
 from mora_jax.io._names import bijection
@@ -119,17 +117,10 @@ def inspect(
     names: Family = None,
     all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
 ) -> None:
-    """Show an adapter: its layers and settings, the norms and ranks of its deltas."""
+    """Show an adapter: its format, its metadata, its layers and settings."""
     adapters = read_adapter(adapter, base, names)
     typer.echo(f"format: {format_of(adapter)}\nmetadata: {read_metadata(adapter)}")
     typer.echo(summary(adapters, collapse=not all_layers))
-    values = spectrum(adapters)
-    norms = {name: float(np.linalg.norm(one)) for name, one in values.items()}
-    ranks = {name: np.mean(effective_rank(one)) for name, one in values.items()}
-    for what, found in ("norm", norms), ("effective rank", ranks):
-        names_of_ends = (most(found, key=found.__getitem__) for most in (min, max))
-        ends = (f"{found[name]:.4g} of {name}" for name in names_of_ends)
-        typer.echo(f"{what} of the deltas: {' to '.join(ends)}")
 
 
 @app.command()
