@@ -87,9 +87,6 @@ def weighted_sum(
         trained; or an array is trained itself.
     """
     found = paths.alike_adapters(adapters)
-    if not isinstance(weights, list | tuple) and getattr(weights, "ndim", 0) != 1:
-        kind = type(weights).__name__
-        raise TypeError(f"weights must be a sequence of numbers, got {kind}")
     if len(weights) != len(found):
         got = f"got {len(weights)} for {len(found)}"
         raise ValueError(f"weights must be one for each adapter, {got}")

@@ -103,11 +103,6 @@ def restart(
         for these adapters.
     """
     check_transformation(tx)
-    if grads is not None and not callable(grads):
-        raise TypeError(
-            "grads must be a function from the merged params to gradients, got "
-            f"{type(grads).__name__}: the gradients of the base before are others"
-        )
     found = checked_adapters(adapters)
     old = found.kernels
     following = {

@@ -47,8 +47,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     names: set[str] = set()  # a key may hold a slash, and leaves go by joined paths
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
         path = path_of(keys)
-        if isinstance(leaf, (*REFUSED,)):
-            refuse_model(leaf, what)
+        refuse_model(leaf, what)
         if not path:
             kind = type(leaf).__name__
             if hasattr(leaf, "shape"):

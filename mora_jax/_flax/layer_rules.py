@@ -62,11 +62,6 @@ class LayerRule:
         other = getattr(module, "dot_general_cls", None) or self.scale
         if not self.dot_general or other is not None:
             return False
-        if not hasattr(module, "dot_general"):
-            raise TypeError(
-                f"{type(module).__name__} must have the attribute dot_general: leave "
-                "dot_general=True out of mora_jax.register_layer"
-            )
         return module.dot_general in (None, jax.lax.dot_general)
 
     def product(self, module: Any) -> Product | None:

@@ -54,9 +54,6 @@ class Proofs:
     def __reduce__(self) -> Any:  # a copy in another process has to prove its own calls
         return Proofs, ()
 
-    def __repr__(self) -> str:
-        return f"<{self.number} calls>"
-
     @contextlib.contextmanager
     def proving(
         self, model: Any, call: Any, check: Callable[..., str], *args: Any

@@ -180,7 +180,7 @@ def test_what_does_not_merge(model):
         (fc(1.0), TypeError, "must be an array, got float"),
         (({"fc": params["fc"]}, adapters), ValueError, "lack the kernel 'attn/query/k"),
         ((wrong, adapters), ValueError, r"kernel in params must have shape \(12, 10\)"),
-        ((shapes, adapters), TypeError, "got ShapeDtypeStruct; for shapes alone"),
+        ((shapes, adapters), TypeError, "must be an array, got ShapeDtypeStruct"),
     ]
     for trees, error, message in cases:
         with pytest.raises(error, match=message):
