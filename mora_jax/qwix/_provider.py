@@ -163,7 +163,7 @@ class MoRAProvider(qwix.PtqProvider):
             precision = given.get("precision")
             return add_delta(y, spec, adapter.m, x, product, key, precision)
 
-    # The operations that qwix hands to its provider, but for convolutions.
+    # The operations that qwix hands to its provider, except convolutions.
     dot_general: Any = partialmethod(_adapted, "dot_general")
     einsum: Any = partialmethod(_adapted, "einsum")
 
