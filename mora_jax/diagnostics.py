@@ -27,13 +27,12 @@ Example::
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._layer.adapter import delta_of, wide
+from mora_jax._layer.adapter import delta_of
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import merged_kernel
@@ -153,14 +152,7 @@ def relative_norm(params: Any, adapters: Any) -> dict[str, float]:
     """
     found, shares = checked_adapters(adapters).kernels, {}
     for path, (_, kernel) in found.in_base(params).items():
-        kernel_norm, delta_norm = norm(kernel), norm(delta_of(found[path]))
-        shares["/".join(path)] = delta_norm / kernel_norm if kernel_norm else math.inf
+        arrays = (np.asarray(a, np.float64) for a in (delta_of(found[path]), kernel))
+        change, whole = map(float, map(np.linalg.norm, arrays))
+        shares["/".join(path)] = change / whole if whole else math.inf
     return shares
-
-
-def norm(array: jax.Array) -> float:
-    """The Frobenius norm of an array."""
-    # In float32 or wider, and divided first: squares may be zero or infinite there.
-    array = wide(array)
-    top = float(jnp.abs(array).max())
-    return top * float(jnp.linalg.norm(array.ravel() / top)) if top else 0.0

@@ -108,10 +108,7 @@ def weighted_sum(
 
 def _factor(value: Any, name: str) -> Any:
     """A real number, or an array of one, which a trace may have made."""
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            kind = f"{value.dtype}{list(value.shape)}"
-            raise TypeError(f"{name} must be a real number, got {kind}")
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not value.shape:
         if isinstance(value, Tracer):
             return value  # an argument of the program, whose number nobody knows yet
         value = value.item()

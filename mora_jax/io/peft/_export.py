@@ -114,8 +114,7 @@ def export(
         "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
     )
     rank = None if rank is None else positive_integer("rank", rank)
-    free = "directory", directory, ADAPTER, force
-    path = check_free(*free)  # before minutes are spent
+    path = check_free("directory", directory, ADAPTER, force)
     whole = _whole_modules(adapters, names, program)
     matrices, lost = _make_lora(adapters, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
