@@ -182,15 +182,11 @@ def check_kernel(kernel: Any, name: str) -> None:
 
 def check_key(key: Any) -> None:
     """Raise unless `key` is a JAX PRNG key, or None."""
-    if key is None:
-        return
-    is_array = isinstance(key, jax.Array | np.ndarray)
-    typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = is_array and key.dtype == jnp.uint32 and key.ndim == 1  # of PRNGKey
-    if not typed and not raw:
+    try:
+        if key is not None:
+            jax.eval_shape(jax.random.bits, key)
+    except Exception as error:  # of a wrong type, dtype or shape
         raise TypeError(
-            "key must be a JAX PRNG key, such as jax.random.key(42), "
-            f"got {key if isinstance(key, int) else type(key).__name__}"
-        )
-    if typed and key.shape:
-        raise ValueError(f"key must be one key, got an array of {key.shape}")
+            "key must be one JAX PRNG key, such as jax.random.key(42), got "
+            f"{key if isinstance(key, int) else type(key).__name__}: {error}"
+        ) from error

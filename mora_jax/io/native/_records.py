@@ -82,7 +82,7 @@ LAYER: Fields = {
     "kernel_shape": Field(list, lambda part: list(part[1].spec.kernel_shape)),
     "axes": Field(str, lambda part: part[1].spec.axes),
     "operator": Field(dict, lambda part: operator_record(part[1].operator)),
-    "operator_check": Field(list, lambda part: fingerprint(part[1].operator)),
+    "operator_check": Field(list, lambda part: list(fingerprint(part[1].operator))),
     "square_rank": Field(int, lambda part: part[1].operator.square_rank),
     "settings": Field(dict, lambda part: record_of(part[1].spec.to_json(), SETTINGS)),
     "dtype": Field(str, lambda part: _dtype(part[1])),
@@ -117,19 +117,13 @@ def _records_of(
     return [record_of(part, fields) for part in of_kind]
 
 
-def fingerprint(op: Operator) -> list[float]:
+@functools.lru_cache(maxsize=16)  # layers have few operators, or each its own arrays
+def fingerprint(op: Operator) -> tuple[float, ...]:
     """Four numbers that tell operators apart, computed from fixed arrays.
 
     They differ on a platform or in a later version of the library that has other
     random numbers or another definition of the operator.
     """
-    # Those with given arrays differ from layer to layer, and would be kept for nothing.
-    compute = _fingerprint.__wrapped__ if op.given else _fingerprint
-    return list(compute(op))
-
-
-@functools.lru_cache(maxsize=256)
-def _fingerprint(op: Operator) -> tuple[float, ...]:
     random = np.random.RandomState(0).standard_normal
     m, x = random(op.m_shape), random(op.in_features)
     m, width = m / math.sqrt(m.shape[-1]), op.out_features
