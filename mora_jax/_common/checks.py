@@ -109,11 +109,7 @@ def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
 def as_jax_array(name: str, value: Any) -> jax.Array:
     """Return `value` as a JAX array, tracers included, if it is an array."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}"
-            + "; for shapes alone call it under jax.eval_shape"
-            * isinstance(value, jax.ShapeDtypeStruct)
-        )
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}")
     return jnp.asarray(value)
 
 

@@ -86,9 +86,7 @@ class TrainedParam(MoRAParam):
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
     """The modules inside a model by path, each of them once."""
     if not isinstance(model, nnx.Module):
-        is_class = isinstance(model, type)
-        got = f"the class {model.__name__}" if is_class else type(model).__name__
-        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
+        raise TypeError(f"model must be a flax.nnx.Module, got {model!r:.80}")
     for path, module in nnx.iter_modules(model):
         yield tuple(map(str, path)), module
 

@@ -125,7 +125,6 @@ def of_width(width, q, **operator):
             changed(format_version=True),
             "format_version .* must be 1, got True",
         ),
-        (changed(base_parameters=-1), "must be an integer from 0 on, got -1"),
         (changed(base_parameters=True), "base_parameters .* type int, got True"),
         (changed(base_parameters=1.0), "base_parameters .* type int, got 1.0"),
         (changed(traced=1), "traced of the plan must be of type bool, got 1"),

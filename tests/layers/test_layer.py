@@ -202,7 +202,7 @@ BAD_INPUT = {
         ),
         (lambda: call(0.0), "kernel_mora must be an array, got float"),
         (lambda: call(x=[1.0]), "got list"),
-        (lambda: call(x=SHAPE), "under jax.eval_shape"),
+        (lambda: call(x=SHAPE), "must be an array, got Shape"),
         (lambda: FrozenDense(K, None, "rotation").spec, "must be an Operator"),
         (lambda: init({"kernel": K}), "plan_or_frozen must be a Plan"),
     ],

@@ -690,7 +690,7 @@ def test_bad_input():
 
     for message, call in {
         "must be a flax.nnx.Module, got function": lambda: mora.wrap(lambda x: x),
-        "flax.nnx.Module, got the class Linear": lambda: mora.plan(nnx.Linear),
+        "flax.nnx.Module, got <class .*Linear": lambda: mora.plan(nnx.Linear),
         "model must be a flax.nnx.Module, got int": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
         r"got ArrayImpl at .*plan.adapters\(tree\)": lambda: set_adapters(bare(tree)),

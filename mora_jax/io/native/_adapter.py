@@ -201,7 +201,12 @@ def save(
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
     if params is not None:
-        found = _with_digests(found, params)
+        leaves = paths.named_leaves(params)
+        for path, adapter in found.kernels.items():
+            _, kernel = paths.find_array(leaves, path, spec := adapter.spec)
+            check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
+            spec = dataclasses.replace(spec, base_digest=kernel_digests(spec, kernel))
+            found[path] = adapter.replace(spec=spec)
     arrays: dict[str, np.ndarray] = {}
     for path, adapter in found.items():
         name = "/".join(paths.place_of(path, adapter.spec))
@@ -228,17 +233,3 @@ def _foreign(directory: Location) -> str:
     with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
         return TENSORS * (KEY not in TensorFile(directory / TENSORS).metadata)
     return ""
-
-
-def _with_digests(
-    found: Mapping[TreePath, Adapter], params: Any
-) -> dict[TreePath, Adapter]:
-    leaves, known = paths.named_leaves(params), dict(found)
-    for path, adapter in found.items():
-        if isinstance(spec := adapter.spec, AdapterSpec):
-            _, kernel = paths.find_array(leaves, path, spec)
-            check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
-            digests = kernel_digests(spec, kernel)
-            spec = dataclasses.replace(spec, base_digest=digests)
-            known[path] = adapter.replace(spec=spec)
-    return known

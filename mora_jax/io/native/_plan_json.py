@@ -74,10 +74,6 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     hint = "io.plan_to_json writes it"
     content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
-    if (count := content["base_parameters"]) < 0:
-        raise AdapterFileError(
-            f"base_parameters of {WHERE} must be an integer from 0 on, got {count}"
-        )
     known = {} if like is None else check_plan(like, "like")
     limit = _records.room(spec.kernel_shape for spec in known.values())
     found = _records.restore(content, WHERE, limit)
@@ -87,4 +83,4 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
             check_alike(parts, like.parts, "the plan")
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
-    return Plan(parts, count, content["traced"])
+    return Plan(parts, content["base_parameters"], content["traced"])
