@@ -124,8 +124,11 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
             return trail
         case "convert_element_type":
             name += f" to {result[0].dtype}"
-        case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
-            return trail
+        case "reduce_precision":
+            bits, info = eqn.params, jnp.finfo(before[0].dtype)
+            exponent, mantissa = bits["exponent_bits"], bits["mantissa_bits"]
+            if exponent >= info.nexp and mantissa >= info.nmant:
+                return trail
         case "stop_gradient" if isinstance(start, str) and not trail.by:
             # A kernel that is trained by its companion alone needs no gradient. But its
             # companion does, and an input must have the one that it has by the kernel.
@@ -155,12 +158,6 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
 def _is_small(dtype: Any) -> bool:
     """True for all dtypes that are not real floating-point of 16 bits at least."""
     return not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2
-
-
-def _keeps_all(bits: Mapping[str, int], dtype: Any) -> bool:
-    """True if a reduced precision is not below the precision of `dtype`."""
-    info = jnp.finfo(dtype)
-    return bits["exponent_bits"] >= info.nexp and bits["mantissa_bits"] >= info.nmant
 
 
 def _function(eqn: Any, start: Start, values: list[Value]) -> Any:

@@ -51,8 +51,7 @@ def forget(model: nnx.Module) -> None:
             if is_quantized(parameter):
                 setattr(module, name, dequantized(parameter))
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
-            if name in vars(module):
-                delattr(module, name)
+            vars(module).pop(name, None)
     plain_class = getattr(type(model), "_unquantized_type", type(model))
     object.__setattr__(model, "__class__", plain_class)
 

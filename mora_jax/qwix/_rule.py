@@ -36,15 +36,13 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
 
 def check_rules(rules: Any) -> None:
     """Raise unless a provider can go by these rules."""
-    if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(
-            f"rules must be a list of rules, got {type(rules).__name__}: write "
-            "MoRAProvider([rule])"
+    is_list = isinstance(rules, Sequence)
+    if not is_list or not all(isinstance(r, qwix.QuantizationRule) for r in rules):
+        rule = (
+            "rules must be a list of qwix.QuantizationRules, as in MoRAProvider([rule])"
         )
+        raise TypeError(f"{rule}, got {rules!r:.80}")
     for rule in rules:
-        if not isinstance(rule, qwix.QuantizationRule):
-            kind = type(rule).__name__
-            raise TypeError(f"rules must hold qwix.QuantizationRules, got {kind}")
         check_rule(rule)
     if not any(isinstance(rule, MoRARule) for rule in rules):
         raise ValueError(f"rules must hold a MoRARule, got {rules}")

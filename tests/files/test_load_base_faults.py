@@ -164,7 +164,7 @@ SQUARE = {"fc": {"weight": jax.ShapeDtypeStruct((4, 2), np.float32)}}
             {"fc": {"kernel": 3.0}},
             {},
             TypeError,
-            "must hold arrays, got float",
+            "must be an array, got float",
         ),
         (TENSORS, ADAPTED, {}, AdapterFileError, "for the leaf 'fc/kernel_mora'"),
         (TENSORS, SQUARE, {}, AdapterFileError, "does not fit 'fc.weight' of shape"),

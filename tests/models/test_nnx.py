@@ -689,9 +689,9 @@ def test_bad_input():
         mora.wrap(model, MoRAConfig(rank=2, targets=target, overrides=overrides))
 
     for message, call in {
-        "must be a flax.nnx.Module, got function": lambda: mora.wrap(lambda x: x),
+        "must be a flax.nnx.Module, got <function": lambda: mora.wrap(lambda x: x),
         "flax.nnx.Module, got <class .*Linear": lambda: mora.plan(nnx.Linear),
-        "model must be a flax.nnx.Module, got int": lambda: mora.adapters(3),
+        "model must be a flax.nnx.Module, got 3": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
         r"got ArrayImpl at .*plan.adapters\(tree\)": lambda: set_adapters(bare(tree)),
         "w: Named.* may use.*nothing is known": lambda: wrap(named, "w", "io"),

@@ -119,13 +119,13 @@ def test_a_base_of_integers(adapted):
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: MoRAProvider(MoRARule()), TypeError, r"write MoRAProvider\(\[rule"),
+        (lambda: MoRAProvider(MoRARule()), TypeError, r"as in MoRAProvider\(\[rule"),
         (
             lambda: MoRAProvider([3, MoRARule()]),
             TypeError,
-            "rules must hold .* got int",
+            "rules must be a list of .* got .3, MoRA",
         ),
-        (lambda: MoRAProvider(".*"), TypeError, "list of rules, got str"),
+        (lambda: MoRAProvider(".*"), TypeError, "list of .* got '.\\*'"),
         (lambda: MoRAProvider(module_path="("), ValueError, "'.', .* expression: mis"),
         (lambda: MoRAProvider(module_path=3), TypeError, "module_path must .* got 3"),
         (lambda: MoRARule(module_path=["a"]), TypeError, r"got \['a'\]; for several"),

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import check_dtype
+from mora_jax._common.checks import check_dtype, check_floating
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.trees import located_leaves, refuse_variables, replace_leaves
 from mora_jax._common.types import Shape
@@ -79,9 +79,7 @@ def load_base(
     # Linen's `unbox` would add constraints.
     arrays = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            kind = type(array).__name__
-            raise TypeError(f"like must hold arrays, got {kind} at {name!r}")
+        check_floating(array, f"{name!r} in like")
     shardings = _shardings(sharding, arrays)
     source = Source(Checkpoint(path), names)
     stacks = {n: source.stack(n, tuple(a.shape)) for n, a in arrays.items()}
