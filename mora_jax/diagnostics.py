@@ -131,10 +131,9 @@ def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.flo
       ValueError: `values` are a single number, or one is negative or not finite.
     """
     values = np.asarray(values, np.float64)
-    if not values.ndim:
-        raise ValueError(f"values must have shape (..., k), got {values!r}")
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ValueError("values must be finite and not negative")
+    if not values.ndim or not (np.isfinite(values) & (values >= 0)).all():
+        rule = "values must be finite and not negative, of shape (..., k)"
+        raise ValueError(f"{rule}, got {values!r}")
     total = values.sum(-1, keepdims=True)
     p = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
     entropy = -np.sum(p * np.log(p, out=np.zeros_like(p), where=p > 0), -1)

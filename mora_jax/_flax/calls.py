@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,13 +53,10 @@ class Call:
 
 def all_calls(args: Any, kwargs: Any, calls: Any) -> tuple[Call, ...]:
     """The call with these inputs, if there are any, and the other calls of a user."""
-    rule = "calls must be a list of mora_jax.Call(*inputs)"
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise TypeError(f"{rule}, got {type(calls).__name__}: write calls=[call]")
-    for call in calls:
-        if not isinstance(call, Call):
-            kind = type(call).__name__
-            raise TypeError(f"{rule}, got {kind}: write calls=[mora_jax.Call(x)]")
+    is_list = isinstance(calls, list | tuple)
+    if not is_list or not all(isinstance(call, Call) for call in calls):
+        rule = "calls must be a list, as in calls=[mora_jax.Call(*inputs)]"
+        raise TypeError(f"{rule}, got {calls!r:.80}")
     if any(isinstance(given, Call) for given in (*args, *kwargs.values())):
         raise TypeError("inputs must be the model's, got a Call: write calls=[call]")
     own = (Call(*args, **kwargs),) if args or kwargs else ()

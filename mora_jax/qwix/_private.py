@@ -102,11 +102,6 @@ def is_quantized(parameter: Any) -> bool:
     return isinstance(parameter, WithAux | qwix.QArray)
 
 
-def first_array(parameter: Any) -> Any:
-    """The array in a parameter; the integers of a quantized one."""
-    return jax.tree.leaves(parameter)[0]
-
-
 def dequantized(parameter: Any) -> Any:
     """The numbers of a quantized parameter, or their shape, in its box; or itself."""
     if not isinstance(parameter, WithAux):

@@ -88,7 +88,8 @@ def _relation_of(parameter: Any, operand: Any) -> int | None:
     is_quantized = _private.is_quantized(parameter)
     if is_quantized != _private.is_quantized(operand):
         return None
-    start, end = (_inside(_private.first_array(a)) for a in (parameter, operand))
+    # Of quantized ones these are the integers.
+    start, end = (_inside(jax.tree.leaves(a)[0]) for a in (parameter, operand))
     if (steps := _steps(start, end)) is not None:
         # Of a quantized kernel a module can make nothing: it reads it.
         return ITSELF if is_quantized or steps <= UNCHANGED else DERIVED

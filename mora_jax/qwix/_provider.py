@@ -113,7 +113,7 @@ class MoRAProvider(qwix.PtqProvider):
             name
             for name in sorted(named.keys() - adapted - ms)
             if isinstance(self._rule_of(name), MoRARule)
-            if _private.first_array(named[name]).ndim > 1
+            if jax.tree.leaves(named[name])[0].ndim > 1
             if "bias" not in name.rpartition("/")[2]
         ]
         if left:

@@ -13,7 +13,7 @@ from mora_jax._common.types import Shape
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, Pair, bijection
-from mora_jax.io._tensors import DTYPES, Entry, TensorFile
+from mora_jax.io._tensors import DTYPES, TensorFile
 
 # Configs, tokenizers and templates. Never pickles, which may run anything, and not the
 # base's card, which is of another model.
@@ -67,10 +67,6 @@ class Checkpoint:
         """The number of bytes of all files that hold tensors."""
         return sum(file.size for file in self.files)
 
-    def entry(self, name: str) -> Entry:
-        """The entry of a tensor in its header."""
-        return self.place[name].entries[name]
-
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json there or beside the file, empty if it is missing."""
@@ -83,8 +79,9 @@ class Checkpoint:
             return pair.axes
         widths = features(array, pair.kernel_axes) if array else (0, 0)
         if widths[0] != widths[1]:
-            return "io" if self.entry(tensor).shape == widths else "oi"
-        order = order_by_c_attn({name: self.entry(name) for name in self.place})
+            entry = self.place[tensor].entries[tensor]
+            return "io" if entry.shape == widths else "oi"
+        order = order_by_c_attn({n: file.entries[n] for n, file in self.place.items()})
         if order := order or ORDERS.get(str(self.config.get("model_type"))):
             return order
         raise AdapterFileError(
@@ -100,8 +97,8 @@ class Checkpoint:
             is refused if the order of its axes is not known.
         """
         known, leaves = bijection(names), {}
-        for name in self.place:
-            entry, module = self.entry(name), name.removesuffix(".weight")
+        for name, file in self.place.items():
+            entry, module = file.entries[name], name.removesuffix(".weight")
             pair = next(known.of_module(module), None) if module != name else None
             # One layer does not tell how large its stack is.
             if pair is None or "[" in pair.kernel:

@@ -239,8 +239,9 @@ class Source:
         """True for a buffer, and if a taken tensor that is tied is the same."""
         twins = (n for twin in _tied_to(name) for n in self._by_canonical.get(twin, ()))
         for twin in filter(self.taken.__contains__, twins):
-            one, other = map(self.checkpoint.entry, (name, twin))
-            pieces = (self.checkpoint.place[n].chunks(n) for n in (name, twin))
+            files = [(self.checkpoint.place[n], n) for n in (name, twin)]
+            one, other = (file.entries[n] for file, n in files)
+            pieces = (file.chunks(n) for file, n in files)
             # Piece by piece, since a head is among the largest of tensors.
             equal = (a == b for a, b in zip(*pieces, strict=True))
             if one[:2] == other[:2] and all(equal):
