@@ -138,7 +138,6 @@ def content(value: Any) -> Hashable:
 
 _VALUES = {bool, int, str, bytes, type(None), type, types.CodeType, type(jnp.int8)}
 _ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, Proofs
-_ARRAYS = jax.Array, Tracer, jax.ShapeDtypeStruct
 
 Whole: TypeAlias = Callable[[Any], Hashable]
 Parts: TypeAlias = Callable[[Any], Iterable[Any]]
@@ -152,7 +151,7 @@ def _readers(kind: type) -> tuple[Whole | None, Parts]:
     # NaN is not equal to itself, and -0.0 is equal to 0.0.
     if issubclass(kind, float | complex | np.generic):
         return lambda value: (kind, repr(value)), iter
-    if issubclass(kind, (*_ARRAYS, np.ndarray)):
+    if issubclass(kind, jax.Array | Tracer | jax.ShapeDtypeStruct | np.ndarray):
         own = kind if issubclass(kind, np.ndarray) else jax.Array
         return lambda x: (own, x.shape, x.dtype, getattr(x, "weak_type", None)), iter
     if issubclass(kind, set | frozenset):

@@ -176,9 +176,11 @@ class Survey:
             teach = f", or teach its class{cls} with mora_jax.register_layer"
             return f"{told}{'' if is_known else teach}; {REBUILT}"
         if fault := uses.faults.get(name):
+            stacked = self.leaves[name].ndim > len(self.products[name].axes)
+            hint = "; the axes of a stack must come first" if stacked else ""
             return (
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
-                "or teach its class by register_layer (scale= for a scaled kernel)"
+                f"or teach its class by register_layer (scale= if it is scaled){hint}"
             )
         read = f"the model reads the M beside this kernel, by {uses.outside.get(m)}"
         return f"{read}; exclude it" if m in uses.outside else ""
