@@ -15,7 +15,6 @@ import numpy as np
 from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import Path as TreePath
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax.io import _files
@@ -213,7 +212,7 @@ def save(
         arrays[name] = to_numpy(name, adapter.m)
         op = getattr(adapter.spec, "operator", None)
         if isinstance(op, Damped):
-            arrays[directions_name(op.digest)] = op.directions
+            arrays[directions_name(op.digest)] = np.asarray(op.directions)
             op = op.inner
         if op is not None and op.given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}

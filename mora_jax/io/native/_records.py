@@ -183,7 +183,7 @@ class Reading(NamedTuple):
     shared: set[str]
 
     def take(self, name: str, *, shared: bool = False) -> np.ndarray | None:
-        """An array of finite numbers, taken out of the file's; later if it is shared."""
+        """An array of finite numbers, taken out of the file's, unless it is shared."""
         if self.arrays is None:
             return None
         if name not in self.arrays:

@@ -128,7 +128,6 @@ def export(
         if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
             matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
-    check_free(*free)
     _write(path, matrices, base_model, task_type or _task_of(base_model), whole)
     return Export(most, lost, _command(program, base_model, most, str(path)))
 
