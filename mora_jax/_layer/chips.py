@@ -118,7 +118,7 @@ def _blocks_shape(op: InBlocks) -> Shape:
 
 
 def _blocks(op: InBlocks, m: jax.Array) -> jax.Array:
-    """What multiplies each slice of x: R_k M, or several M's with zeros between."""
+    """The factor of each slice of x: R_k M, or several M's with zeros between."""
     (n, p, s), one = _blocks_shape(op), m.shape[-2:]
     if isinstance(op, Decoupling):
         return jnp.broadcast_to(op.rotate_m(m), (n, p, s))

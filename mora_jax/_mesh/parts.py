@@ -187,8 +187,8 @@ class BlockPart(OperatorPart):
 class DiagonalPart(OperatorPart):
     """The part of blocks with an M each, where a device has whole blocks.
 
-    Blocks whose inputs or outputs are elsewhere add zeros. The trained array may be
-    that of the blocks here alone.
+    Blocks whose inputs or outputs are elsewhere add zeros. The trained array may hold
+    the blocks here alone.
     """
 
     def rows(
@@ -198,7 +198,7 @@ class DiagonalPart(OperatorPart):
         ins, outs = self.in_features // p, self.out_features // s
         first_in, first_out = self.in_start // p, self.out_start // s
         first, count = (first_in, ins) if ins <= outs else (first_out, outs)
-        # Whole numbers of blocks are here, so that of two places one is in the other.
+        # The side with fewer blocks here is all within the other one, or all outside.
         here = (first_in <= first) & (first < first_in + ins)
         here &= (first_out <= first) & (first < first_out + outs)
         h = x.reshape(*x.shape[:-1], ins, p)

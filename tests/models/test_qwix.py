@@ -375,7 +375,7 @@ def test_the_first_rule_that_matches_counts():
     model = nn.Sequential([nn.Dense(16), nn.Dense(16)])
     adapted, x = qwix.apply_lora_to_model(model, MoRAProvider(rules)), random(1, 2, 16)
     first, second = plan_of(adapted, x).values()
-    assert (first.shape, first.alpha) == ((4, 4), 2)
+    assert (first.shape, first.alpha) == ((8, 2, 2), 2)
     assert second.shape == (8, 8) and second.operator.seed == 3
     params = adapted.init(KEY, x)["params"]
     assert isinstance(params["layers_0"]["kernel"], jax.Array)
