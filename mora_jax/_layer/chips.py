@@ -57,10 +57,10 @@ def map_of(op: Any) -> Any:
         return op.around(map_of(op.inner))
     if not (isinstance(op, InBlocks) and op.aligned):
         return op
-    n, chip = _blocks_shape(op)[0], current_chip()
+    (n, *_), chip = _blocks_shape(op), current_chip()
     if chip == "tpu" and n <= MAX_UNROLLED_SLICES:
         return BlockMap(op, _sliced_rows, _sliced_products)
-    if chip == "gpu" and n <= MAX_UNROLLED_SLICES and n == _groups(op):
+    if chip == "gpu" and n == getattr(op, "num_groups", 0) <= MAX_UNROLLED_SLICES:
         return BlockMap(op, type(op).rows, _batched_products)
     return op
 
@@ -97,11 +97,6 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
 def folds_in_place(op: Any) -> bool:
     """True if `add` changes blocks of the kernel, and copies the rest of it."""
     return current_chip() == "tpu" and isinstance(op, InBlocks) and op.aligned
-
-
-def _groups(op: InBlocks) -> int:
-    """Number of the groups of blocks whose products are summed."""
-    return op.num_groups if isinstance(op, Decoupling) else _blocks_shape(op)[0]
 
 
 def _blocks_shape(op: InBlocks) -> Shape:
@@ -167,7 +162,7 @@ def _sliced_rows(
     """The form for TPUs: a product for each slice of x."""
     factors = _blocks(op, m)
     slices = jax.lax.split(x, factors.shape[1:2] * len(factors), axis=-1)
-    groups: list[Any] = [None] * _groups(op)
+    groups: list[Any] = [None] * getattr(op, "num_groups", len(slices))
     for k, block in enumerate(slices):
         h, group = matmul(block, factors[k], precision), k % len(groups)
         groups[group] = h if groups[group] is None else groups[group] + h
@@ -178,7 +173,8 @@ def _sliced_products(
     op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The same for products of a slice of x and one of the gradient."""
-    (n, p, s), groups = _blocks_shape(op), _groups(op)
+    n, p, s = _blocks_shape(op)
+    groups = getattr(op, "num_groups", n)
     y = sum_tiles(g, groups * s)
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
 

@@ -226,6 +226,3 @@ class _Moments(Operator):
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         return jnp.zeros((*indices.shape, self.out_features), m.dtype)
-
-    def matrix(self, m: jax.Array) -> jax.Array:
-        return jnp.zeros((self.in_features, self.out_features), m.dtype)
