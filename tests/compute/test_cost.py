@@ -79,6 +79,8 @@ def test_arithmetic(case, size):
         folds += 4 * 12 * op.square_rank * (size[0] + size[1])  # of matrices made anew
     if not op.linear:  # from its factors
         folds += 2 * 2 * op.square_rank * size[0] * size[1]
+    if op.name == "damped":  # with their outputs
+        folds += 2 * 2 * op.directions.shape[1] * size[0] * size[1]
     trained = 1 if op.linear else 2  # factors, with a product and a gradient each
     assert by_m <= counted <= 1.1 * trained * ROWS * arithmetic(op) + folds
 
