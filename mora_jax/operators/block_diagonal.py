@@ -2,15 +2,13 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.tiles import pad_to
 from mora_jax.operators._base import Precision
+from mora_jax.operators._cut import cut, join, places
 from mora_jax.operators._order import Ordered
 from mora_jax.operators._pytree import operator
 
@@ -122,35 +120,10 @@ class BlockDiagonal(Ordered):
     ) -> jax.Array:
         # A row of M, among zeros for the outputs of other blocks.
         n, p, s = self.m_shape
-        places = jnp.asarray(join(np.arange(n * p).reshape(n, p), self.in_features))
-        at = places[self.places(indices)]
+        at = jnp.asarray(places(self.in_features, n))[self.places(indices)]
         here = (at // p)[..., None] == jnp.arange(n)
         rows = m.reshape(n * p, s)[at]
         return self._decompress(jnp.where(here[..., None], rows[..., None, :], 0))
 
     def matrix(self, m: jax.Array) -> jax.Array:
         return self.unit_rows(jnp.arange(self.in_features), m)
-
-
-def cut(x: jax.Array, n: int) -> jax.Array:
-    """(..., features) -> (..., n, width): neighbours, and zeros in shorter blocks."""
-    *batch, features = x.shape
-    width = -(-features // n)
-    longer = features - n * (width - 1)
-    if longer == n:
-        return x.reshape(*batch, n, width)
-    first = x[..., : longer * width].reshape(*batch, longer, width)
-    rest = x[..., longer * width :].reshape(*batch, n - longer, width - 1)
-    return jnp.concatenate([first, pad_to(rest, width)], axis=-2)
-
-
-def join(h: Any, features: int) -> Any:
-    """(..., n, width) -> (..., features): the transpose of `cut`, also for NumPy."""
-    *batch, n, width = h.shape
-    longer = features - n * (width - 1)
-    if longer == n:
-        return h.reshape(*batch, features)
-    numpy = np if isinstance(h, np.ndarray) else jnp
-    first = h[..., :longer, :].reshape(*batch, longer * width)
-    rest = h[..., longer:, :-1].reshape(*batch, features - longer * width)
-    return numpy.concatenate([first, rest], axis=-1)

@@ -130,13 +130,6 @@ class Damped(Operator):
         c, d = self.inner.factors(m)
         return self.damped(c.T).T, d
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        along = self.columns(m.dtype)[indices]
-        rows = self.inner.unit_rows(indices, m, precision)
-        return rows - matmul(along, self.outputs(m, precision))
-
     def matrix(self, m: jax.Array) -> jax.Array:
         return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
 

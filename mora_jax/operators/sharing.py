@@ -12,6 +12,7 @@ from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
+from mora_jax.operators._cut import cut, join, places
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.decoupling import block_positions
@@ -78,20 +79,23 @@ class Sharing(Operator):
         return math.sqrt(group) * c_scale, d_scale
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        strided = self.compress_groups == "strided"
-        sums = _sum_strided if strided else _sum_contiguous
-        return sums(x, self.square_rank) * self._scale("in", x.dtype)
+        q, strided = self.square_rank, self.compress_groups == "strided"
+        sums = _sum_strided(x, q) if strided else cut(x, q).sum(-1)
+        return sums * self._scale("in", x.dtype)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
         if self.decompress_groups == "strided":
             return tile_to(h, self.out_features)
-        return _repeat_contiguous(h, self.out_features)
+        repeats = -(-self.out_features // self.square_rank)
+        repeated = jnp.broadcast_to(h[..., None], (*h.shape, repeats))
+        return join(repeated, self.out_features)
 
     def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         width, features = self.square_rank, self.in_features
         if self.compress_groups == "contiguous":
-            group = _contiguous_group(indices, features, width)[..., None]
+            at = jnp.asarray(places(features, width))[indices]
+            group = at[..., None] // -(-features // width)
         else:  # the first features may be in two groups
             _, group = block_positions(indices, features, width)
         member = jax.nn.one_hot(group, width, dtype=dtype).sum(-2)
@@ -149,32 +153,3 @@ def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
         return sum_tiles(x, groups)
     before = [(0, 0)] * (x.ndim - 1) + [(groups - missing, 0)]
     return sum_tiles(x, groups) + jnp.pad(x[..., :missing], before)
-
-
-# Contiguous groups have `length` features, and the first `longer` of them one more.
-
-
-def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
-    """(..., features) -> (..., groups): the sum of each contiguous group."""
-    # Not as the transpose of `_repeat_contiguous`, which would add 16 bits one by one.
-    *batch, features = x.shape
-    length, longer = divmod(features, groups)
-    head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
-    head = head.reshape(*batch, longer, length + 1).sum(-1)
-    tail = tail.reshape(*batch, groups - longer, length).sum(-1)
-    return jnp.concatenate([head, tail], axis=-1)
-
-
-def _contiguous_group(indices: jax.Array, features: int, groups: int) -> jax.Array:
-    """The group that each feature is in: (...) -> (...)."""
-    length, longer = divmod(features, groups)
-    tail = indices - longer * (length + 1)
-    return jnp.where(tail < 0, indices // (length + 1), longer + tail // length)
-
-
-def _repeat_contiguous(h: jax.Array, features: int) -> jax.Array:
-    """(..., groups) -> (..., features): each value for all features of its group."""
-    length, longer = divmod(features, h.shape[-1])
-    head, tail = jnp.split(h, [longer], axis=-1)
-    head, tail = jnp.repeat(head, length + 1, -1), jnp.repeat(tail, length, -1)
-    return jnp.concatenate([head, tail], axis=-1)
