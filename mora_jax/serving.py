@@ -7,9 +7,6 @@ the adapter of another one, whatever the model does with a batch. The base's pro
 stay products of the whole batch. Slots and index are data: one compiled program serves
 any mixture of adapters, also after one of them was replaced by another.
 
-  stack                 adapters of one meaning in one tree, in slots
-  select                the adapters for the rows of a batch
-
 Example::
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax

@@ -40,10 +40,7 @@ PlanOrTree = TypeVar("PlanOrTree")
 
 
 def adapter_shardings(
-    adapters: Any,
-    params_or_shardings: Any,
-    *,
-    mesh: Mesh | None = None,
+    adapters: Any, params_or_shardings: Any, *, mesh: Mesh | None = None
 ) -> Tree:
     """The shardings of a model's adapters, by the shardings of its kernels.
 

@@ -141,11 +141,6 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def is_adapter(node: Any) -> bool:
-    """True for an adapter, where trees of adapters are mapped as a whole."""
-    return isinstance(node, Adapter)
-
-
 def check_adapter(name: str, adapter: Adapter) -> Adapter:
     """The adapter `name` with a spec that fits M, an array or its shape, checked."""
     m, spec = adapter.m, adapter.spec

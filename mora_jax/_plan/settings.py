@@ -313,16 +313,6 @@ class MoRAConfig(KernelConfig):
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
         patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
-        if patterns not in self._by_patterns:
-            self._by_patterns[patterns] = self._overridden(patterns)
-        return self._by_patterns[patterns]
-
-    @functools.cached_property
-    def _by_patterns(self) -> dict[tuple[str, ...], tuple[KernelConfig, str | None]]:
-        # Most kernels of a model have the same settings, and share a record of them.
-        return {}
-
-    def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
         for settings in map(self.overrides.__getitem__, patterns):
             # rank and square_rank exclude each other, and later patterns win.

@@ -336,11 +336,9 @@ def check_alike(
     for path in {**specs, **like}:
         name, own, other = "/".join(path), specs.get(path), like.get(path)
         if (array := _array_of(own)) != (planned := _array_of(other)):
-            many = many_if(
-                *(getattr(spec, "kernel_shape", ()) for spec in (own, other))
-            )
-            message = f"adapters have {array} at {name!r}, {whose} {planned}{many}"
-            raise ValueError(message)
+            shapes = [getattr(spec, "kernel_shape", ()) for spec in (own, other)]
+            message = f"adapters have {array} at {name!r}, {whose} {planned}"
+            raise ValueError(message + many_if(*shapes))
         if not meaning or not isinstance(own, AdapterSpec):
             continue
         assert isinstance(other, AdapterSpec)

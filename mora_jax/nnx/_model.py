@@ -254,7 +254,7 @@ def unwrap(model: Model) -> Model:
     """
     adapters_in(_held.adapters(model)).refuse_trained(
         "in place of the base's: use the model that nnx.wrap was given, or "
-        "nnx.merge_adapters",
+        "nnx.merge_adapters"
     )
     return _held.detached(model)
 

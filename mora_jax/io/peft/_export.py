@@ -183,11 +183,7 @@ def _make_lora(
 
 
 def _factors(
-    spec: AdapterSpec,
-    m: np.ndarray,
-    outputs: slice,
-    rank: int | None,
-    max_error: float,
+    spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: int | None, max_error: float
 ) -> tuple[np.ndarray, np.ndarray, float, float, int]:
     """A (in, r), B (r, out), a factor, the share that is lost, and the least rank.
 
