@@ -312,9 +312,9 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in map(self.overrides.__getitem__, patterns):
+        for pattern in filter(lambda p: re.fullmatch(p, path), self.overrides):
+            settings = self.overrides[pattern]
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

@@ -64,9 +64,7 @@ def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapte
     given = module.scope.get_variable("params", name)
     if given is None:
         # Not by `module.param`, which other libraries, such as gemma, replace.
-        def made(key: Any) -> Adapter:
-            return Adapter(spec.start((*module.path, kernel), key), spec)
-
-        return module.scope.param(name, made)
+        path = (*module.path, kernel)
+        return module.scope.param(name, lambda k: Adapter(spec.start(path, k), spec))
     adapter = given if isinstance(given, Adapter) else Adapter(given, spec)
     return check_adapter("/".join((*module.path, name)), adapter)

@@ -61,32 +61,26 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         MoRAConfig(alpha=self.alpha)  # warns of an alpha as LoRA has it
-        check_rule(self)
+        check_rules([self])
 
 
 def check_rules(rules: Any) -> None:
     """Raise unless a provider can go by these rules."""
     is_list = isinstance(rules, Sequence)
     if not is_list or not all(isinstance(r, qwix.QuantizationRule) for r in rules):
-        rule = (
-            "rules must be a list of qwix.QuantizationRules, as in MoRAProvider([rule])"
+        raise TypeError(
+            "rules must be a list of qwix.QuantizationRules, as in "
+            f"MoRAProvider([rule]), got {rules!r:.80}"
         )
-        raise TypeError(f"{rule}, got {rules!r:.80}")
-    for rule in rules:
-        check_rule(rule)
+    for pattern in (rule.module_path for rule in rules):
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"module_path must be a regular expression, got {pattern!r}; for "
+                "several modules write '.*(q_proj|v_proj)'"
+            )
+        patterns_of("module_path", pattern)
     if not any(isinstance(rule, MoRARule) for rule in rules):
         raise ValueError(f"rules must hold a MoRARule, got {rules}")
-
-
-def check_rule(rule: qwix.QuantizationRule) -> None:
-    """Raise unless qwix understands the pattern of a rule."""
-    pattern: Any = rule.module_path
-    if not isinstance(pattern, str):
-        raise TypeError(
-            f"module_path must be a regular expression, got {pattern!r}; for several "
-            "modules write '.*(q_proj|v_proj)'"
-        )
-    patterns_of("module_path", pattern)
 
 
 class MoRAProvider(qwix.PtqProvider):
