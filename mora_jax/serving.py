@@ -113,8 +113,7 @@ def select(stacked: Tree, index: Any) -> Tree:
     # JAX would count negative numbers from the end, and fills beyond it.
     at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
     for path, adapter in slots.items():
-        take = adapter.m.at[at].get
-        chosen = take(mode="fill", fill_value=0, out_sharding=sharding)
+        chosen = adapter.m.at[at].get(mode="fill", fill_value=0, out_sharding=sharding)
         slots[path] = adapter.replace(m=chosen)
     return slots.tree()
 
@@ -125,8 +124,7 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
     slots, numbers = Found(), set[int]()
     for path, leaf in located_leaves(stacked, "stacked").items():
         if not isinstance(leaf, Adapter) or not isinstance(leaf.spec, AdapterSpec):
-            kind = type(leaf).__name__
-            raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
+            raise TypeError(f"{rule}, got {type(leaf).__name__} at {'/'.join(path)!r}")
         number, *shape = jnp.shape(leaf.m) or (0,)
         if (*shape,) != leaf.spec.shape:
             raise ValueError(f"{rule}, got {leaf} at {'/'.join(path)!r}")

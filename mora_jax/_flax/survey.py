@@ -1,8 +1,4 @@
-"""Survey of a model before it is planned: its layers, and the uses of its arrays.
-
-Linen's and NNX's `plan` fill it in: the product of each layer of a known class, and
-what one traced call does with every array (see `mora_jax._trace_check`).
-"""
+"""Survey of a model before it is planned: its layers, and the uses of its arrays."""
 
 import dataclasses
 import traceback
@@ -46,7 +42,7 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
 
 @dataclasses.dataclass
 class Survey:
-    """Knowledge of the arrays of a model, by their paths.
+    """Knowledge of a model's arrays, by their paths; `plan` of both APIs fills it in.
 
     Attributes:
       by_names: True if nothing is known of the layers.
@@ -98,8 +94,7 @@ class Survey:
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
         scale = self._scale(name, call)
-        claimed = product.claim, method, scale, x.dtype, name + SUFFIX
-        marked = MarkedCall(name, *claimed)
+        marked = MarkedCall(name, product.claim, method, scale, x.dtype, name + SUFFIX)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):

@@ -1,7 +1,4 @@
-r"""One dense layer with its adapter, as a pure function.
-
-.. math:: y = x W + b + \alpha\, D(C(x) M), \qquad W' = W + \alpha\, C M D
-"""
+"""One dense layer with its adapter, as a pure function."""
 
 import dataclasses
 from collections.abc import Mapping

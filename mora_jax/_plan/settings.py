@@ -187,8 +187,6 @@ NAMES_ELSEWHERE = {
 }
 """{name of a setting in other libraries: its name here}."""
 
-LARGEST_USUAL_ALPHA = 4.0
-
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
 
 
@@ -304,7 +302,7 @@ class MoRAConfig(KernelConfig):
             raise ValueError("targets must hold at least one pattern, got none")
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
         for alpha in (self.alpha, *overridden):
-            if alpha > LARGEST_USUAL_ALPHA:
+            if alpha > 4:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"

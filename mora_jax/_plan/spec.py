@@ -168,8 +168,7 @@ class AdapterSpec(AdapterSettings):
     @property
     def lora_rank(self) -> float:
         """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
-        parameters = math.prod(self.operator.m_shape)
-        return parameters / (self.in_features + self.out_features)
+        return math.prod(self.operator.m_shape) / (self.in_features + self.out_features)
 
     @property
     def asked_square_rank(self) -> int | None:

@@ -165,8 +165,7 @@ def merged(
     new = {}
     for path, (place, array) in found.in_base(params, any_base=any_base).items():
         if (adapter := found[path]).of_kernel:
-            settings: Any = {"dtype": dtype, "rounding": rounding}
-            new[place] = merged_kernel(adapter, array, **settings)
+            new[place] = merged_kernel(adapter, array, dtype=dtype, rounding=rounding)
         else:
             new[place] = jnp.asarray(adapter.m, dtype or array.dtype)
     return replace_leaves(params, new)

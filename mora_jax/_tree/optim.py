@@ -48,8 +48,7 @@ def trainable_mask(params: Any) -> Any:
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    structure = jax.tree.structure(params, is_leaf=trees.is_end)
-    return jax.tree.unflatten(structure, trained)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=trees.is_end), trained)
 
 
 def trainable_labels(params: Any) -> Any:

@@ -158,8 +158,7 @@ class Plan(Mapping[str, AdapterSpec]):
             if not isinstance(adapter, Adapter):
                 adapter = Adapter(trees.unboxed(adapter), spec)
             elif isinstance(spec, AdapterSpec):
-                known = check_adapter(name, adapter).spec
-                check_same("/".join(path), known, spec)
+                check_same("/".join(path), check_adapter(name, adapter).spec, spec)
             made[place] = check_adapter(name, adapter.replace(spec=spec))
         for path in leaves:
             raise ValueError(f"tree holds {'/'.join(path)!r}, which the plan lacks")
@@ -240,11 +239,12 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
             width, pairs = max(map(len, cells)), zip(lines, cells, strict=True)
             lines = [f"{line}  {put(cell, width)}" for line, cell in pairs]
     table = "\n".join(line[2:].rstrip() for line in lines)
-    counts = [_counted(len(plan), "adapter")]
-    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    counts = [(len(plan), "adapter")]
+    counts += [(len(plan.trained), "trained array")] * bool(plan.trained)
+    numbers = " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts)
     size = plan.trainable_parameters
     of_base = f", {size / base:.2%} of {base:,}" if base else ""
-    return f"{table}\n{' and '.join(counts)}: {size:,} trainable parameters{of_base}"
+    return f"{table}\n{numbers}: {size:,} trainable parameters{of_base}"
 
 
 USUAL = {"alpha": "1", "scale": "1", "dropout": "0", "init": "zeros"}
@@ -268,7 +268,3 @@ def _cells(part: Spec) -> dict[str, str]:
         "dropout": f"{part.dropout:g}",
         "init": part.init,
     }
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

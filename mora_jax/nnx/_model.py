@@ -284,8 +284,7 @@ def merge_adapters(
     """
     plain, adapters = _held.detached(model), _held.adapters(model)
     settings: Any = {"any_base": any_base, "rounding": rounding}
-    merged = merge(_held.parameters(plain), adapters, dtype, **settings)
-    nnx.update(plain, merged)
+    nnx.update(plain, merge(_held.parameters(plain), adapters, dtype, **settings))
     return plain
 
 
