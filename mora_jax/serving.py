@@ -108,18 +108,6 @@ def select(stacked: Tree, index: Any) -> Tree:
         axis.
       ValueError: `index` has a number without a slot.
     """
-    slots, number = _slots_of(stacked)
-    index = _indices(index, number)
-    # JAX would count negative numbers from the end, and fills beyond it.
-    at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
-    for path, adapter in slots.items():
-        chosen = adapter.m.at[at].get(mode="fill", fill_value=0, out_sharding=sharding)
-        slots[path] = adapter.replace(m=chosen)
-    return slots.tree()
-
-
-def _slots_of(stacked: Any) -> tuple[Found, int]:
-    """The adapters in slots, and the one number of slots that all have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     slots, numbers = Found(), set[int]()
     for path, leaf in located_leaves(stacked, "stacked").items():
@@ -132,7 +120,13 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
         slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
     if len(numbers) != 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
-    return slots, numbers.pop()
+    index = _indices(index, number := numbers.pop())
+    # JAX would count negative numbers from the end, and fills beyond it.
+    at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
+    for path, adapter in slots.items():
+        chosen = adapter.m.at[at].get(mode="fill", fill_value=0, out_sharding=sharding)
+        slots[path] = adapter.replace(m=chosen)
+    return slots.tree()
 
 
 def _indices(index: Any, number: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -165,18 +165,14 @@ class Plan(Mapping[str, AdapterSpec]):
         return paths.nest(made)
 
 
-def _flatten(plan: Plan) -> Any:
-    static = tuple(plan.parts), plan.base_parameters, plan.traced
-    pairs = plan.parts.items()
-    return [(jax.tree_util.DictKey("/".join(p)), s) for p, s in pairs], static
-
-
-def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
-    parts, *others = static
-    return Plan(dict(zip(parts, specs, strict=True)), *others)
-
-
-jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
+jax.tree_util.register_pytree_with_keys(
+    Plan,
+    lambda plan: (
+        [(jax.tree_util.DictKey("/".join(p)), s) for p, s in plan.parts.items()],
+        (tuple(plan.parts), plan.base_parameters, plan.traced),
+    ),
+    lambda static, specs: Plan(dict(zip(static[0], specs, strict=True)), *static[1:]),
+)
 trees.WHOLE += (Plan,)
 trees.REFUSED[Plan] = "the {}: adapters are init(plan)"
 

@@ -201,7 +201,12 @@ def wrap(
             raise ValueError(
                 f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
             )
-        _check_layer(module, name, spec)
+        if (rule := planning_rules(module).get(own)) is None:
+            raise unknown_use(name, plain_class(module), "__call__")
+        if (product := rule.product(module)) is not None:
+            with errors_of(name):
+                check_product(spec, product)
+        _held.refuse_dropout(module, name, spec)
         adapt(module)
         _held.hold_adapter(module, own, adapter, seed)
     if plain_class(model) is type(model):  # a layer alone does what its rule says
@@ -224,17 +229,6 @@ def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
     setattr(module, name.rpartition("/")[2], copy)
     if spec.dtype != spec.base_dtype:
         adapt(module)
-
-
-def _check_layer(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
-    """Raise if an adapter would change nothing in a layer, or something else."""
-    cls, kernel = plain_class(module), name.rpartition("/")[2]
-    if (rule := planning_rules(module).get(kernel)) is None:
-        raise unknown_use(name, cls, "__call__")
-    if (product := rule.product(module)) is not None:
-        with errors_of(name):
-            check_product(spec, product)
-    _held.refuse_dropout(module, name, spec)
 
 
 def unwrap(model: Model) -> Model:
