@@ -36,7 +36,7 @@ class Domain(Protocol[T]):
         change a value a few times at most, or no walk through a loop would end.
       sliced: A round's part of an array along which a scan runs.
       stacked: The array that a scan makes of one in each round.
-      tried: A context, in which the domain keeps nothing of what it finds but values.
+      trial: The same domain for a walk, after which only its values are kept.
       bypassed: The outputs of an equation whose program has a derivative of its own.
     """
 
@@ -46,7 +46,7 @@ class Domain(Protocol[T]):
     join: Callable[[T, T], T]
     sliced: Callable[[T], T]
     stacked: Callable[[T], T]
-    tried: Callable[[], Any]
+    trial: Callable[[], Any]
     bypassed: Callable[[Any, list[T]], list[T]]
 
 
@@ -104,8 +104,8 @@ def _loop(
 ) -> tuple[list[T], list[T]]:
     """A state that holds before and after every round, and a round's outputs."""
     while True:  # until nothing more is lost
-        with domain.tried():  # the state may not hold in every round
-            results = walk(domain, body, [*fixed, *state, *layers])
+        # The state may not hold in every round.
+        results = walk(domain.trial(), body, [*fixed, *state, *layers])
         weaker = list(map(domain.join, state, results))
         if weaker == state:
             return state, walk(domain, body, [*fixed, *state, *layers])

@@ -1,9 +1,7 @@
 """Kernels: what a call of a model makes of them, and if it is right."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,11 +82,8 @@ class Kernels:
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
 
-    @contextlib.contextmanager
-    def tried(self) -> Iterator[None]:
-        uses, self.uses = self.uses, Uses()
-        yield
-        self.uses = uses
+    def trial(self) -> "Kernels":
+        return Kernels(Uses())
 
     def constant(self, literal: Literal) -> Value:
         number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]

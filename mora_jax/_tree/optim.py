@@ -1,7 +1,4 @@
-"""Optax on a combined tree: the M's are trained, the base stays bitwise the same.
-
-Also an optimizer's state, in which the adapters start again.
-"""
+"""Optax on a combined tree, and an optimizer's state in which adapters start again."""
 
 from typing import Any
 
