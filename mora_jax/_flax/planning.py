@@ -191,8 +191,8 @@ class Candidates:
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names."""
-        names = matching("train", self.config.train, self.leaves)
-        for name in sorted(names):
+        names, found = matching("train", self.config.train, self.leaves), {}
+        for name in filter(names.__contains__, self.leaves):
             if name in targets:
                 raise ValueError(
                     f"train: {name!r} also gets an adapter; say exclude={name!r} to "
@@ -200,11 +200,9 @@ class Candidates:
                 )
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
-        return {
-            name: TrainedArray.of(name, leaf, self.config.settings(name)[0].param_dtype)
-            for name, (_, leaf) in self.leaves.items()
-            if name in names
-        }
+            dtype = self.config.settings(name)[0].param_dtype
+            found[name] = TrainedArray.of(name, self.leaves[name][1], dtype)
+        return found
 
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""

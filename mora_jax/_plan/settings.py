@@ -62,15 +62,11 @@ def setting(
 
 def check_settings(record: Any) -> None:
     """Check the fields that `setting` made, and store what their checks return."""
-    for name, check in _checks(type(record)):
-        # The records are frozen, also for their own `__post_init__`.
-        object.__setattr__(record, name, check(name, getattr(record, name)))
-
-
-@functools.cache  # plans make a record for each of thousands of kernels
-def _checks(cls: Any) -> list[tuple[str, Check]]:
-    fields = ((f.name, f.metadata.get("check")) for f in dataclasses.fields(cls))
-    return [(name, check) for name, check in fields if check]
+    for field in dataclasses.fields(record):
+        if check := field.metadata.get("check"):
+            # The records are frozen, also for their own `__post_init__`.
+            value = check(field.name, getattr(record, field.name))
+            object.__setattr__(record, field.name, value)
 
 
 def _optional(check: Check) -> Check:

@@ -267,10 +267,7 @@ def _write(
 def _modules(
     adapters: Any, names: Names
 ) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
-    """PyTorch's modules, each with the path and the spec of its kernel, M and outputs.
-
-    Convolutions are refused.
-    """
+    """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
     known, items, unknown = bijection(names), [], []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
