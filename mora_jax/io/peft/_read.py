@@ -70,8 +70,7 @@ def load_peft(
     path_of = _files.as_path("directory", directory)
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
-        why = f"{path_of} lacks the sizes of kernels"
-        raise AdapterFileError(f"the base is needed: {why}")
+        raise AdapterFileError(f"the base is needed: {path_of} lacks sizes of kernels")
     arrays = TensorFile(file, read_bytes(file)).arrays()
     modules, others = modules_in(arrays, config)
     leaves: Leaves = {}
