@@ -37,6 +37,8 @@ from mora_jax._plan.spec import AdapterSpec, Spec
 from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan
 
+__all__ = ["adapter_shardings", "on_mesh"]
+
 PlanOrTree = TypeVar("PlanOrTree")
 
 

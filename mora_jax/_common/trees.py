@@ -111,9 +111,8 @@ def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     traced = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves]
 
     def join(arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        pairs = zip(leaves, traced, strict=True)
-        values = [next(remaining) if is_array else leaf for leaf, is_array in pairs]
+        new, pairs = iter(arrays), zip(leaves, traced, strict=True)
+        values = [next(new) if is_array else leaf for leaf, is_array in pairs]
         return jax.tree.unflatten(structure, values)
 
     return list(itertools.compress(leaves, traced)), join
