@@ -12,6 +12,7 @@ What to adapt, and how::
   TrainedArray          an array of the base that trains itself
   summary               a plan, or adapters, as a table
   gradient_bases        a plan whose M's are between the directions of a gradient
+  input_damping         adapters that see less of what ordinary inputs have most of
   gradient_start        adapters that start as one step of gradient descent
   Call                  the inputs of one of several calls that a plan is for
   register_layer        teach linen.wrap and nnx.wrap a layer class

@@ -27,14 +27,13 @@ Example::
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from mora_jax._common.axes import rows_from_kernel
 from mora_jax._layer.adapter import delta_of
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import merged_kernel
 from mora_jax._tree.paths import checked_adapters
 
@@ -84,33 +83,15 @@ def spectrum(adapters: Any) -> dict[str, np.ndarray]:
     """
     values = {}
     for path, adapter in checked_adapters(adapters).kernels.items():
-        spec = adapter.spec
-        stack = np.asarray(adapter.m, np.float64).reshape(-1, *spec.operator.m_shape)
-        spectra = [_spectrum(spec, m) for m in stack]
-        values["/".join(path)] = np.reshape(spectra, (*spec.stack_shape, -1))
-    return values
-
-
-def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
-    """The singular values of one M's delta: M -> (min(in, out),)."""
-    op = spec.operator
-    is_square = op.linear and op.m_shape == (op.square_rank, op.square_rank)
-    if is_square and op.block and op.isometry:
-        # The singular values of M, once for each block.
-        values = np.repeat(np.linalg.svdvals(m), op.compressed_shape[0])
-    elif is_square and not op.block:
-        # The delta is C times the rows of M as D maps them, and C = Q R: rotations by
-        # Q leave singular values as they are.
-        triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
-        values = np.linalg.svdvals(triangle @ np.asarray(op.decompress(m), np.float64))
-    else:
+        rows = rows_from_kernel(delta_of(adapter), adapter.spec.axes)
+        delta = np.asarray(rows, np.float64)
+        if delta.shape[-2] > delta.shape[-1]:
+            delta = delta.swapaxes(-2, -1)
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
         # exact enough for a delta in float32.
-        delta = np.asarray(op.matrix(jnp.asarray(m)), np.float64)
-        delta = delta.T if op.in_features > op.out_features else delta
-        values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
-    missing = min(op.in_features, op.out_features) - len(values)
-    return abs(spec.factor) * np.pad(values, (0, missing))
+        squares = np.linalg.eigvalsh(delta @ delta.swapaxes(-2, -1))
+        values["/".join(path)] = np.sqrt(squares.clip(0)[..., ::-1])
+    return values
 
 
 def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.floating:

@@ -9,9 +9,9 @@ Example::
   >>> from mora_jax import mixing
   >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, mora_jax.MoRAConfig(rank=1))
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-  >>> mixing.scaled(ones, -0.5)["kernel_mora"].m[0]
+  >>> mixing.scaled(ones, -0.5)["kernel_mora"].m[0, 0]
   Array([-0.5, -0.5], dtype=float32)
-  >>> mixing.weighted_sum([ones] * 2, [0.5, 0.25])["kernel_mora"].m[0]
+  >>> mixing.weighted_sum([ones] * 2, [0.5, 0.25])["kernel_mora"].m[0, 0]
   Array([0.75, 0.75], dtype=float32)
 """
 

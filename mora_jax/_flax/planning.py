@@ -53,8 +53,8 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
       >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
       >>> print(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
-      path       in -> out  operator    r   q  scale  parameters  of base
-      fc/kernel   64 -> 64  rotation  2.0  16      4         256    6.15%
+      path       in -> out  operator          r           q  scale  parameters  of base
+      fc/kernel   64 -> 64  block_diagonal  2.0  16 x 4 x 4     16         256    6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160
     """
     config = check_config(config, "plan(params, config)")

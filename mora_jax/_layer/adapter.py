@@ -35,9 +35,9 @@ class Adapter:
       >>> params, config = {"kernel": jnp.ones((16, 8))}, mora_jax.MoRAConfig(rank=2)
       >>> adapter = mora_jax.init(mora_jax.plan(params, config))["kernel_mora"]
       >>> adapter
-      Adapter(rotation, float32[6, 6])
+      Adapter(block_diagonal, float32[4, 4, 2])
       >>> jax.tree.map(jnp.shape, adapter)
-      Adapter(rotation, (6, 6))
+      Adapter(block_diagonal, (4, 4, 2))
       >>> adapter(jnp.ones((3, 16))).shape, adapter.delta().shape
       ((3, 8), (16, 8))
     """

@@ -27,7 +27,7 @@ from mora_jax._jax.linear_algebra import matmul, transposed, zeros_for
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
+from mora_jax._mesh.parts import DiagonalPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._registry import LANES
 from mora_jax.operators.block_diagonal import BlockDiagonal
@@ -57,10 +57,10 @@ def map_of(op: Any) -> Any:
         return op.around(map_of(op.inner))
     if not (isinstance(op, InBlocks) and op.aligned):
         return op
-    n, chip = _blocks_shape(op)[0], current_chip()
+    (n, *_), chip = _blocks_shape(op), current_chip()
     if chip == "tpu" and n <= MAX_UNROLLED_SLICES:
         return BlockMap(op, _sliced_rows, _sliced_products)
-    if chip == "gpu" and n <= MAX_UNROLLED_SLICES and n == _groups(op):
+    if chip == "gpu" and n == getattr(op, "num_groups", 0) <= MAX_UNROLLED_SLICES:
         return BlockMap(op, type(op).rows, _batched_products)
     return op
 
@@ -84,7 +84,8 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
-    if current_chip() == "tpu" and isinstance(part, BlockPart | DiagonalPart):
+    is_cut = part.is_whole or isinstance(part, DiagonalPart)
+    if is_cut and folds_in_place(part.operator):
         here = part.in_features, part.out_features
         sizes = zip(here, _blocks_shape(part.operator)[1:], strict=True)
         if all(a % b == 0 or b % a == 0 for a, b in sizes):
@@ -97,11 +98,6 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
 def folds_in_place(op: Any) -> bool:
     """True if `add` changes blocks of the kernel, and copies the rest of it."""
     return current_chip() == "tpu" and isinstance(op, InBlocks) and op.aligned
-
-
-def _groups(op: InBlocks) -> int:
-    """Number of the groups of blocks whose products are summed."""
-    return op.num_groups if isinstance(op, Decoupling) else _blocks_shape(op)[0]
 
 
 def _blocks_shape(op: InBlocks) -> Shape:
@@ -118,7 +114,7 @@ def _blocks_shape(op: InBlocks) -> Shape:
 
 
 def _blocks(op: InBlocks, m: jax.Array) -> jax.Array:
-    """What multiplies each slice of x: R_k M, or several M's with zeros between."""
+    """The factor of each slice of x: R_k M, or several M's with zeros between."""
     (n, p, s), one = _blocks_shape(op), m.shape[-2:]
     if isinstance(op, Decoupling):
         return jnp.broadcast_to(op.rotate_m(m), (n, p, s))
@@ -167,7 +163,7 @@ def _sliced_rows(
     """The form for TPUs: a product for each slice of x."""
     factors = _blocks(op, m)
     slices = jax.lax.split(x, factors.shape[1:2] * len(factors), axis=-1)
-    groups: list[Any] = [None] * _groups(op)
+    groups: list[Any] = [None] * getattr(op, "num_groups", len(slices))
     for k, block in enumerate(slices):
         h, group = matmul(block, factors[k], precision), k % len(groups)
         groups[group] = h if groups[group] is None else groups[group] + h
@@ -178,7 +174,8 @@ def _sliced_products(
     op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
 ) -> jax.Array:
     """The same for products of a slice of x and one of the gradient."""
-    (n, p, s), groups = _blocks_shape(op), _groups(op)
+    n, p, s = _blocks_shape(op)
+    groups = getattr(op, "num_groups", n)
     y = sum_tiles(g, groups * s)
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
 
@@ -216,9 +213,7 @@ def _products_of_rows(
     )
 
 
-def _add_copies(
-    part: BlockPart | DiagonalPart, m: jax.Array, kernel: jax.Array
-) -> jax.Array:
+def _add_copies(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
     """The kernel with the copies of M added one after another, in place."""
     # The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
     # where the product that follows reads it. A device has whole blocks, or a part of

@@ -212,8 +212,8 @@ def scaled_m(
     split: Iterable[Any] = (),
 ) -> jax.Array:
     """The trained array of alpha times the delta, in `dtype` or its own."""
-    # It is replicated over the devices that the layer's input `x` is on, but for a
-    # `split` of blocks. The factor is not rounded where the layer is wider than M.
+    # It is replicated over the devices that the layer's input `x` is on, or `split` by
+    # blocks. The factor is not rounded where the layer is wider than M.
     m = jnp.asarray(m)
     wide = m.dtype if dtype is None else jnp.promote_types(m.dtype, dtype)
     scaled = spec.operator.scaled(m.astype(wide), spec.factor)

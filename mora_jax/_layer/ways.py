@@ -1,5 +1,7 @@
 """Ways to compute an adapted layer, which give the same numbers up to rounding.
 
+RunLoRA (https://arxiv.org/abs/2312.03415) chose among such ways for a LoRA.
+
 - "activation" is x W + alpha D(C(x) M). It reads the input and the output once more.
 - "fold" is x (W + alpha C M D). It reads the kernel once more, so it pays where an
   input has many rows. The kernel is folded again in the backward pass, so that no

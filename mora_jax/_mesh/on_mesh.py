@@ -113,8 +113,8 @@ class OnMesh(DeltaMap):
 
     The sums over devices are of C(x), q numbers a row; or of the output, if C(x) is as
     large as x or M is two factors. The derivative by M always is of such parts of the
-    output, so that M's gradient needs a sum of arrays like M, and nothing else; none of
-    those of blocks that are needed on one device.
+    output, so that M's gradient needs a sum of arrays like M, and nothing else. Blocks
+    that one device needs are its own, without a sum.
     """
 
     operator: Operator

@@ -35,7 +35,7 @@ def gather_m(
     ndim: int = 2,
     split: Iterable[Any] = (),
 ) -> jax.Array:
-    """M and its gradient, replicated wherever they are kept, but for a `split`.
+    """M and its gradient, replicated or `split`, wherever they are kept.
 
     M, (*stack, q, q), has `ndim` axes without the stack's. The layer's input is x.
     """

@@ -219,10 +219,10 @@ class MoRAConfig(KernelConfig):
     Attributes:
       rank: The budget r. No M has more parameters than a LoRA of rank r would:
         q <= sqrt((in + out) r).
-      operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
-        "decoupling", "signed_decoupling", "truncation", "orthogonal", "hadamard",
-        "permutation", or "auto"; or a mapping with further settings,
-        {"name": "sharing", "compress_groups": "contiguous"}.
+      operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
+        "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
+        "hadamard", "permutation", "low_rank", or "auto"; or a mapping with further
+        settings, {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, so 1 is
         usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.) It
         is above 0; `mixing.scaled` takes a negative factor.
@@ -230,7 +230,8 @@ class MoRAConfig(KernelConfig):
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
         and each of these wants a rate of its own. Plans and files keep the number.
-      square_rank: q itself, instead of `rank`.
+      square_rank: q itself, instead of `rank`; or the number of blocks that have an M
+        each. "auto" then has a square.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.

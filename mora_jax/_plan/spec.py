@@ -60,7 +60,7 @@ class AdapterSpec(AdapterSettings):
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
       >>> spec.operator.name, spec.shape, spec.parameters
-      ('rotation', (16, 16), 256)
+      ('block_diagonal', (16, 4, 4), 256)
     """
 
     # All of it is compared. A jitted function returns adapters with the specs that it

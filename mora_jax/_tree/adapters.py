@@ -48,7 +48,7 @@ def init(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
       >>> mora_jax.init(plan, params=params)["fc"]
-      {'kernel_mora': Adapter(rotation, float32[8, 8]),
+      {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8]),
        'bias': Adapter(trained, float32[8])}
     """
     if isinstance(key, Mapping):

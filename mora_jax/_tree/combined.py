@@ -84,7 +84,8 @@ def split(tree: Any) -> tuple[Any, Tree]:
       >>> params = layer.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
       >>> base, adapters = mora_jax.split(params)
       >>> sorted(base), adapters
-      (['bias', 'kernel'], {'kernel_mora': Adapter(rotation, float32[4, 4])})
+      (['bias', 'kernel'],
+       {'kernel_mora': Adapter(block_diagonal, float32[4, 2, 2])})
     """
     base, adapters = {}, {}
     for keys, leaf in _flat(tree, "tree").items():

@@ -20,7 +20,7 @@ from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator
 
 FLOOR = 0.03
-"""The part of the mean second moment that is added to each."""
+"""The part of the mean second moment that each is raised by."""
 
 
 def input_damping(
@@ -55,9 +55,9 @@ def input_damping(
       them.
 
     Raises:
-      TypeError, ValueError: `call` is not a function or has no floating-point outputs;
-        no kernel is in them; an adapter is damped already, or has a delta that is not
-        zero; or inputs are not finite.
+      TypeError, ValueError: `call` is not a function, lacks floating-point outputs, or
+        multiplies nothing by an adapted kernel; an adapter is damped already, or its
+        delta is not zero; or inputs are not finite.
 
     Example::
 
@@ -66,7 +66,7 @@ def input_damping(
       >>> adapters = mora_jax.init(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       >>> call = lambda adapters: adapters["fc"]["kernel_mora"](jnp.eye(8)[:3])
       >>> mora_jax.input_damping(call, adapters, directions=2)["fc"]["kernel_mora"]
-      Adapter(rotation, damped (2), float32[4, 4])
+      Adapter(block_diagonal, damped (2), float32[2, 4, 4])
     """
     positive_integer("directions", directions)
     if not callable(call):
@@ -82,11 +82,11 @@ def input_damping(
         for k in [2 * directions + 8]
     }
     # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
-    # holds the leading directions of S, and within it they are those of Q^T S Q.
+    # holds the leading directions of S, and within it they are Q^T S Q's.
     first = _moments(call, adapters, found, columns)
     columns = {path: np.linalg.qr(product)[0] for path, (product, _) in first.items()}
     if not columns:
-        raise ValueError("call must multiply inputs by an adapted kernel, and has none")
+        raise ValueError("call must multiply inputs by an adapted kernel, got none")
     second = _moments(call, adapters, found, columns)
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
@@ -149,7 +149,7 @@ def _moments(
             if jnp.issubdtype(jnp.result_type(y), jnp.floating)
         ]
         if not sums:
-            raise ValueError("call must return floating-point outputs, and has none")
+            raise ValueError("call must return floating-point outputs, got none")
         return sum(sums, jnp.zeros(()))
 
     grads = jax.grad(total)(paths.replace_adapters(adapters, sketches))
@@ -226,6 +226,3 @@ class _Moments(Operator):
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         return jnp.zeros((*indices.shape, self.out_features), m.dtype)
-
-    def matrix(self, m: jax.Array) -> jax.Array:
-        return jnp.zeros((self.in_features, self.out_features), m.dtype)

@@ -19,7 +19,7 @@ from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
 from mora_jax._tree.plan import Plan, check_plan
-from mora_jax.operators import Damped, Operator, Subspace
+from mora_jax.operators import Damped, Operator, Subspace, square_rank
 
 HALVINGS = 20
 """Lengths that `gradient_start` tries at most."""
@@ -32,8 +32,9 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
 
     with the q largest singular values. Take the gradients of the base's loss on a first
     small batch. Kernels of a stack share the directions that hold most of the squares
-    of all gradients. M keeps its size, and `scale` is the new operator's if it was the
-    old one's. The source is LoRA-SB (Ponkshe et al. 2024); factor and stacks are ours.
+    of all gradients. A square M keeps its size, others get one of their budget, and
+    `scale` is the new operator's if it was the old one's. The source is LoRA-SB
+    (Ponkshe et al. 2024); factor and stacks are ours.
     docs/what-it-learns.md says what it gains, and docs/operators.md what it costs.
 
     Args:
@@ -103,7 +104,11 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
     if isinstance(old, Damped):  # the inner operator is to follow P G
         rows = old.damped(rows.swapaxes(1, 2)).swapaxes(1, 2)
-    q, features = old.square_rank, (spec.in_features, spec.out_features)
+    features = spec.in_features, spec.out_features
+    q = old.square_rank
+    if not old.square:  # a square of the same budget
+        rank = spec.rank or max(1, round(spec.lora_rank))
+        q = square_rank(rank, *features, "orthogonal")
     bases = _leading(rows, q), _leading(rows.swapaxes(1, 2), q)
     new: Operator = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
     new = old.around(new) if isinstance(old, Damped) else new
@@ -168,7 +173,7 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
       ...     folded = mora_jax.fold(params, adapters)
       ...     return jnp.mean(folded["fc"]["kernel"] ** 2)
       >>> adapters = mora_jax.gradient_start(loss, mora_jax.init(plan))
-      >>> bool(loss(adapters) < 0.6), adapters["fc"]["kernel_mora"].spec.init
+      >>> bool(loss(adapters) < 0.8), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
     found, steps = paths.checked_adapters(adapters).kernels, {}

@@ -114,7 +114,7 @@ def fold(params: Any, adapters: Any, dtype: DTypeLike | None = None) -> Any:
       ...     return jnp.mean(mora_jax.fold(params, adapters)["kernel"] ** 2)
       >>> adapters = mora_jax.init(mora_jax.plan(params))
       >>> jax.jit(jax.grad(loss))(adapters, params)
-      {'kernel_mora': Adapter(rotation, float32[8, 8])}
+      {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}
     """
     return merged(params, checked_adapters(adapters, finite=False), dtype)
 

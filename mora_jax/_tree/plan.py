@@ -64,8 +64,8 @@ class Plan(Mapping[str, AdapterSpec]):
       (256, 4352)
       >>> "fc/kernel" in plan, list(plan), plan["fc/kernel"].lora_rank
       (True, ['fc/kernel'], 2.0)
-      >>> plan.adapters({"fc": {"kernel_mora": jnp.ones((16, 16))}})
-      {'fc': {'kernel_mora': Adapter(rotation, float32[16, 16])}}
+      >>> plan.adapters({"fc": {"kernel_mora": jnp.ones((16, 4, 4))}})
+      {'fc': {'kernel_mora': Adapter(block_diagonal, float32[16, 4, 4])}}
     """
 
     parts: Mapping[Path, Spec]
@@ -206,10 +206,11 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     Example::
 
       >>> import jax.numpy as jnp, mora_jax
-      >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
-      >>> print(mora_jax.summary(mora_jax.plan(params)))
-      path           in -> out  operator    r   q  scale  parameters  of base
-      l*/kernel (3)   64 -> 64  rotation  8.0  32      2       3,072   25.00%
+      >>> params = {f"l{k}": jnp.ones((64, 64)) + k for k in range(3)}
+      >>> config = mora_jax.MoRAConfig(targets="l.*")
+      >>> print(mora_jax.summary(mora_jax.plan(params, config)))
+      path    in -> out  operator          r            q  scale  parameters  of base
+      l* (3)   64 -> 64  block_diagonal  8.0  4 x 16 x 16      4       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
     plan = plan_or_adapters

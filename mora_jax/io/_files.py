@@ -111,6 +111,8 @@ def missing_files(path: Location) -> Iterator[None]:
             what = f"directory {path.parent.absolute()}, and so no {path.name}"
             if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path.parent)):
                 what += "; huggingface_hub.snapshot_download gives that of the Hub"
+        elif is_local(path) and (path.parent / TENSORS).exists():
+            what += f", but {TENSORS}, which mora_jax.load reads if it is ours"
         raise AdapterFileError(f"there is no {what}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None

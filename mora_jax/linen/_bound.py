@@ -93,7 +93,7 @@ class MoRADense(nn.Dense):
       >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> variables["params"]["kernel_mora"]
-      Adapter(rotation, float32[8, 8])
+      Adapter(block_diagonal, float32[4, 4, 4])
     """
 
     config: MoRAConfig = MoRAConfig()

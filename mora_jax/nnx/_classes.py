@@ -152,7 +152,7 @@ class MoRALinear(nnx.Linear):
       >>> config = mora_jax.MoRAConfig(rank=2)
       >>> layer = mora_jax.nnx.MoRALinear(16, 8, config=config, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 16))).shape, layer.kernel_mora.shape
-      ((3, 8), (6, 6))
+      ((3, 8), (4, 4, 2))
     """
 
     plain_class = nnx.Linear

@@ -167,7 +167,7 @@ def wrap(
       True
       >>> adapters = mora_jax.nnx.adapters(adapted)
       >>> adapters
-      {'kernel_mora': Adapter(rotation, float32[8, 8])}
+      {'kernel_mora': Adapter(block_diagonal, float32[4, 4, 4])}
       >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters))
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))

@@ -232,7 +232,8 @@ class Operator(DeltaMap):
 
         Adam changes each trained number by about its rate. With numbers of x of size 1
         a trained kernel then changes an output by up to rate * in, and M changes it by
-        rate * q c d (see `gains`). docs/learning-rates.md derives it.
+        rate * q c d (see `gains`). docs/learning-rates.md derives it; muA does so for
+        a LoRA (https://arxiv.org/abs/2602.06204).
         """
         c, d = self.gains
         return self.in_features / (self.m_shape[-2] * c * d)

@@ -14,21 +14,14 @@ from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
 
 
-def _order(side: Side) -> Any:
+def _order(side: Side, *, inverse: bool = False) -> Any:
     def order(op: "Ordered") -> np.ndarray | None:
         if not (op.seed or op.seed_0_shuffles):
             return None
-        return permutation(getattr(op, f"{side}_features"), op.seed)
+        order = permutation(getattr(op, f"{side}_features"), op.seed)
+        return np.argsort(order).astype(np.int32) if inverse else order
 
     return seeded(order)
-
-
-def _inverse(side: Side) -> Any:
-    def inverse(op: "Ordered") -> np.ndarray | None:
-        order = getattr(op, f"{side}_order")
-        return None if order is None else np.argsort(order).astype(np.int32)
-
-    return seeded(inverse)
 
 
 @operator
@@ -41,9 +34,9 @@ class Ordered(Operator):
 
     seed: int = 0
     in_order: ArrayLike | None = _order("in")
-    in_inverse: ArrayLike | None = _inverse("in")
+    in_inverse: ArrayLike | None = _order("in", inverse=True)
     out_order: ArrayLike | None = _order("out")
-    out_inverse: ArrayLike | None = _inverse("out")
+    out_inverse: ArrayLike | None = _order("out", inverse=True)
 
     seed_0_shuffles = True
     """False if features stay as they are with the seed 0."""

@@ -13,7 +13,7 @@ OPERATORS: dict[str, type[Operator]] = {}
 """Every operator class by its name; `mora_jax.operators` puts them here."""
 
 SHARING_FROM_RANK = 128
-"""The budget from which "auto" is sharing: the paper's best at r=8 and r=256."""
+"""The budget from which "auto" is sharing, the paper's best at r=256."""
 
 LANES = 128
 """The width of a TPU's registers, in numbers."""
@@ -48,11 +48,15 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
-    """`spec`, or what "auto" stands for with a budget of `rank`."""
+def resolve_auto(
+    spec: OperatorSpec, rank: int | float, *, square: bool = False
+) -> OperatorSpec:
+    """`spec`, or what "auto" stands for with a budget of `rank`; of a `square` M."""
     if parse_spec(spec)[0] != "auto":
         return spec
-    return "rotation" if rank < SHARING_FROM_RANK else "sharing"
+    if rank >= SHARING_FROM_RANK:
+        return "sharing"
+    return "rotation" if square else "block_diagonal"
 
 
 def square_rank(
@@ -96,7 +100,7 @@ def square_rank(
     positive_integer("out_features", out_features)
     if multiple_of is not None:
         positive_integer("multiple_of", multiple_of)
-    cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
+    cls = OPERATORS[parse_spec(resolve_auto(operator, rank, square=True))[0]]
     q = cls.widest(rank, in_features, out_features)
     if not cls.square:
         return q
@@ -142,7 +146,7 @@ def make_operator(
     Args:
       spec: A name ("rotation"), or a mapping with further settings
         ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
-        small budgets and sharing from about LoRA rank 128 on.
+        small squares and sharing from about LoRA rank 128 on.
       in_features: The number of the kernel's input features.
       out_features: The number of its output features.
       square_rank: q, the width of M.
@@ -161,7 +165,7 @@ def make_operator(
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)
     rank = square_rank**2 / (in_features + out_features)
-    name, settings = parse_spec(resolve_auto(spec, rank))
+    name, settings = parse_spec(resolve_auto(spec, rank, square=True))
     cls = OPERATORS[name]
     if hasattr(cls, "seed"):
         settings["seed"] = seed

@@ -20,7 +20,7 @@ LEAST_USE = 2 / 3
 
 @operator
 class BlockDiagonal(Ordered):
-    r"""The delta is zero but for n blocks on its diagonal, each of them trained.
+    r"""An M for each of n blocks of features: a delta of blocks on its diagonal.
 
     .. math:: y_k = x_k M_k, \qquad M: (n, p, s), \quad n\,p\,s \le r\,(in + out)
 

@@ -46,9 +46,9 @@ class Damped(Operator):
       [0.75, 0.0, 0.0]
     """
 
-    # Neither P nor P x is formed. An output is that of x less (x V) B, where B are the
-    # inner operator's outputs for the rows of V^T: the work of a LoRA of rank k. The
-    # derivative by M likewise is the inner one's by x less that by V^T.
+    # Neither P nor P x is formed. An output is the inner operator's for x less (x V) B,
+    # where B are its outputs for the rows of V^T: the work of a LoRA of rank k. The
+    # derivative by M likewise is the inner one's for x, less the one for V^T.
     inner: Operator = nested()
     directions: ArrayLike = given(lambda op: _checked(op))
 

@@ -10,8 +10,9 @@ from mora_jax.operators._random import orthonormal
 class Orthogonal(Projection):
     """Projection on q fixed random orthonormal directions, and the transpose back.
 
-    The AiDotNet document's operator. Each width has its directions, (features, q),
-    which are stored once for all layers of that width and seed.
+    The AiDotNet document's operator, and CoSA's (https://arxiv.org/abs/2602.05148).
+    Each width has its directions, (features, q), which are stored once for all layers
+    of that width and seed.
 
     Attributes:
       seed: The seed of the directions.

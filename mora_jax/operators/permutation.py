@@ -14,6 +14,7 @@ class Permutation(Ordered, Decoupling):
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Permutation
       >>> op = Permutation(in_features=6, out_features=6, square_rank=3, seed=1)
       >>> op.decompress(op.compress(jnp.arange(6.0)))

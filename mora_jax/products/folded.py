@@ -34,7 +34,7 @@ class Folded(Product):
       >>> model, config = Experts(nnx.Rngs(0)), mora_jax.MoRAConfig(rank=2)
       >>> x, best = jnp.ones((3, 16)), jnp.array([0, 3, 0])
       >>> mora_jax.nnx.plan(model, config, x, best)["w"].shape
-      (4, 8, 8)
+      (4, 4, 4, 4)
     """
 
     axes: str

@@ -111,7 +111,7 @@ class MoRAProvider(qwix.PtqProvider):
       >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="nf4", tile_size=8)
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> mora_jax.nnx.adapters(model)
-      {'kernel_mora': Adapter(rotation, float32[8, 8])}
+      {'kernel_mora': Adapter(block_diagonal, float32[4, 4, 4])}
       >>> type(mora_jax.qwix.merge_adapters(model)) is nnx.Linear
       True
     """
@@ -303,7 +303,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
       >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
       >>> mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))["kernel"].shape
-      (8, 8)
+      (4, 4, 4)
     """
     if isinstance(model, nnx.Module):
         return nnx_plan_of(model)

@@ -28,7 +28,7 @@ from flax import traverse_util
 
 from mora_jax import init, io, load, make_operator, save
 from mora_jax.io import AdapterFileError
-from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
+from mora_jax.io._files import CONFIG, TENSORS
 
 
 @by_case
@@ -93,7 +93,6 @@ def test_others_read_the_tensors(tmp_path):
 
 def test_replaces_and_leaves_others_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / f"{TEMPORARY}left").write_text("by a killed process")
     for seed in range(2):
         save(tmp_path, made(PLAN, seed))
         assert_same(load(tmp_path), made(PLAN, seed))

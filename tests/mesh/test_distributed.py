@@ -228,8 +228,8 @@ def test_newest_whole_checkpoint_goes_into_another_mesh(tmp_path):
 
     before = jax.device_put(first, places(llama.make_mesh(1, 4, 2), "fsdp"))
     moments = jax.tree.leaves(before["optimizer"])
-    split = [m.sharding.spec for m in moments if m.ndim == 3]
-    assert split == [P("fsdp", None, None)] * 3  # two, and the sum
+    split = [m.sharding.spec for m in moments if m.ndim == 4]
+    assert split == [P("fsdp", *[None] * 3)] * 3  # two, and the sum
     run = checkpoints()  # one alone: each removes unfinished ones in the background
     assert run.newest(first) is None
     for position in (3, 6):

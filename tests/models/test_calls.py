@@ -334,9 +334,9 @@ def test_an_adapter_without_effect_is_a_warning(model, name):
 @pytest.mark.parametrize(
     ("args", "calls", "told"),
     [
-        ((), [X], "got ArrayImpl: write calls=.mora_jax.Call.x.."),
-        ((), Call(X), "got Call: write calls=.call."),
-        ((), "call", "got str"),
+        ((), [X], r"as in calls=.mora_jax.Call\(\*inputs\).*, got .Array"),
+        ((), Call(X), r"calls must be a list.*, got Call\("),
+        ((), "call", "got 'call'"),
         ((Call(X),), (), "inputs must be the model's, got a Call"),
     ],
 )

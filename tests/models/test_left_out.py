@@ -127,7 +127,7 @@ def test_heads_of_one_number_are_left_out_by_default():
     plan = linen.plan(model, variables, None, X)
     assert list(plan) == ["layers_0/kernel"]
     assert "layers_1/kernel: too narrow for a square" in str(plan)
-    config = MoRAConfig(targets=".*1/kernel")
+    config = MoRAConfig(targets=".*1/kernel", operator="rotation")
     text = message(linen.plan, model, variables, config, X)
     assert "leave it out with exclude, or give it an operator" in text
     config = MoRAConfig(targets=".*1/kernel", operator="sharing")

@@ -375,7 +375,7 @@ def test_the_first_rule_that_matches_counts():
     model = nn.Sequential([nn.Dense(16), nn.Dense(16)])
     adapted, x = qwix.apply_lora_to_model(model, MoRAProvider(rules)), random(1, 2, 16)
     first, second = plan_of(adapted, x).values()
-    assert (first.shape, first.alpha) == ((4, 4), 2)
+    assert (first.shape, first.alpha) == ((8, 2, 2), 2)
     assert second.shape == (8, 8) and second.operator.seed == 3
     params = adapted.init(KEY, x)["params"]
     assert isinstance(params["layers_0"]["kernel"], jax.Array)
@@ -644,3 +644,20 @@ def test_each_row_of_a_batch_has_its_own_adapter(api):
     alone = [apply(adapters[k], x[b : b + 1])[0] for b, k in enumerate(index)]
     own = mora_jax.serving.select(stacked, index)
     close(jax.vmap(lambda a, x: apply(a, x[None])[0])(own, x), jnp.stack(alone))
+
+
+def test_inputs_of_quantized_kernels_are_damped():
+    """Their directions are found as those of any other, without a gradient of one."""
+    model, x = nn.Sequential([nn.Dense(16), nn.Dense(16)]), random(1, 12, 16)
+    rules = [MoRARule(module_path=".*", rank=2, **INT8)]
+    adapted = qwix.apply_lora_to_model(model, MoRAProvider(rules))
+    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+    run = jax.jit(lambda a: adapted.apply({"params": mora_jax.combine(base, a)}, x))
+    damped = mora_jax.input_damping(run, adapters, directions=2)
+    op = damped["layers_0"]["kernel_mora"].operator
+    directions = np.asarray(op.directions, np.float64)
+    leading = np.linalg.svd(np.asarray(x, np.float64))[2][:2]
+    inside = np.linalg.norm(leading @ directions) / np.linalg.norm(directions)
+    assert inside > 0.999
+    moved = jax.tree.map(jnp.ones_like, damped)
+    assert jnp.abs(run(moved) - run(adapters)).max() > 0.1

@@ -24,7 +24,8 @@ def params_of(seed):
 
 
 def planned(rank=1, **settings):
-    settings = {"rank": rank, "multiple_of": 1, "overrides": AXES, **settings}
+    settings = {"rank": rank, "operator": "rotation", "overrides": AXES, **settings}
+    settings = {"multiple_of": 1, **settings}
     return mora_jax.plan(params_of(0), MoRAConfig(**settings))
 
 
@@ -77,6 +78,15 @@ def test_directions_hold_most_of_the_gradient():
     again = gradient_bases(grads, found)  # of a plan that has them already
     assert again == found != plan
     assert gradient_bases(grads, planned(scale="paper"))["a/kernel"].scale == 1
+
+
+def test_blocks_become_a_square_of_the_same_budget():
+    blocks = planned(rank=2, operator="block_diagonal", multiple_of=None)
+    for name, spec in gradient_bases(gradients(), blocks).items():
+        ins, outs = spec.in_features, spec.out_features
+        q = mora_jax.square_rank(2, ins, outs, "orthogonal")
+        assert spec.shape[-2:] == (q, q) and blocks[name].operator.m_shape != (q, q)
+        assert spec.scale == pytest.approx(spec.operator.fine_tuning_scale)
 
 
 def test_directions_beyond_the_rank_of_a_gradient():

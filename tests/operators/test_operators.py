@@ -395,7 +395,9 @@ def test_multiple_of(multiple_of, rank, ins, operator, expected):
 def test_auto_goes_by_the_budget(rank):
     """And not by what q leaves of it."""
     spec = AdapterSpec.from_config(MoRAConfig(rank=rank), (1000, 1000))
-    assert spec.operator.name == ("sharing" if rank == 128 else "rotation")
+    assert spec.operator.name == ("sharing" if rank == 128 else "block_diagonal")
+    square = AdapterSpec.from_config(MoRAConfig(square_rank=64), (1000, 1000))
+    assert square.operator.name == "rotation"  # whose M is a square
 
 
 def test_auto():

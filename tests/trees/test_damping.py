@@ -189,7 +189,7 @@ def test_bad_calls():
             input_damping(run, new, directions=bad)
     with pytest.raises(ValueError, match="floating-point outputs"):
         input_damping(lambda adapters: jnp.argmax(run(adapters)[0], -1), new)
-    with pytest.raises(ValueError, match="adapted kernel, and has none"):
+    with pytest.raises(ValueError, match="adapted kernel, got none"):
         input_damping(lambda adapters: jnp.ones(3), new)
     with pytest.raises(ValueError, match="NaN or infinity"):
         input_damping(lambda a: apply(a, variables, np.full_like(X, np.nan)), new)

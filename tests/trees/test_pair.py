@@ -222,7 +222,7 @@ def test_what_is_no_adapter_is_told():
         with pytest.raises(ValueError, match="kernel_mora holds NaN or infinity"):
             call(broken)
     odd = {"kernel_mora": adapter.replace(spec=PLAN["s/kernel"])}  # of one layer of it
-    with pytest.raises(ValueError, match=r"in params must have shape \(8, 12\)"):
+    with pytest.raises(ValueError, match=r"must have shape \((8, 12|4, 2, 3)\)"):
         mora_jax.merge(PARAMS["s"], odd)
 
 
@@ -242,11 +242,11 @@ def test_equal_arrays_with_equal_meanings_are_equal():
 def test_a_repr_is_short():
     assert repr(ADAPTERS["a"]) == (
         "{'bias': Adapter(trained, float32[8]), "
-        "'kernel_mora': Adapter(rotation, float32[6, 6])}"
+        "'kernel_mora': Adapter(block_diagonal, float32[4, 3, 2])}"
     )
     shapes = jax.eval_shape(lambda: ADAPTERS)["a"]["kernel_mora"]
-    assert repr(shapes) == "Adapter(rotation, float32[6, 6])"
-    assert repr(jax.tree.map(lambda _: None, shapes)) == "Adapter(rotation, None)"
+    assert repr(shapes) == "Adapter(block_diagonal, float32[4, 3, 2])"
+    assert repr(jax.tree.map(lambda _: None, shapes)) == "Adapter(block_diagonal, None)"
 
 
 MODEL, X = nn.Sequential([nn.Dense(12), nn.tanh, nn.Dense(8)]), random(9, 4, 8)

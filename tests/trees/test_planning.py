@@ -105,7 +105,7 @@ def test_targets_exclude_and_overrides():
     for path, name, q, alpha in (
         ("layers/1/self_attn/q_proj/kernel", "sharing", 10, 2.0),
         ("layers/3/self_attn/q_proj/kernel", "sharing", 45, 1.0),  # isqrt(128 * 16)
-        ("layers/3/self_attn/v_proj/kernel", "rotation", 22, 1.0),
+        ("layers/3/self_attn/v_proj/kernel", "block_diagonal", 8, 1.0),
     ):
         operator = chosen[path].operator
         assert (operator.name, operator.square_rank) == (name, q)
@@ -137,7 +137,7 @@ def test_axes():
     axes = {path: spec.axes for path, spec in chosen.items()}
     assert axes.pop("scanned/kernel") == "sio"
     assert axes == {"attn/out/kernel": "iio", "attn/query/kernel": "ioo"}
-    assert chosen["scanned/kernel"].shape == (12, 12, 12)  # rotation: even
+    assert chosen["scanned/kernel"].shape == (12, 16, 4, 2)
     with pytest.raises(ValueError, match="scanned/kernel: .*linen.plan.*'axes'"):
         plan(params)
 
@@ -171,7 +171,8 @@ def test_summary():
     rows = summary(small).splitlines()
     assert len(rows) == 1 + 5 + 1  # layers collapse
     row = (
-        "layers/*/mlp/down_proj/kernel (12) 256 -> 64 rotation 3.6 34 3.76 13,872 2.05%"
+        "layers/*/mlp/down_proj/kernel (12) 256 -> 64 block_diagonal 3.2 16 x 16 x 4 16"
+        " 12,288 1.82%"
     )
     assert rows[1].split() == row.split()
     assert rows[-1].startswith("60 adapters: ")
@@ -424,7 +425,8 @@ def test_settings_are_a_record_that_json_holds():
 
 def test_summary_shows_what_is_not_usual():
     params = {"small": dense(64, 64), "wide": dense(512, 512)}
-    text = summary(plan(params, MoRAConfig(rank=64, scale="paper")))
+    settings = {"operator": "rotation", "scale": "paper"}
+    text = summary(plan(params, MoRAConfig(rank=64, **settings)))
     shown = [line.split()[6:-2] for line in text.splitlines()[1:3]]
     assert shown == [["64", "of", "90"], ["256"]]
     assert not any(name in text for name in ("alpha", "scale", "dropout"))
@@ -432,7 +434,7 @@ def test_summary_shows_what_is_not_usual():
     assert " of 90" not in summary(plan(params, MoRAConfig(square_rank=64)))
     assert "of" not in summary(plan(params, MoRAConfig(rank=7))).splitlines()[1]
     overrides = {"small/kernel": {"alpha": 0.5, "dropout": 0.1}}
-    config = MoRAConfig(rank=8, scale="paper", overrides=overrides)
+    config = MoRAConfig(rank=8, overrides=overrides, **settings)
     text = str(plan(params, config))
     cells = [line.split()[6:] for line in text.splitlines()[:3]]
     assert cells[0][:3] == ["q", "alpha", "dropout"]

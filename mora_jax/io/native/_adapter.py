@@ -66,7 +66,7 @@ def load(
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     mora_jax.save(directory, mora_jax.init(plan))
       ...     mora_jax.load(directory, params)
-      {'fc': {'kernel_mora': Adapter(rotation, float32[8, 8])}}
+      {'fc': {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}}
     """
     path = _files.as_path("directory", directory)
     leaves = None if params_or_shapes is None else paths.named_leaves(params_or_shapes)
