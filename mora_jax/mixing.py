@@ -3,11 +3,6 @@
 A delta is linear in its M (paper equation 3), so a sum of M's with one meaning is the
 sum of their deltas, exactly.
 
-Adapters as numbers::
-
-  scaled                adapters whose deltas are some factor as large
-  weighted_sum          the sum of adapters with one meaning, exactly
-
 Example::
 
   >>> import jax, jax.numpy as jnp, mora_jax
@@ -66,12 +61,9 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
 
 def weighted_sum(
-    adapters: Sequence[Any],
-    weights: Sequence[ArrayLike] | jax.Array,
+    adapters: Sequence[Any], weights: Sequence[ArrayLike] | jax.Array
 ) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
-
-    This is exact, since deltas are linear in M.
 
     Args:
       adapters: Adapters of the same kernels, operators and factors.

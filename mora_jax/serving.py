@@ -7,9 +7,6 @@ the adapter of another one, whatever the model does with a batch. The base's pro
 stay products of the whole batch. Slots and index are data: one compiled program serves
 any mixture of adapters, also after one of them was replaced by another.
 
-  stack                 adapters of one meaning in one tree, in slots
-  select                the adapters for the rows of a batch
-
 Example::
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
@@ -111,25 +108,11 @@ def select(stacked: Tree, index: Any) -> Tree:
         axis.
       ValueError: `index` has a number without a slot.
     """
-    slots, number = _slots_of(stacked)
-    index = _indices(index, number)
-    # JAX would count negative numbers from the end, and fills beyond it.
-    at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
-    for path, adapter in slots.items():
-        take = adapter.m.at[at].get
-        chosen = take(mode="fill", fill_value=0, out_sharding=sharding)
-        slots[path] = adapter.replace(m=chosen)
-    return slots.tree()
-
-
-def _slots_of(stacked: Any) -> tuple[Found, int]:
-    """The adapters in slots, and the one number of slots that all have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     slots, numbers = Found(), set[int]()
     for path, leaf in located_leaves(stacked, "stacked").items():
         if not isinstance(leaf, Adapter) or not isinstance(leaf.spec, AdapterSpec):
-            kind = type(leaf).__name__
-            raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
+            raise TypeError(f"{rule}, got {type(leaf).__name__} at {'/'.join(path)!r}")
         number, *shape = jnp.shape(leaf.m) or (0,)
         if (*shape,) != leaf.spec.shape:
             raise ValueError(f"{rule}, got {leaf} at {'/'.join(path)!r}")
@@ -137,7 +120,13 @@ def _slots_of(stacked: Any) -> tuple[Found, int]:
         slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
     if len(numbers) != 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
-    return slots, numbers.pop()
+    index = _indices(index, number := numbers.pop())
+    # JAX would count negative numbers from the end, and fills beyond it.
+    at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
+    for path, adapter in slots.items():
+        chosen = adapter.m.at[at].get(mode="fill", fill_value=0, out_sharding=sharding)
+        slots[path] = adapter.replace(m=chosen)
+    return slots.tree()
 
 
 def _indices(index: Any, number: int) -> jax.Array:

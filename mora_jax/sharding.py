@@ -26,24 +26,24 @@ from flax import nnx
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.places import adapter_sharding, mesh_axes_of
+from mora_jax._mesh.layout import KernelLayout, mesh_axes
+from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._plan.spec import AdapterSpec, Spec
 from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan
+
+__all__ = ["adapter_shardings", "on_mesh"]
 
 PlanOrTree = TypeVar("PlanOrTree")
 
 
 def adapter_shardings(
-    adapters: Any,
-    params_or_shardings: Any,
-    *,
-    mesh: Mesh | None = None,
+    adapters: Any, params_or_shardings: Any, *, mesh: Mesh | None = None
 ) -> Tree:
     """The shardings of a model's adapters, by the shardings of its kernels.
 
@@ -196,3 +196,20 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
         kind = type(leaf).__name__
         raise TypeError(f"{name} must have a NamedSharding or mesh axes, got {kind}")
     return mesh, axes
+
+
+def adapter_sharding(spec: AdapterSpec, kernel: NamedSharding) -> NamedSharding:
+    """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
+    of_kernel = mesh_axes_of(kernel, spec)
+    stack = [axes or None for axes in sizes(of_kernel, spec.axes, "s")]
+    layout = spec.layout
+    features = layout and layout.for_activations(spec.axes, spec.kernel_shape)
+    own = OnMesh(spec.operator, features).m_spec if features else ()
+    own = [*own, *[None] * len(spec.operator.m_shape)][: len(spec.operator.m_shape)]
+    return NamedSharding(kernel.mesh, PartitionSpec(*stack, *own))
+
+
+def mesh_axes_of(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of the kernel."""
+    entries = [mesh_axes(entry) for entry in kernel.spec]
+    return [*entries, *[()] * (len(spec.axes) - len(entries))]

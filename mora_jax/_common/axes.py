@@ -14,26 +14,6 @@ from mora_jax._common.types import Shape
 T = TypeVar("T")
 
 
-def check_axes(axes: str, ndim: int) -> str:
-    """`axes`, if it describes a kernel of `ndim` axes by a letter for each.
-
-    "i" is an axis of input features, "o" an axis of output features, and "s" a stack
-    axis with an M for each index (the layers of `nn.scan`, the experts of a mixture).
-    "oi" is a dense layer that is stored transposed, and "ioo" the heads of attention.
-    Several axes of a kind are flattened in the kernel's order.
-    """
-    if not isinstance(axes, str) or set(axes) - set("sio"):
-        raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
-    if len(axes) != ndim:
-        raise ValueError(
-            f"axes must have one letter for each of the kernel's {ndim} axes, "
-            f"got {axes!r}"
-        )
-    if not {"i", "o"} <= set(axes):
-        raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
-    return axes
-
-
 def may_be_conv1d(name: str) -> bool:
     """True for GPT-2's modules or kernels, which GPT-Neo and others have as Linear."""
     names = r"(.*[./])?h[./]\d+[./]\w+[./](c_\w+|q_attn)(/kernel)?"
@@ -69,13 +49,28 @@ def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
     """The sizes in `shape`, or other things, of the axes marked with `letter`."""
     if len(shape) != len(axes):
         raise ValueError(f"axes must have a letter for each of {shape}, got {axes!r}")
-    return tuple([shape[k] for k in _places(axes, letter)])
+    pairs = zip(shape, axes, strict=True)
+    return tuple([size for size, kind in pairs if kind == letter])
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
 def features(shape: Shape, axes: str) -> tuple[int, int]:
-    """The numbers of input and of output features of a kernel, with `axes` checked."""
-    check_axes(axes, len(shape))
+    """The numbers of input and of output features of a kernel, with `axes` checked.
+
+    "i" is an axis of input features, "o" an axis of output features, and "s" a stack
+    axis with an M for each index (the layers of `nn.scan`, the experts of a mixture).
+    "oi" is a dense layer that is stored transposed, and "ioo" the heads of attention.
+    Several axes of a kind are flattened in the kernel's order.
+    """
+    if not isinstance(axes, str) or set(axes) - set("sio"):
+        raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"axes must have one letter for each of the kernel's {len(shape)} axes, "
+            f"got {axes!r}"
+        )
+    if not {"i", "o"} <= set(axes):
+        raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
     return math.prod(sizes(shape, axes, "i")), math.prod(sizes(shape, axes, "o"))
 
 
@@ -92,12 +87,6 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
     return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
 
 
-@functools.lru_cache(maxsize=1024)
-def _places(axes: str, letter: str) -> tuple[int, ...]:
-    return tuple(k for k, kind in enumerate(axes) if kind == letter)
-
-
-@functools.lru_cache(maxsize=1024)
-def _order(axes: str) -> tuple[int, ...]:
+def _order(axes: str) -> list[int]:
     """The numbers of the axes: the stack first, then inputs, then outputs."""
-    return tuple(k for letter in "sio" for k in _places(axes, letter))
+    return sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))

@@ -68,10 +68,9 @@ def matching(
         matched = {name for name in names if re.fullmatch(pattern, name)}
         if not matched:
             # Without any names, similar ones among `known` are the best advice.
-            what += (
-                f"{nearest_paths(pattern, names or known)}; patterns match whole paths"
-            )
-            raise ValueError(f"{field}: {pattern!r} matches no {what}")
+            near = nearest_paths(pattern, names or known)
+            rule = f"matches no {what}{near}; patterns match whole paths"
+            raise ValueError(f"{field}: {pattern!r} {rule}")
         selected |= matched
     return selected
 

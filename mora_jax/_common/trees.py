@@ -1,5 +1,6 @@
-"""Leaves of trees by their paths, out of Flax's boxes and into them again."""
+"""Leaves of trees: by their paths, out of Flax's boxes, and those that are traced."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,9 +13,6 @@ from mora_jax._common.types import Path
 
 WHOLE: tuple[type, ...] = (nnx.Module,)
 """The pytrees that are leaves here; JAX would take what is in them for arrays."""
-
-BOXES = nnx.Variable, AxisMetadata
-"""The classes of boxes. A variable is one if it holds an array."""
 
 REFUSED = {
     nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
@@ -74,7 +72,7 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return isinstance(node, WHOLE) or (isinstance(node, BOXES) and is_boxed(node))
+    return isinstance(node, WHOLE) or is_boxed(node)
 
 
 def path_of(keys: Any) -> Path:
@@ -104,3 +102,17 @@ def reboxed(box: Any, value: Any) -> Any:
         return value
     is_variable = isinstance(box, nnx.Variable)
     return box.replace(value) if is_variable else box.replace_boxed(value)
+
+
+def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """JAX's arrays and shapes among arguments, and a function that replaces them."""
+    # NumPy's stay what they are: code may compute with their numbers.
+    leaves, structure = jax.tree.flatten(args)
+    traced = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves]
+
+    def join(arrays: list[Any]) -> Any:
+        new, pairs = iter(arrays), zip(leaves, traced, strict=True)
+        values = [next(new) if is_array else leaf for leaf, is_array in pairs]
+        return jax.tree.unflatten(structure, values)
+
+    return list(itertools.compress(leaves, traced)), join

@@ -108,10 +108,7 @@ def errors_of(name: str) -> Iterator[None]:
 
 
 def adapt_call(
-    call: LayerCall,
-    name: str,
-    adapter: Callable[[], Adapter],
-    key: PRNGKeyArray | None,
+    call: LayerCall, name: str, adapter: Callable[[], Adapter], key: PRNGKeyArray | None
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 

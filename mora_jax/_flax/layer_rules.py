@@ -21,10 +21,7 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """Computation of one method of a layer class: a product with a kernel, and a bias.
-
-    The attributes are as in `register_layer`.
-    """
+    """Computation of one method of a layer class; the arguments of `register_layer`."""
 
     equation: Equation
     kernel: Name = "kernel"

@@ -29,8 +29,7 @@ def _general(module: Any, inputs: ArrayLike, *_: Any, **__: Any) -> str:
     # The kernel's axes are (*batch, *in, *out).
     summed = range(len(batch), len(batch) + len(axis))
     numbers = (axis, summed), (batch, range(len(batch)))
-    ndim = summed.stop + len(outs)
-    return dot_general_equation(inputs.ndim, ndim, numbers)
+    return dot_general_equation(inputs.ndim, summed.stop + len(outs), numbers)
 
 
 def _einsum(module: Any, x: Any, einsum_str: Any = None, *_: Any, **__: Any) -> str:
@@ -54,8 +53,7 @@ def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
         convolution = cls(outputs, window, parent=None, **settings)
         return convolution.apply({"params": {"kernel": kernel}}, x)
 
-    axes = "i" * len(window) + features
-    return Convolution(axes, convolve, plain, masked)
+    return Convolution("i" * len(window) + features, convolve, plain, masked)
 
 
 for api, dense, general in (
@@ -82,10 +80,6 @@ def _root(layer: Any) -> jax.Array:
     return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
 
 
-def _tunix_einsum(scale: Any = None) -> list[LayerRule]:
-    return [LayerRule(lambda layer, x: layer.einsum_str, "w", scale=scale)]
-
-
 _GM_EINSUM = LayerRule(
     lambda layer, eqn, x: eqn,
     lambda layer: layer.weight_name,
@@ -100,12 +94,13 @@ _EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
 # Gemma scales what it looks up, so that each call adds its whole table to its delta.
 _SCALED_TABLE = _folded(_LEFT_OUT, _TABLE)
 _PER_LAYER = Folded("ioo", adapted_by_default=False)
+_EINSUM = LayerRule(_einsum, "w")
 _QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
 _TUNIX = {
-    **{f"{model}.model.Einsum": _tunix_einsum() for model in _QWEN_AND_LLAMA + _GEMMA},
+    **{f"{model}.model.Einsum": [_EINSUM] for model in _QWEN_AND_LLAMA + _GEMMA},
     **{f"{model}.model.Embedder": _EMBEDDER for model in _QWEN_AND_LLAMA},
     **{f"{model}.model.Embedder": _SCALED_TABLE for model in _GEMMA},
-    "gemma4.model.Einsum": _tunix_einsum(lambda layer: layer.w_scale),
+    "gemma4.model.Einsum": [LayerRule(_einsum, "w", scale=lambda own: own.w_scale)],
     "gemma4.model.Embedder": _SCALED_TABLE
     + _folded(_PER_LAYER, "per_layer_input_embedding"),
     "qwen3.model.MoELayer": _folded(_EXPERTS, "gate_proj", "up_proj", "down_proj"),

@@ -68,12 +68,20 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     model = Candidates(leaves, config, survey)
     targets = model.targets()
     trained = model.trained(targets)
-    _refuse_idle_overrides(config, targets, trained)
+    adapted = sorted({*targets, *trained})
+    matching("overrides", config.overrides, adapted, "path that is adapted")
+    for pattern, settings in config.overrides.items():
+        extra = sorted(settings.keys() - {"param_dtype"})
+        if extra and not any(re.fullmatch(pattern, name) for name in targets):
+            raise ValueError(
+                f"overrides[{pattern!r}] matches arrays that train themselves "
+                f"alone, whose only setting is param_dtype, got {extra}"
+            )
     owners: dict[int, list[str]] = defaultdict(list)
     for name, (_, leaf) in leaves.items():
         if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
             owners[id(leaf)].append(name)
-    refuse_shared([*owners.values(), *survey.shared], sorted({*targets, *trained}))
+    refuse_shared([*owners.values(), *survey.shared], adapted)
     parts = {name: model.adapter(name) for name in targets} | trained
     left_out = model.left_out(parts)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
@@ -191,8 +199,8 @@ class Candidates:
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names."""
-        names = matching("train", self.config.train, self.leaves)
-        for name in sorted(names):
+        names, found = matching("train", self.config.train, self.leaves), {}
+        for name in filter(names.__contains__, self.leaves):
             if name in targets:
                 raise ValueError(
                     f"train: {name!r} also gets an adapter; say exclude={name!r} to "
@@ -200,11 +208,9 @@ class Candidates:
                 )
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
-        return {
-            name: TrainedArray.of(name, leaf, self.config.settings(name)[0].param_dtype)
-            for name, (_, leaf) in self.leaves.items()
-            if name in names
-        }
+            dtype = self.config.settings(name)[0].param_dtype
+            found[name] = TrainedArray.of(name, self.leaves[name][1], dtype)
+        return found
 
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""
@@ -248,21 +254,6 @@ class Candidates:
         arrays = self.arrays.items()
         integers = [n for n, a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
         return {name.rpartition("/")[0] for name in integers}
-
-
-def _refuse_idle_overrides(
-    config: MoRAConfig, targets: Sequence[str], trained: Iterable[str]
-) -> None:
-    """Raise if an override matches nothing, or has settings without an effect."""
-    names = [*targets, *trained]
-    matching("overrides", config.overrides, names, "path that is adapted")
-    for pattern, settings in config.overrides.items():
-        idle = sorted(settings.keys() - {"param_dtype"})
-        if idle and not any(re.fullmatch(pattern, name) for name in targets):
-            raise ValueError(
-                f"overrides[{pattern!r}] matches arrays that train themselves "
-                f"alone, whose only setting is param_dtype, got {idle}"
-            )
 
 
 def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> None:

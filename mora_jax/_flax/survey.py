@@ -1,13 +1,9 @@
-"""Survey of a model before it is planned: its layers, and the uses of its arrays.
-
-Linen's and NNX's `plan` fill it in: the product of each layer of a known class, and
-what one traced call does with every array (see `mora_jax._trace_check`).
-"""
+"""Survey of a model before it is planned: its layers, and the uses of its arrays."""
 
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +12,15 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.suggestions import patterns
+from mora_jax._common.trees import split_static
 from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._jax.traces import split_static
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
+from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
-
-if TYPE_CHECKING:
-    from mora_jax._tree.plan import Plan
 
 NOT_USED = "the call that was traced does not use it"
 REBUILT = "code that rebuilds the params (nn.map_variables) must keep the M beside it"
@@ -48,7 +42,7 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
 
 @dataclasses.dataclass
 class Survey:
-    """Knowledge of the arrays of a model, by their paths.
+    """Knowledge of a model's arrays, by their paths; `plan` of both APIs fills it in.
 
     Attributes:
       by_names: True if nothing is known of the layers.
@@ -100,8 +94,7 @@ class Survey:
         self.products[name] = planned or self.products.get(name, product)
         method = f"{type(module).__name__}.{rule.method}"
         scale = self._scale(name, call)
-        claimed = product.claim, method, scale, x.dtype, name + SUFFIX
-        marked = MarkedCall(name, *claimed)
+        marked = MarkedCall(name, product.claim, method, scale, x.dtype, name + SUFFIX)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -134,7 +127,7 @@ class Survey:
         call = MarkedCall(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
-    def trace(self, programs: Programs, plan: "Plan | None" = None) -> Jaxpr:
+    def trace(self, programs: Programs, plan: Plan | None = None) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
         The kernels of `plan` have M's beside them.
@@ -230,7 +223,7 @@ class Survey:
         return "", False
 
 
-def check_call(plan_of: "Callable[[], Plan]", programs: Programs, main: bool) -> str:
+def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
     `programs` traces the call, with marks and M's if it is given a survey. If it is the

@@ -5,11 +5,10 @@ what values are and what primitives make of them. The walk knows the rest: the p
 inside of primitives, and how often they run.
 """
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
@@ -26,42 +25,29 @@ OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Primitives whose derivatives are not what their programs have."""
 
 
-class Domain(Generic[T]):
+class Domain(Protocol[T]):
     """The values of a walk, which are compared by ==, and the functions between them.
 
-    A join may change a value a few times at most, or no walk through a loop would end.
+    Attributes:
+      nothing: The value of an array that nothing is known of.
+      constant: The value of a number in the program.
+      step: The outputs of an equation whose operands have values.
+      join: A value that holds after either of two branches, and in every round. It may
+        change a value a few times at most, or no walk through a loop would end.
+      sliced: A round's part of an array along which a scan runs.
+      stacked: The array that a scan makes of one in each round.
+      trial: The same domain for a walk, after which only its values are kept.
+      bypassed: The outputs of an equation whose program has a derivative of its own.
     """
 
     nothing: T
-    """The value of an array that nothing is known of."""
-
-    def constant(self, literal: Literal) -> T:
-        """The value of a number in the program."""
-        return self.nothing
-
-    def step(self, eqn: Any, values: list[T]) -> list[T]:
-        """The outputs of an equation whose operands have `values`."""
-        raise NotImplementedError
-
-    def join(self, left: T, right: T) -> T:
-        """A value that holds after either of two branches, and in every round."""
-        raise NotImplementedError
-
-    def sliced(self, value: T) -> T:
-        """A round's part of an array along which a scan runs."""
-        raise NotImplementedError
-
-    def stacked(self, value: T) -> T:
-        """The array that a scan makes of one in each round."""
-        raise NotImplementedError
-
-    def tried(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it the domain keeps nothing of what it finds besides values."""
-        return contextlib.nullcontext()
-
-    def bypassed(self, eqn: Any, outputs: list[T]) -> list[T]:
-        """The outputs of an equation whose program has a derivative of its own."""
-        return outputs
+    constant: Callable[[Literal], T]
+    step: Callable[[Any, list[T]], list[T]]
+    join: Callable[[T, T], T]
+    sliced: Callable[[T], T]
+    stacked: Callable[[T], T]
+    trial: Callable[[], Any]
+    bypassed: Callable[[Any, list[T]], list[T]]
 
 
 def walk(domain: Domain[T], program: Jaxpr, inputs: Sequence[T]) -> list[T]:
@@ -118,8 +104,8 @@ def _loop(
 ) -> tuple[list[T], list[T]]:
     """A state that holds before and after every round, and a round's outputs."""
     while True:  # until nothing more is lost
-        with domain.tried():  # the state may not hold in every round
-            results = walk(domain, body, [*fixed, *state, *layers])
+        # The state may not hold in every round.
+        results = walk(domain.trial(), body, [*fixed, *state, *layers])
         weaker = list(map(domain.join, state, results))
         if weaker == state:
             return state, walk(domain, body, [*fixed, *state, *layers])

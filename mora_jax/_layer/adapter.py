@@ -121,14 +121,6 @@ class Adapter:
         return self.spec
 
 
-def _flatten(adapter: Adapter) -> Any:
-    return (adapter.m,), adapter._static
-
-
-def _flatten_with_keys(adapter: Adapter) -> Any:
-    return ((jax.tree_util.GetAttrKey("m"), adapter.m),), adapter._static
-
-
 def _unflatten(static: Any, children: Any) -> Adapter:
     adapter = _new(Adapter)
     (adapter.m,), adapter._static = children, static
@@ -137,13 +129,11 @@ def _unflatten(static: Any, children: Any) -> Adapter:
 
 _new = object.__new__
 jax.tree_util.register_pytree_with_keys(
-    Adapter, _flatten_with_keys, _unflatten, _flatten
+    Adapter,
+    lambda own: (((jax.tree_util.GetAttrKey("m"), own.m),), own._static),
+    _unflatten,
+    lambda own: ((own.m,), own._static),
 )
-
-
-def is_adapter(node: Any) -> bool:
-    """True for an adapter, where trees of adapters are mapped as a whole."""
-    return isinstance(node, Adapter)
 
 
 def check_adapter(name: str, adapter: Adapter) -> Adapter:

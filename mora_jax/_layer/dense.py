@@ -1,7 +1,4 @@
-r"""One dense layer with its adapter, as a pure function.
-
-.. math:: y = x W + b + \alpha\, D(C(x) M), \qquad W' = W + \alpha\, C M D
-"""
+"""One dense layer with its adapter, as a pure function."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -157,7 +154,14 @@ def mora_apply(
         dropout_key=key if drops else None,
         precision=frozen.precision,
     )
-    return y if bias is None else y + _broadcast_bias(bias, spec, y.ndim).astype(dtype)
+    if bias is None:
+        return y
+    stack = sizes(spec.kernel_shape, spec.axes, "s")
+    outs = sizes(spec.kernel_shape, spec.axes, "o")
+    if tuple(bias.shape) != stack + outs:
+        raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
+    ones = (1,) * (y.ndim - bias.ndim)  # the batch's axes
+    return y + bias.reshape(stack + ones + outs).astype(dtype)
 
 
 def params_adapter(params: Mapping[str, Any], frozen: FrozenDense) -> Adapter:
@@ -175,13 +179,3 @@ def params_adapter(params: Mapping[str, Any], frozen: FrozenDense) -> Adapter:
     adapter = check_adapter(expected, Adapter(m, spec))
     check_leaf(m, expected, spec.shape)  # and not of a stack of such layers
     return adapter
-
-
-def _broadcast_bias(bias: jax.Array, spec: AdapterSpec, ndim: int) -> jax.Array:
-    """The bias with axes of length 1 where the output has batch axes."""
-    stack = sizes(spec.kernel_shape, spec.axes, "s")
-    outs = sizes(spec.kernel_shape, spec.axes, "o")
-    if tuple(bias.shape) != stack + outs:
-        raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
-    ones = (1,) * (ndim - len(stack) - len(outs))
-    return bias.reshape(stack + ones + outs)

@@ -60,7 +60,10 @@ def _dithered(
     """`total` rounded with a dither `where` that is True, and to nearest elsewhere."""
     numbers = _random_numbers(total.shape, start, axes)
     if (total.dtype, dtype) == (jnp.float32, jnp.bfloat16):
-        dithered = _truncated(total, numbers)
+        # bfloat16 is the first half of float32: a carry from the second half rounds.
+        bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
+        bits = (bits + (numbers >> np.uint32(16))) & np.uint32(0xFFFF0000)
+        dithered = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
     else:
         dithered = _stepped(total, numbers, dtype)
     nearest = total.astype(dtype)
@@ -69,15 +72,8 @@ def _dithered(
     return jnp.where(where, dithered, nearest)
 
 
-def _truncated(total: jax.Array, numbers: jax.Array) -> jax.Array:
-    """float32 as bfloat16, which is its first half: a carry from the second rounds."""
-    bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + (numbers >> np.uint32(16))
-    first_half = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
-    return first_half.astype(jnp.bfloat16)
-
-
 def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The same for any two dtypes, by the step of the grid at each number."""
+    """`total` rounded with a dither, by the step of the grid at each number."""
     grid = jnp.finfo(dtype)
     thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
     # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.

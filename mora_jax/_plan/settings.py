@@ -62,15 +62,11 @@ def setting(
 
 def check_settings(record: Any) -> None:
     """Check the fields that `setting` made, and store what their checks return."""
-    for name, check in _checks(type(record)):
-        # The records are frozen, also for their own `__post_init__`.
-        object.__setattr__(record, name, check(name, getattr(record, name)))
-
-
-@functools.cache  # plans make a record for each of thousands of kernels
-def _checks(cls: Any) -> list[tuple[str, Check]]:
-    fields = ((f.name, f.metadata.get("check")) for f in dataclasses.fields(cls))
-    return [(name, check) for name, check in fields if check]
+    for field in dataclasses.fields(record):
+        if check := field.metadata.get("check"):
+            # The records are frozen, also for their own `__post_init__`.
+            value = check(field.name, getattr(record, field.name))
+            object.__setattr__(record, field.name, value)
 
 
 def _optional(check: Check) -> Check:
@@ -186,8 +182,6 @@ NAMES_ELSEWHERE = {
     "init_lora_weights": "init, 'zeros' or 'gaussian'",
 }
 """{name of a setting in other libraries: its name here}."""
-
-LARGEST_USUAL_ALPHA = 4.0
 
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
 
@@ -305,7 +299,7 @@ class MoRAConfig(KernelConfig):
             raise ValueError("targets must hold at least one pattern, got none")
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
         for alpha in (self.alpha, *overridden):
-            if alpha > LARGEST_USUAL_ALPHA:
+            if alpha > 4:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
@@ -313,19 +307,9 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
-        if patterns not in self._by_patterns:
-            self._by_patterns[patterns] = self._overridden(patterns)
-        return self._by_patterns[patterns]
-
-    @functools.cached_property
-    def _by_patterns(self) -> dict[tuple[str, ...], tuple[KernelConfig, str | None]]:
-        # Most kernels of a model have the same settings, and share a record of them.
-        return {}
-
-    def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in map(self.overrides.__getitem__, patterns):
+        for pattern in filter(lambda p: re.fullmatch(p, path), self.overrides):
+            settings = self.overrides[pattern]
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

@@ -168,8 +168,7 @@ class AdapterSpec(AdapterSettings):
     @property
     def lora_rank(self) -> float:
         """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
-        parameters = math.prod(self.operator.m_shape)
-        return parameters / (self.in_features + self.out_features)
+        return math.prod(self.operator.m_shape) / (self.in_features + self.out_features)
 
     @property
     def asked_square_rank(self) -> int | None:
@@ -336,11 +335,9 @@ def check_alike(
     for path in {**specs, **like}:
         name, own, other = "/".join(path), specs.get(path), like.get(path)
         if (array := _array_of(own)) != (planned := _array_of(other)):
-            many = many_if(
-                *(getattr(spec, "kernel_shape", ()) for spec in (own, other))
-            )
-            message = f"adapters have {array} at {name!r}, {whose} {planned}{many}"
-            raise ValueError(message)
+            shapes = [getattr(spec, "kernel_shape", ()) for spec in (own, other)]
+            message = f"adapters have {array} at {name!r}, {whose} {planned}"
+            raise ValueError(message + many_if(*shapes))
         if not meaning or not isinstance(own, AdapterSpec):
             continue
         assert isinstance(other, AdapterSpec)

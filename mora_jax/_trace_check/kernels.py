@@ -1,15 +1,13 @@
 """Kernels: what a call of a model makes of them, and if it is right."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, walk
+from mora_jax._jax.walk import OWN_DERIVATIVE, inside, needed, shapes, walk
 from mora_jax._trace_check import trails
 from mora_jax._trace_check.marks import MarkedCall, calls_in, mark_p
 from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
@@ -76,19 +74,16 @@ def follow(
                 uses.outside.setdefault(name, listed(by))
 
 
-class Kernels(Domain[Value]):
-    """The domain of trails. It adds to `uses` what it finds."""
+class Kernels:
+    """The `Domain` of trails. It adds to `uses` what it finds."""
 
-    nothing = {}
+    nothing: Value = {}
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
 
-    @contextlib.contextmanager
-    def tried(self) -> Iterator[None]:
-        uses, self.uses = self.uses, Uses()
-        yield
-        self.uses = uses
+    def trial(self) -> "Kernels":
+        return Kernels(Uses())
 
     def constant(self, literal: Literal) -> Value:
         number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]

@@ -1,7 +1,4 @@
-"""Marks: where calls of known layers begin and end, and what they are said to compute.
-
-Marks are steps of a program that compute nothing.
-"""
+"""Marks: steps that compute nothing, where calls of known layers begin and end."""
 
 import dataclasses
 import functools

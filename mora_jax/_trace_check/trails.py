@@ -52,18 +52,15 @@ class Trail(NamedTuple):
 
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
         """The trail with its axes moved."""
-        view = None if self.view is None else move(self.view)
-        return self._replace(view=view)
+        return self._replace(view=None if self.view is None else move(self.view))
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
-        through = self.through | {name}
-        return self._replace(through=through, view=view, numbers=None)
+        return self._replace(through=self.through | {name}, view=view, numbers=None)
 
     def hidden(self, name: str) -> "Trail":
         """The trail after the primitive called `name`, which may do anything."""
-        unseen = f"a trace cannot look into `{name}`"
-        return self._replace(unseen=unseen, numbers=None)
+        return self._replace(unseen=f"a trace cannot look into `{name}`", numbers=None)
 
 
 Start = str | MarkedCall | None

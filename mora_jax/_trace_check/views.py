@@ -38,18 +38,7 @@ def length(axis: Axis) -> int:
 
 
 def reshape(view: View, shape: Shape) -> View | None:
-    """The view after a reshape; None if it splits a piece into unequal parts.
-
-    Example::
-
-      >>> view = named("bhd", (2, 3, 4))
-      >>> reshape(view, (2, 12)) == (view[0], view[1] + view[2])
-      True
-      >>> reshape(reshape(view, (2, 12)), (2, 3, 4)) == view
-      True
-      >>> reshape(view, (4, 6)) is None
-      True
-    """
+    """The view after a reshape; None if it splits a piece into unequal parts."""
     pieces, axes = [piece for axis in view for piece in axis], []
     for size in shape:
         axis: list[Piece] = []

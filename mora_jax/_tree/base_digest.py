@@ -12,16 +12,43 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._plan.spec import AdapterSpec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes."""
-    # Only these rows are copied to the host. They are rounded to bfloat16, so that a
-    # float32 base and its bfloat16 copy have the same digest.
-    rows = _rows(kernel, spec.kernel_shape, spec.axes).astype(jnp.bfloat16)
-    return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rows)
+    if not readable(kernel):
+        raise ValueError(
+            "params must hold arrays that this process can read in full, got one of "
+            f"shape {kernel.shape} with parts on other processes"
+        )
+    # Only these rows are copied to the host, from the first to the last one.
+    axes, stack = spec.axes, spec.stack_shape
+    ins = sizes(spec.kernel_shape, axes, "i")
+    count = min(8, math.prod(ins))
+    numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
+    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
+    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
+    if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
+        kernel = kernel.addressable_data(0)
+    sharding = getattr(kernel, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        # Where types name a mesh, JAX has to be told where the rows are to be.
+        there = NamedSharding(sharding.mesh, PartitionSpec())
+        taken = kernel.at[index].get(out_sharding=there)
+    else:
+        taken = kernel[index]
+    # NumPy puts the rows where the input axes are, or first if those are apart.
+    together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
+    rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
+    order = sorted(range(1, rows.ndim), key=lambda k: others[k - 1] == "o")
+    rows = rows.transpose(*order[: len(stack)], 0, *order[len(stack) :])
+    with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
+        rows = rows.astype(np.float32).reshape(math.prod(stack), count, -1)
+    # Rounded, so that a float32 base and its bfloat16 copy have the same digest.
+    rounded = rows.astype(jnp.bfloat16)
+    return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rounded)
 
 
 def readable(kernel: Any) -> bool:
@@ -57,33 +84,3 @@ def check_digests(
             f"the kernel {name!r} holds other weights than the base that the "
             "adapter was trained on: give that base, or set any_base=True"
         )
-
-
-def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
-    """(stack, rows, out_features) of a kernel, rows from the first to the last one."""
-    if not readable(kernel):
-        raise ValueError(
-            "params must hold arrays that this process can read in full, got one of "
-            f"shape {kernel.shape} with parts on other processes"
-        )
-    stack, ins = sizes(shape, axes, "s"), sizes(shape, axes, "i")
-    count = min(8, math.prod(ins))
-    numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
-    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
-    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
-    if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
-        kernel = kernel.addressable_data(0)
-    sharding = getattr(kernel, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        # Where types name a mesh, JAX has to be told where the rows are to be.
-        there = NamedSharding(sharding.mesh, PartitionSpec())
-        taken = kernel.at[index].get(out_sharding=there)
-    else:
-        taken = kernel[index]
-    # NumPy puts the rows where the input axes are, or first if those are apart.
-    together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
-    rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
-    order = sorted(range(1, rows.ndim), key=lambda k: others[k - 1] == "o")
-    rows = rows.transpose(*order[: len(stack)], 0, *order[len(stack) :])
-    with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
-        return rows.astype(np.float32).reshape(math.prod(stack), count, -1)

@@ -104,22 +104,19 @@ def _flat(tree: Any, what: str) -> dict[tuple[Any, ...], Any]:
     """{keys: leaf} of nested mappings; all else is a leaf."""
     trees.refuse_model(tree, what)
     rule = f"{what} must be nested mappings, or a state of NNX"
-    if not _is_mapping(tree):
+    if not isinstance(tree, Mapping):
         raise TypeError(f"{rule}, got {type(tree).__name__}")
     flat = flatten_mapping(tree, keep_empty_nodes=True)
     for keys, leaf in flat.items():
         if isinstance(leaf, list | tuple):  # of layers, or a parameter of two arrays
-            if any(map(_is_mapping, jax.tree.leaves(leaf, is_leaf=_is_mapping))):
+            parts = jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Mapping))
+            if any(isinstance(part, Mapping) for part in parts):
                 got = f"a {type(leaf).__name__} at {'/'.join(map(str, keys))!r}"
                 raise TypeError(
                     f"{rule}, got {got}: keep the adapters in their own tree, as init "
                     "makes it, and use fold"
                 )
     return flat
-
-
-def _is_mapping(node: Any) -> bool:
-    return isinstance(node, Mapping)
 
 
 def _nested(flat: Mapping[tuple[Any, ...], Any], like: Any) -> Any:

@@ -164,12 +164,10 @@ def merged(
     """`merge` of adapters that are checked already."""
     new = {}
     for path, (place, array) in found.in_base(params, any_base=any_base).items():
-        adapter, settings = found[path], {"dtype": dtype, "rounding": rounding}
-        new[place] = (
-            merged_kernel(adapter, array, **settings)
-            if adapter.of_kernel
-            else jnp.asarray(adapter.m, dtype or array.dtype)
-        )
+        if (adapter := found[path]).of_kernel:
+            new[place] = merged_kernel(adapter, array, dtype=dtype, rounding=rounding)
+        else:
+            new[place] = jnp.asarray(adapter.m, dtype or array.dtype)
     return replace_leaves(params, new)
 
 

@@ -1,7 +1,4 @@
-"""Optax on a combined tree: the M's are trained, the base stays bitwise the same.
-
-Also an optimizer's state, in which the adapters start again.
-"""
+"""Optax on a combined tree, and an optimizer's state in which adapters start again."""
 
 from typing import Any
 
@@ -48,8 +45,7 @@ def trainable_mask(params: Any) -> Any:
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    structure = jax.tree.structure(params, is_leaf=trees.is_end)
-    return jax.tree.unflatten(structure, trained)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=trees.is_end), trained)
 
 
 def trainable_labels(params: Any) -> Any:

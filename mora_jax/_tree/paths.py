@@ -181,8 +181,7 @@ def adapter_of(leaf: Any) -> Adapter | None:
 
 def place_of(path: Path, spec: Spec) -> Path:
     """The path in a tree of adapters of what belongs to the base's array at `path`."""
-    is_kernel = isinstance(spec, AdapterSpec)
-    return (*path[:-1], path[-1] + SUFFIX) if is_kernel else path
+    return (*path[:-1], path[-1] + SUFFIX) if isinstance(spec, AdapterSpec) else path
 
 
 def find_array(

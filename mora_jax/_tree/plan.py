@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -158,26 +158,21 @@ class Plan(Mapping[str, AdapterSpec]):
             if not isinstance(adapter, Adapter):
                 adapter = Adapter(trees.unboxed(adapter), spec)
             elif isinstance(spec, AdapterSpec):
-                known = check_adapter(name, adapter).spec
-                check_same("/".join(path), known, spec)
+                check_same("/".join(path), check_adapter(name, adapter).spec, spec)
             made[place] = check_adapter(name, adapter.replace(spec=spec))
         for path in leaves:
             raise ValueError(f"tree holds {'/'.join(path)!r}, which the plan lacks")
         return paths.nest(made)
 
 
-def _flatten(plan: Plan) -> Any:
-    static = tuple(plan.parts), plan.base_parameters, plan.traced
-    pairs = plan.parts.items()
-    return [(jax.tree_util.DictKey("/".join(p)), s) for p, s in pairs], static
-
-
-def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
-    parts, *others = static
-    return Plan(dict(zip(parts, specs, strict=True)), *others)
-
-
-jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
+jax.tree_util.register_pytree_with_keys(
+    Plan,
+    lambda plan: (
+        [(jax.tree_util.DictKey("/".join(p)), s) for p, s in plan.parts.items()],
+        (tuple(plan.parts), plan.base_parameters, plan.traced),
+    ),
+    lambda static, specs: Plan(dict(zip(static[0], specs, strict=True)), *static[1:]),
+)
 trees.WHOLE += (Plan,)
 trees.REFUSED[Plan] = "the {}: adapters are init(plan)"
 
@@ -232,16 +227,21 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
         size, cells = sum(spec.parameters for _, spec in parts), _cells(parts[0][1])
         row = {"path": shown(pattern, len(parts)), **cells, "parameters": f"{size:,}"}
         rows.append(row | ({"of base": f"{size / base:.2%}"} if base else {}))
-    for name, usual in USUAL.items():  # a column is there if a layer departs from it
-        if all(row.get(name, usual) == usual for row in rows):
-            rows = [{k: cell for k, cell in row.items() if k != name} for row in rows]
-    counts = [_counted(len(plan), "adapter")]
-    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    lines = [""] * (1 + len(rows))
+    for name in dict.fromkeys(name for row in rows for name in row):
+        usual = USUAL.get(name)  # the column is there if a layer departs from it
+        if any(row.get(name, usual) != usual for row in rows):
+            cells = [name, *(row.get(name, "-") for row in rows)]
+            put = str.ljust if name in ("path", "operator") else str.rjust
+            width, pairs = max(map(len, cells)), zip(lines, cells, strict=True)
+            lines = [f"{line}  {put(cell, width)}" for line, cell in pairs]
+    table = "\n".join(line[2:].rstrip() for line in lines)
+    counts = [(len(plan), "adapter")]
+    counts += [(len(plan.trained), "trained array")] * bool(plan.trained)
+    numbers = " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts)
     size = plan.trainable_parameters
     of_base = f", {size / base:.2%} of {base:,}" if base else ""
-    total = f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}"
-    numbers = {name for row in rows for name in row} - {"path", "operator"}
-    return f"{_table(rows, numbers)}\n{total}"
+    return f"{table}\n{numbers}: {size:,} trainable parameters{of_base}"
 
 
 USUAL = {"alpha": "1", "scale": "1", "dropout": "0", "init": "zeros"}
@@ -265,22 +265,3 @@ def _cells(part: Spec) -> dict[str, str]:
         "dropout": f"{part.dropout:g}",
         "init": part.init,
     }
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _table(rows: Sequence[Mapping[str, str]], to_right: Collection[str] = ()) -> str:
-    """Rows, a line each, under the names of their keys, with "-" for a missing one."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    cells = [list(columns), *([row.get(name, "-") for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = [
-            cell.rjust(width) if name in to_right else cell.ljust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)

@@ -10,6 +10,6 @@ Public names::
 
 import mora_jax._flax.layers as _layers  # registers them
 from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax.linen._bound import MoRADense as MoRADense
 from mora_jax.linen._model import plan as plan
 from mora_jax.linen._model import wrap as wrap
-from mora_jax.linen._mora_dense import MoRADense as MoRADense

@@ -186,16 +186,7 @@ class AdaptedApply:
         if not kwargs.get("mutable"):
             return result
         output, updated = result
-        self._warn_of_updates(sorted(updated.keys() & variables.keys()))
-        if "params" in updated:  # with the base's arrays for the trained copies
-            new, trained = split(updated["params"])[0], self.plan.trained
-            leaves = named_leaves(base) if trained else {}
-            old = dict(leaves[name] for name in trained)
-            updated = {**updated, "params": replace_leaves(new, old)}
-        return output, updated
-
-    def _warn_of_updates(self, names: Sequence[str]) -> None:
-        kept = [name for name in names if name not in ("params", "cache")]
+        kept = sorted((updated.keys() & variables.keys()) - {"params", "cache"})
         if kept and not self._warned:
             self._warned = True
             warn(
@@ -203,6 +194,12 @@ class AdaptedApply:
                 f"know nothing of: keep updated[{kept[0]!r}] next to the adapters and "
                 "pass it in variables, or freeze it (use_running_average=True)"
             )
+        if "params" in updated:  # with the base's arrays for the trained copies
+            new, trained = split(updated["params"])[0], self.plan.trained
+            leaves = named_leaves(base) if trained else {}
+            old = dict(leaves[name] for name in trained)
+            updated = {**updated, "params": replace_leaves(new, old)}
+        return output, updated
 
 
 def wrap(

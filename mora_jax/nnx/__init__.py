@@ -18,6 +18,7 @@ Public names::
 
 import mora_jax._flax.layers as _layers  # registers them
 from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax.nnx._classes import MoRALinear as MoRALinear
 from mora_jax.nnx._held import MoRAParam as MoRAParam
 from mora_jax.nnx._held import adapters as adapters
 from mora_jax.nnx._held import plan_of as plan_of
@@ -26,6 +27,5 @@ from mora_jax.nnx._model import merge_adapters as merge_adapters
 from mora_jax.nnx._model import plan as plan
 from mora_jax.nnx._model import unwrap as unwrap
 from mora_jax.nnx._model import wrap as wrap
-from mora_jax.nnx._mora_linear import MoRALinear as MoRALinear
 from mora_jax.nnx._training import adapter_optimizer as adapter_optimizer
 from mora_jax.nnx._training import value_and_grad as value_and_grad

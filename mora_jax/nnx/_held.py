@@ -22,16 +22,11 @@ from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._flax.proofs import Proofs
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
-from mora_jax._plan.places import adapter_sharding
-from mora_jax._plan.spec import (
-    SUFFIX,
-    AdapterSpec,
-    TrainedArray,
-    check_alike,
-)
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_alike
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
 from mora_jax._tree.plan import Plan
+from mora_jax.sharding import adapter_sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
 DROPOUT, PROOFS = "dropout_mora", "proofs_mora"

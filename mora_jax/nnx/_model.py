@@ -201,7 +201,12 @@ def wrap(
             raise ValueError(
                 f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
             )
-        _check_layer(module, name, spec)
+        if (rule := planning_rules(module).get(own)) is None:
+            raise unknown_use(name, plain_class(module), "__call__")
+        if (product := rule.product(module)) is not None:
+            with errors_of(name):
+                check_product(spec, product)
+        _held.refuse_dropout(module, name, spec)
         adapt(module)
         _held.hold_adapter(module, own, adapter, seed)
     if plain_class(model) is type(model):  # a layer alone does what its rule says
@@ -226,17 +231,6 @@ def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
         adapt(module)
 
 
-def _check_layer(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
-    """Raise if an adapter would change nothing in a layer, or something else."""
-    cls, kernel = plain_class(module), name.rpartition("/")[2]
-    if (rule := planning_rules(module).get(kernel)) is None:
-        raise unknown_use(name, cls, "__call__")
-    if (product := rule.product(module)) is not None:
-        with errors_of(name):
-            check_product(spec, product)
-    _held.refuse_dropout(module, name, spec)
-
-
 def unwrap(model: Model) -> Model:
     """The model without its adapters, as it was before `wrap`.
 
@@ -254,7 +248,7 @@ def unwrap(model: Model) -> Model:
     """
     adapters_in(_held.adapters(model)).refuse_trained(
         "in place of the base's: use the model that nnx.wrap was given, or "
-        "nnx.merge_adapters",
+        "nnx.merge_adapters"
     )
     return _held.detached(model)
 
@@ -284,8 +278,7 @@ def merge_adapters(
     """
     plain, adapters = _held.detached(model), _held.adapters(model)
     settings: Any = {"any_base": any_base, "rounding": rounding}
-    merged = merge(_held.parameters(plain), adapters, dtype, **settings)
-    nnx.update(plain, merged)
+    nnx.update(plain, merge(_held.parameters(plain), adapters, dtype, **settings))
     return plain
 
 

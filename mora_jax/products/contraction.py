@@ -109,8 +109,7 @@ class Contraction(Product):
         """The equation from (*stack, *batch, *in) to (*stack, *batch, *out)."""
         kernel = string.ascii_letters[: len(axes)]
         stack, ins, outs = ("".join(sizes(kernel, axes, letter)) for letter in "sio")
-        equation = f"{stack}...{ins},{kernel}->{stack}...{outs}"
-        return cls.parse(equation, inputs_ndim)
+        return cls.parse(f"{stack}...{ins},{kernel}->{stack}...{outs}", inputs_ndim)
 
     @property
     def claim(self) -> Claim:

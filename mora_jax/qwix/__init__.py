@@ -14,5 +14,5 @@ from mora_jax.qwix import _private  # first: its error says what to install
 from mora_jax.qwix._dequantized import dequantize as dequantize
 from mora_jax.qwix._dequantized import merge_adapters as merge_adapters
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
+from mora_jax.qwix._provider import MoRARule as MoRARule
 from mora_jax.qwix._provider import plan_of as plan_of
-from mora_jax.qwix._rule import MoRARule as MoRARule

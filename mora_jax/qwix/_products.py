@@ -95,7 +95,10 @@ def _relation_of(parameter: Any, operand: Any) -> int | None:
         return ITSELF if is_quantized or steps <= UNCHANGED else DERIVED
     if end.shape != start.shape or end.ndim == 1:  # as are biases
         return None
-    return ITSELF if _equal(start, end) else ALIKE
+    if isinstance(start, Tracer) or isinstance(end, Tracer):
+        return ALIKE
+    with jax.ensure_compile_time_eval():  # a trace may run
+        return ITSELF if (end == start.astype(end.dtype)).all() else ALIKE
 
 
 def _steps(start: Any, end: Any) -> set[str] | None:
@@ -122,11 +125,3 @@ def _inside(array: Any) -> Any:
             break
         array = inner
     return array
-
-
-def _equal(start: Any, end: Any) -> bool:
-    """True if both arrays are known and have the same numbers, in any dtypes."""
-    if isinstance(start, Tracer) or isinstance(end, Tracer):
-        return False
-    with jax.ensure_compile_time_eval():  # a trace may run
-        return bool((end == start.astype(end.dtype)).all())

@@ -1,11 +1,12 @@
-"""Adapters in models that qwix intercepts."""
+"""Adapters in models that qwix intercepts, by rules for modules."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import partial, partialmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,12 +15,14 @@ import qwix
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from mora_jax._common.checks import patterns_of
+from mora_jax._common.trees import split_static
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
-from mora_jax._jax.traces import split_static
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
+from mora_jax._plan.settings import KernelConfig, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import split
 from mora_jax._tree.paths import adapters_in, named_leaves
@@ -30,12 +33,54 @@ from mora_jax.nnx._held import plan_of as nnx_plan_of
 from mora_jax.products import Product
 from mora_jax.qwix import _private
 from mora_jax.qwix._products import arguments_of, find_kernel, product_of
-from mora_jax.qwix._rule import MoRARule, check_rules
 
 traced: ContextVar[dict[Path, AdapterSpec] | None] = ContextVar("traced", default=None)
 """The adapters that a `trace` finds in an NNX model; None outside of a trace."""
 
 _NUMBERS = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoRARule(qwix.QuantizationRule, KernelConfig):
+    """`qwix.QuantizationRule` with adapters for the modules that it matches.
+
+    Their kernels have settings of `mora_jax.MoRAConfig` as well: rank, operator, alpha,
+    scale, square_rank, multiple_of, init, dropout, param_dtype, seed.
+
+    Example::
+
+      >>> import mora_jax
+      >>> rule = mora_jax.qwix.MoRARule(module_path=".*mlp", rank=4, weight_qtype="nf4")
+      >>> rule.rank, rule.operator
+      (4, 'auto')
+    """
+
+    # qwix computes the products, so a rule lacks this setting.
+    execution: ClassVar[str] = "auto"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        MoRAConfig(alpha=self.alpha)  # warns of an alpha as LoRA has it
+        check_rules([self])
+
+
+def check_rules(rules: Any) -> None:
+    """Raise unless a provider can go by these rules."""
+    is_list = isinstance(rules, Sequence)
+    if not is_list or not all(isinstance(r, qwix.QuantizationRule) for r in rules):
+        raise TypeError(
+            "rules must be a list of qwix.QuantizationRules, as in "
+            f"MoRAProvider([rule]), got {rules!r:.80}"
+        )
+    for pattern in (rule.module_path for rule in rules):
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"module_path must be a regular expression, got {pattern!r}; for "
+                "several modules write '.*(q_proj|v_proj)'"
+            )
+        patterns_of("module_path", pattern)
+    if not any(isinstance(rule, MoRARule) for rule in rules):
+        raise ValueError(f"rules must hold a MoRARule, got {rules}")
 
 
 class MoRAProvider(qwix.PtqProvider):

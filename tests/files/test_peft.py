@@ -295,7 +295,7 @@ def test_names_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=match):
             read(names)
-    with pytest.raises(AdapterFileError, match="does not fit the model"):
+    with pytest.raises(AdapterFileError, match="the model lacks this kernel"):
         read("llama")
     missing = "names have no kernel for the module"
     with pytest.raises(AdapterFileError, match=f"{missing}.*templates name them"):
@@ -338,7 +338,7 @@ def test_refuses_tensors(tmp_path):
         ({a: tensors[a] * np.nan, b: tensors[b] * np.nan}, "the same M|NaN"),
         ({"model.x": tensors[a]}, "must be like"),
         ({a7: tensors[a]}, "lora_A and lora_B"),
-        ({a7: tensors[a], b7: tensors[b]}, "does not fit the model"),
+        ({a7: tensors[a], b7: tensors[b]}, "the model lacks this kernel"),
     ):
         save_file({**tensors, **changes}, tmp_path / TENSORS)
         with pytest.raises(AdapterFileError, match=match):

@@ -22,6 +22,7 @@ from mora_jax import (
 from mora_jax import nnx as mora_nnx
 from mora_jax._flax.layers import convolution
 from mora_jax._layer.equation import delta_kernel
+from mora_jax._trace_check.views import named, reshape
 from mora_jax.products import ATTEND, Claim, Lookup, Product
 from mora_jax.products.lookup import MODES
 
@@ -733,3 +734,11 @@ def test_one_wrong_layer_is_refused_by_name_and_matters(make, kernel):
         plan_of(model, variables)
     plan = plan_of(model, variables, traced=False)
     assert merge_errors(model, variables, plan, X)[kernel] > 0.1
+
+
+def test_a_view_follows_axes_through_reshapes():
+    view = named("bhd", (2, 3, 4))
+    joined = reshape(view, (2, 12))
+    assert joined == (view[0], view[1] + view[2])
+    assert reshape(joined, (2, 3, 4)) == view
+    assert reshape(view, (4, 6)) is None

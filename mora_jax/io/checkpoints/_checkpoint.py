@@ -106,8 +106,7 @@ class Checkpoint:
             if len(entry.shape) == 2 and entry.dtype in DTYPES:
                 order = self.axes(name, pair, names)
                 shape = entry.shape if order == "io" else entry.shape[::-1]
-                struct = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
-                leaves[pair.kernel] = struct
+                leaves[pair.kernel] = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
         return unflatten_dict(leaves, sep="/")
 
 

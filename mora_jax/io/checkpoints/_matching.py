@@ -129,12 +129,16 @@ class Source:
     """The tensors of a checkpoint, found by the names that PyTorch may give them.
 
     `taken` is {tensor: the leaf that has it}, and `missing` are the leaves without a
-    tensor, with their indices. With `tied`, a tensor may stand for one it is tied to.
+    tensor, with their indices. With `tied`, a tensor may stand for one it is tied to,
+    unless the model's config says that none are.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
         self.checkpoint, self.names, self.known = checkpoint, names, bijection(names)
-        self.tied = tied and _may_be_tied(checkpoint)
+        # A model of more than texts has another config in it, for its language model.
+        configs = checkpoint.config, checkpoint.config.get("text_config")
+        known = (config for config in configs if isinstance(config, dict))
+        self.tied = tied and all(c.get("tie_word_embeddings", True) for c in known)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
             self._by_canonical[_names.canonical(name)].append(name)
@@ -255,11 +259,3 @@ def _tied_to(name: str) -> tuple[str, ...]:
     return tuple(
         twin for pair in _names.TIED if name in pair for twin in pair if twin != name
     )
-
-
-def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """True if the model's config, if there is one, allows tied tensors."""
-    # A model of more than texts has another config in it, for its language model.
-    configs = checkpoint.config, checkpoint.config.get("text_config")
-    known = (config for config in configs if isinstance(config, dict))
-    return all(config.get("tie_word_embeddings", True) for config in known)

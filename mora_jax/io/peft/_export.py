@@ -183,11 +183,7 @@ def _make_lora(
 
 
 def _factors(
-    spec: AdapterSpec,
-    m: np.ndarray,
-    outputs: slice,
-    rank: int | None,
-    max_error: float,
+    spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: int | None, max_error: float
 ) -> tuple[np.ndarray, np.ndarray, float, float, int]:
     """A (in, r), B (r, out), a factor, the share that is lost, and the least rank.
 
@@ -271,10 +267,7 @@ def _write(
 def _modules(
     adapters: Any, names: Names
 ) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
-    """PyTorch's modules, each with the path and the spec of its kernel, M and outputs.
-
-    Convolutions are refused.
-    """
+    """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
     known, items, unknown = bijection(names), [], []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two

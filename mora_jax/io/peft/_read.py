@@ -70,8 +70,7 @@ def load_peft(
     path_of = _files.as_path("directory", directory)
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
-        why = f"{path_of} lacks the sizes of kernels"
-        raise AdapterFileError(f"the base is needed: {why}")
+        raise AdapterFileError(f"the base is needed: {path_of} lacks sizes of kernels")
     arrays = TensorFile(file, read_bytes(file)).arrays()
     modules, others = modules_in(arrays, config)
     leaves: Leaves = {}
@@ -82,9 +81,9 @@ def load_peft(
     kernels = _kernels(modules, leaves, names)
     adapters: dict[Path, Adapter] = {}
     for name, by_index in kernels.items():
-        known = None if model is None else leaves
-        path, place = _kernel(name, known, by_index, config)
         try:
+            known = None if model is None else leaves
+            path, place = _kernel(name, known, by_index, config)
             adapter = _adapter_of(name, place, by_index, config)
         except ValueError as error:
             raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
@@ -133,19 +132,16 @@ def _kernel(
         shape = *(k + 1 for k in last), *(len(pair.a), pair.b.shape[1])[::turn]
         axes = "s" * len(last) + "io"[::turn]
         return tuple(name.split("/")), {"kernel_shape": shape, "axes": axes}
-    try:
-        path, leaf = leaves.get(name, ((), None))
-        if isinstance(leaf, AdapterSpec):
-            fields = "kernel_shape", "axes", "layout"
-            return path, {field: getattr(leaf, field) for field in fields}
-        if leaf is None or isinstance(leaf, TrainedArray):
-            raise ValueError(f"it lacks {name!r}{nearest_paths(name, leaves)}")
-        check_kernel(leaf, name)
-        shape = tuple(leaf.shape)
-        arrays = {other: array for other, (_, array) in leaves.items()}
-        return path, {"kernel_shape": shape, "axes": axes_by_name(name, arrays)}
-    except ValueError as error:
-        raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
+    path, leaf = leaves.get(name, ((), None))
+    if isinstance(leaf, AdapterSpec):
+        fields = "kernel_shape", "axes", "layout"
+        return path, {field: getattr(leaf, field) for field in fields}
+    if leaf is None or isinstance(leaf, TrainedArray):
+        raise ValueError(f"the model lacks this kernel{nearest_paths(name, leaves)}")
+    check_kernel(leaf, name)
+    shape = tuple(leaf.shape)
+    arrays = {other: array for other, (_, array) in leaves.items()}
+    return path, {"kernel_shape": shape, "axes": axes_by_name(name, arrays)}
 
 
 def _adapter_of(
@@ -223,8 +219,7 @@ def _trained(
         source.check_missing()  # all of a stack was trained, or none
         part = next(iter(stack.values()))
         dtype = part.file.dtype(part.name)
-        base_dtype = getattr(leaf, "base_dtype", leaf.dtype)
-        spec = TrainedArray(shape, dtype, base_dtype)
+        spec = TrainedArray(shape, dtype, getattr(leaf, "base_dtype", leaf.dtype))
         yield path, Adapter(Leaf(shape, dtype, None, stack).read(), spec)
     if left := [name for name in tensors if name not in source.taken]:
         raise AdapterFileError(
