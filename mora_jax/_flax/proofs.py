@@ -11,7 +11,6 @@ import dataclasses
 import enum
 import functools
 import re
-import time
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -28,9 +27,6 @@ from mora_jax._common.warnings import warn
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._plan.spec import SUFFIX
 
-MANY = 16
-"""The number of checks after which a user is told what they cost."""
-
 
 class Proofs:
     """The calls of one model that were checked.
@@ -43,7 +39,7 @@ class Proofs:
     def __init__(self) -> None:
         self.found: dict[Hashable, dict[Hashable, str]] = {}
         """{model: {call: "", or why a trace does not show what it does}}."""
-        self.number, self.seconds = 0, 0.0
+        self.number = 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Proofs)
@@ -71,11 +67,9 @@ class Proofs:
         except (TypeError, ValueError):  # no hash, no copy, or an empty cell
             known, like, why = {}, None, None
         if is_new := why is None:
-            start = time.perf_counter()
             with jax.transfer_guard("allow"):  # the check computes with a few numbers
                 why = check(*args)
             self.number += 1
-            self.seconds += time.perf_counter() - start
         # Methods that it calls itself are parts of the same program.
         with unchecked(not why):
             yield
@@ -84,12 +78,6 @@ class Proofs:
         known[like] = why
         if why:  # and not for a call that fails
             warn(why)
-        if self.number == MANY:
-            warn(
-                f"{MANY} calls were checked, in {self.seconds:.1f} s: they differ in "
-                "shapes, dtypes or values, so that JAX would trace each of them. Pad "
-                "inputs to a few shapes, and give numbers that change as arrays"
-            )
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)

@@ -8,7 +8,6 @@ import gc
 import pickle
 import threading
 import types
-import warnings
 import weakref
 
 import flax.linen as nn
@@ -21,9 +20,9 @@ from flax.core import FrozenDict
 from helpers import random
 
 import mora_jax
-from mora_jax import MoRAConfig, MoRAWarning, linen
+from mora_jax import MoRAConfig, linen
 from mora_jax import nnx as mora_nnx
-from mora_jax._flax.proofs import MANY, Proofs, content
+from mora_jax._flax.proofs import Proofs, content
 
 KEY, X = jax.random.key(0), random(0, 2, 8)
 CONFIG = MoRAConfig(rank=2, targets=(r"fc/kernel",))
@@ -449,16 +448,3 @@ def test_what_holds_itself_has_a_content():
     for _ in range(10**5):
         deep = [deep]
     assert content(deep) == content([deep[0]]) != content([deep])
-
-
-def test_many_checks_are_told():
-    model = nn.Dense(8)
-    variables = model.init(KEY, X)
-    apply = linen.wrap(model, None, variables, X)
-    call = functools.partial(apply, mora_jax.init(apply.plan), variables)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for rows in range(1, MANY):
-            call(jnp.ones((rows, 8)))
-    with pytest.warns(MoRAWarning, match=f"{MANY} calls were checked, in .* s"):
-        call(jnp.ones((MANY, 8)))
