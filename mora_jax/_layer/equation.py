@@ -138,10 +138,8 @@ class Delta(KernelDelta):
         return transposed(self.rows, (*y.shape[:-1], self.operator.in_features), y)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        op, indices = self.operator, in_range(indices, self.operator.in_features)
-        if (features := self._features) and features.out_axes:
-            op = OnMesh(op, features)
-        return op.unit_rows(indices, self.m, self.precision)
+        op = self.operator
+        return op.unit_rows(in_range(indices, op.in_features), self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
         if self.operator.linear:

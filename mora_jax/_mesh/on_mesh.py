@@ -166,22 +166,6 @@ class OnMesh(DeltaMap):
         tangent = functools.partial(self.tangent, kept, precision=precision)
         return transposed(tangent, self.operator.m_shape, g)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Any = None
-    ) -> jax.Array:
-        """The outputs that each device has of single rows of the delta.
-
-        The inputs are not split: an index may be any, wherever the kernel's rows are.
-        """
-
-        def here(residuals: Any, indices: jax.Array) -> jax.Array:
-            part, m = residuals
-            return part.unit_rows(indices, m, precision)
-
-        out_spec = last_axis(self.features.out_axes, indices.ndim + 1)
-        specs = REPLICATED, REPLICATED
-        return self._shared(here, [indices, m], specs, out_spec, in_axes=())
-
     def matrix(self, m: jax.Array, matrix_of: Here) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
 

@@ -63,12 +63,6 @@ class OperatorPart(DeltaMap):
     ) -> jax.Array:
         return self.operator.product(h, m, precision)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        """The outputs here of rows of the whole delta: (...) -> (..., out)."""
-        return self.take_outputs(self.operator.unit_rows(indices, m, precision))
-
     def matrix(self, m: jax.Array) -> jax.Array:
         """The rows and columns of the delta that are here, (in, out)."""
         return self.take_inputs(self.take_outputs(self.operator.matrix(m)))
