@@ -13,7 +13,7 @@ Example::
   >>> import jax.numpy as jnp, mora_jax, optax
   >>> from mora_jax import remora
   >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-  >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
+  >>> config = mora_jax.MoRAConfig(rank=1, operator="signed_decoupling", seed=3)
   >>> plan = mora_jax.plan(params, config)
   >>> adapters, tx = mora_jax.init(plan), optax.adam(1e-3)
   >>> after = remora.restart(params, adapters, tx.init(adapters), tx)

@@ -31,7 +31,6 @@ OPERATORS = (
     "rotation",
     "decoupling",
     "signed_decoupling",
-    "permutation",
     "signed_sharing",
     "sharing",
     "orthogonal",

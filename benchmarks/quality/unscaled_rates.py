@@ -27,7 +27,6 @@ OPERATORS: dict[str, Any] = {
     "sharing, plain": {"name": "sharing", "normalised": False},
     "sharing, normalised": {"name": "sharing", "normalised": True},
     "decoupling": "decoupling",
-    "permutation": "permutation",
     "truncation": "truncation",
     "orthogonal": "orthogonal",
     "hadamard": "hadamard",

@@ -221,8 +221,8 @@ class MoRAConfig(KernelConfig):
         q <= sqrt((in + out) r).
       operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
         "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
-        "hadamard", "permutation", "low_rank", or "auto"; or a mapping with further
-        settings, {"name": "sharing", "compress_groups": "contiguous"}.
+        "hadamard", "low_rank", or "auto"; or a mapping with further settings,
+        {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, so 1 is
         usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.) It
         is above 0; `mixing.scaled` takes a negative factor.

@@ -11,7 +11,6 @@ from mora_jax.operators.decoupling import SignedDecoupling as SignedDecoupling
 from mora_jax.operators.hadamard import Hadamard as Hadamard
 from mora_jax.operators.low_rank import LowRank as LowRank
 from mora_jax.operators.orthogonal import Orthogonal as Orthogonal
-from mora_jax.operators.permutation import Permutation as Permutation
 from mora_jax.operators.rotation import Rotation as Rotation
 from mora_jax.operators.sharing import Sharing as Sharing
 from mora_jax.operators.sharing import SignedSharing as SignedSharing
@@ -30,7 +29,6 @@ OPERATORS.update(
         Rotation,
         Orthogonal,
         Hadamard,
-        Permutation,
         BlockDiagonal,
         LowRank,
     )

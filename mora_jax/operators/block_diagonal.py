@@ -1,23 +1,37 @@
 """Block diagonal: an M of its own for each block of features."""
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mora_jax._common.types import Shape
-from mora_jax.operators._base import Precision
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_map import LinearMap
+from mora_jax.operators._base import Operator, Precision, Side
 from mora_jax.operators._cut import cut, join, places
-from mora_jax.operators._order import Ordered
-from mora_jax.operators._pytree import operator
+from mora_jax.operators._pytree import operator, seeded
+from mora_jax.operators._random import permutation
 
 LEAST_USE = 2 / 3
 """The part of the parameters that blocks which divide both widths must have."""
 
 
+def _order(side: Side, *, inverse: bool = False) -> Any:
+    def order(op: "BlockDiagonal") -> np.ndarray | None:
+        if op.seed == 0:
+            return None
+        order = permutation(getattr(op, f"{side}_features"), op.seed)
+        return np.argsort(order).astype(np.int32) if inverse else order
+
+    return seeded(order)
+
+
 @operator
-class BlockDiagonal(Ordered):
+class BlockDiagonal(Operator):
     r"""An M for each of n blocks of features: a delta of blocks on its diagonal.
 
     .. math:: y_k = x_k M_k, \qquad M: (n, p, s), \quad n\,p\,s \le r\,(in + out)
@@ -46,8 +60,13 @@ class BlockDiagonal(Ordered):
              [0., 4.]], dtype=float32)
     """
 
+    seed: int = 0
+    in_order: ArrayLike | None = _order("in")
+    in_inverse: ArrayLike | None = _order("in", inverse=True)
+    out_order: ArrayLike | None = _order("out")
+    out_inverse: ArrayLike | None = _order("out", inverse=True)
+
     name = "block_diagonal"
-    seed_0_shuffles = False
     work = "blocks"
     block = True
     square = False
@@ -66,10 +85,8 @@ class BlockDiagonal(Ordered):
             return n * -(-in_features // n) * -(-out_features // n)
 
         budget = rank * (in_features + out_features)
-        most, common = (
-            min(in_features, out_features),
-            math.gcd(in_features, out_features),
-        )
+        most = min(in_features, out_features)
+        common = math.gcd(in_features, out_features)
         # min(in, out) blocks are narrower than in + out, so that one of these fits.
         numbers = range(max(1, in_features * out_features // budget), most + 1)
         least = next(n for n in numbers if parameters(n) <= budget)
@@ -99,6 +116,16 @@ class BlockDiagonal(Ordered):
         """1 each, since C and D move numbers."""
         return 1.0, 1.0
 
+    def ordered(self, x: jax.Array) -> jax.Array:
+        """Inputs in the order, (..., in_features)."""
+        orders = self.in_order, self.in_inverse
+        return x if self.in_order is None else _Reorder()(orders, x)
+
+    def restored(self, y: jax.Array) -> jax.Array:
+        """Outputs out of the order, (..., out_features)."""
+        orders = self.out_order, self.out_inverse
+        return y if self.out_order is None else _Reorder()(orders, y, transposed=True)
+
     def _compress(self, x: jax.Array) -> jax.Array:
         return cut(self.ordered(x), self.square_rank)
 
@@ -120,10 +147,25 @@ class BlockDiagonal(Ordered):
     ) -> jax.Array:
         # A row of M, among zeros for the outputs of other blocks.
         n, p, s = self.m_shape
-        at = jnp.asarray(places(self.in_features, n))[self.places(indices)]
+        if self.in_inverse is not None:
+            indices = jnp.asarray(self.in_inverse)[indices]
+        at = jnp.asarray(places(self.in_features, n))[indices]
         here = (at // p)[..., None] == jnp.arange(n)
         rows = m.reshape(n * p, s)[at]
         return self._decompress(jnp.where(here[..., None], rows[..., None, :], 0))
 
     def matrix(self, m: jax.Array) -> jax.Array:
         return self.unit_rows(jnp.arange(self.in_features), m)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reorder(LinearMap):
+    """x[..., order]; JAX would transpose it to a scatter, and the inverse is known."""
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        # Each index of a permutation is in bounds, and unique.
+        known: Any = {"mode": "promise_in_bounds", "unique_indices": True}
+        return operand.at[..., residuals[0]].get(**known)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        return self.forward(residuals[::-1], cotangent)

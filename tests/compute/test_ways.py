@@ -188,7 +188,7 @@ class Twin(nnx.Module):
 
 
 def twin(way):
-    config = MoRAConfig(square_rank=4, operator="permutation", execution=way)
+    config = MoRAConfig(square_rank=4, operator="signed_decoupling", execution=way)
     model = mora_nnx.wrap(Twin(nnx.Rngs(0)), config)
     mora_nnx.set_adapters(model, trained(mora_nnx.plan_of(model)))
     with pytest.raises(TypeError):
@@ -315,7 +315,7 @@ AUTO = [
 ON_TPU = [
     ("rotation", 512, "bfloat16", True),
     ("rotation", 512, "float8_e4m3fn", False),
-    ("permutation", 153, "bfloat16", False),
+    ("signed_decoupling", 153, "bfloat16", False),
     ("orthogonal", 512, "bfloat16", True),
     ("orthogonal", 511, "bfloat16", False),
     ("sharing", 10**6, "bfloat16", False),

@@ -31,7 +31,7 @@ LAYOUTS = [
     ("iso", (12, 3, 10), (3, 12), "si,iso->so"),
 ]
 # Rotation in each, and other ways to compute in stacks; the slow tests take all.
-STACKED = ("sharing-strided-strided-normalised", "permutation", "hadamard")
+STACKED = ("sharing-strided-strided-normalised", "signed_decoupling", "hadamard")
 
 
 def in_layouts():
@@ -72,7 +72,7 @@ def test_forward_is_the_merged_kernel(case, axes, shape, x_shape, equation):
 @pytest.mark.filterwarnings("ignore:.* asks for q:mora_jax.MoRAWarning")
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
-    operator=st.sampled_from(["rotation", "sharing", "hadamard", "permutation"]),
+    operator=st.sampled_from(["rotation", "sharing", "hadamard", "signed_decoupling"]),
     ins=st.integers(2, 30),
     outs=st.integers(2, 30),
     rank=st.integers(1, 40),

@@ -196,7 +196,7 @@ def test_blocks_that_one_device_needs_are_summed_over_no_features(split):
 
 @pytest.mark.parametrize(
     "label",
-    ["rotation", slow("block_diagonal"), slow("decoupling"), slow("permutation")],
+    ["rotation", slow("block_diagonal"), slow("decoupling")],
 )
 @pytest.mark.parametrize("split", ["fsdp-rows", slow("fsdp-columns"), slow("both")])
 @pytest.mark.parametrize("execution", ["activation", slow("fold")])

@@ -474,7 +474,9 @@ def test_moradense_in_lifted_layers_is_merged_by_what_it_holds(how):
     adapter = adapters["fc"]["kernel_mora"]
     assert adapter.spec.axes == "io" and adapter.m.shape == (*stack, 6, 6)
     # Those of a plan know of the stack, and may mean something else.
-    config = dataclasses.replace(CONFIG, operator="permutation", rank=1, alpha=2.0)
+    config = dataclasses.replace(
+        CONFIG, operator="signed_decoupling", rank=1, alpha=2.0
+    )
     whole = trained(linen.plan(plain, {"params": base}, config, X))
     assert whole["fc"]["kernel_mora"].spec.axes == "s" * len(stack) + "io"
 
@@ -523,7 +525,7 @@ def test_steps_of_an_optimizer_keep_what_adapters_mean():
         merged = {"params": fold(variables["params"], new)}
         close(apply(new, variables, X), apply.model.apply(merged, X))
 
-    other = dataclasses.replace(CONFIG, operator="permutation", rank=1, alpha=2.0)
+    other = dataclasses.replace(CONFIG, operator="signed_decoupling", rank=1, alpha=2.0)
     for config, number in ((CONFIG, 1), (CONFIG, 1), (other, 2), (other, 2)):
         train(trained(linen.plan(apply.model, variables, config, X)))
         assert len(traces) == number

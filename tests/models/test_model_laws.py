@@ -89,7 +89,7 @@ def test_one_program_serves_all_numbers(name, api):
     assert len(case.traces) == 1
 
 
-OTHER_OPERATORS = "permutation", "low_rank", "sharing"
+OTHER_OPERATORS = "signed_decoupling", "low_rank", "sharing"
 # Scans, vmap, remat and jit, and one model of each other kind; the APIs by turns.
 GIVEN = [
     (name, api)

@@ -103,7 +103,7 @@ def test_each_model_is_searched_for_kernels():
 def test_an_nnx_model_computes_as_its_variables_say(types):
     x, base = random(0, 3, 16), nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     first = adapted_nnx(base, x, dropout=0.5, **types)
-    second = adapted_nnx(base, x, operator="permutation", alpha=3.0, **types)
+    second = adapted_nnx(base, x, operator="signed_decoupling", alpha=3.0, **types)
     first.eval()
     nnx.update(second, nnx.state(first, mora.MoRAParam))
     assert plan_of(second).specs == plan_of(first).specs
@@ -115,9 +115,9 @@ def test_a_model_that_has_adapters_gets_no_others():
     x, base = random(0, 3, 16), nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     adapted = adapted_nnx(base, x)
     with pytest.raises(ValueError, match="^kernel: model has an M there already: give"):
-        adapted_nnx(adapted, x, operator="permutation")
+        adapted_nnx(adapted, x, operator="signed_decoupling")
     merged = merge_adapters(adapted)
-    again = adapted_nnx(merged, x, operator="permutation")
+    again = adapted_nnx(merged, x, operator="signed_decoupling")
     close(merge_adapters(again)(x), again(x))
 
 

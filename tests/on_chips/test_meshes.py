@@ -68,7 +68,7 @@ def test_mora_costs_less_than_lora():
 
 
 @pytest.mark.parametrize("planned", [True, False])
-@pytest.mark.parametrize("operator", ["sharing", "rotation", "permutation"])
+@pytest.mark.parametrize("operator", ["sharing", "rotation", "block_diagonal"])
 def test_rows_alone_are_split(operator, planned):
     """Whether or not the plan knows of the mesh, one sum of M's gradient is sent."""
     mesh = Mesh(np.array(topologies.devices("v5e:2x2")), ("data",))

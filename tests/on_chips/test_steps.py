@@ -21,7 +21,7 @@ CASES = [
     for count in (1, 4)
 ]
 """Operators, ways and numbers of devices."""
-COPIES = {"permutation": 7, "signed_sharing": 5}
+COPIES = {"signed_sharing": 5}
 """How many arrays of (rows, hidden features) an operator may need for a moment, besides
 what the frozen model needs. The two that are named gather or multiply by signs, and
 write the result; all others may need 4."""

@@ -311,7 +311,7 @@ def test_rank_of_the_delta(case):
 
 def test_random_operators_reproduce():
     """Numbers written down once, so that another platform or version must agree."""
-    op = make_operator("permutation", 12, 7, 3, seed=5)
+    op = make_operator("block_diagonal", 12, 7, 3, seed=5)
     assert op.in_order.tolist() == PERMUTATION_12
     assert op.out_order.tolist() == PERMUTATION_7
     op = make_operator("hadamard", 12, 6, 4, seed=5)
@@ -324,7 +324,7 @@ def test_random_operators_reproduce():
 
 
 def test_random_operators_share_equal_widths():
-    for name in ("permutation", "orthogonal", "hadamard", "signed_sharing"):
+    for name in ("block_diagonal", "orthogonal", "hadamard", "signed_sharing"):
         square = make_operator(name, 12, 12, 4, seed=1)
         ins, outs = (
             [getattr(square, field) for field in square.arrays if side in field]

@@ -37,7 +37,7 @@ OVERRIDES = {
         "scale": "fine-tuning",
     },
     "dec/kernel": {"axes": "sio", "dropout": 0.25, "execution": "fold"},
-    "dec/out/kernel": {"operator": "permutation", "param_dtype": "bfloat16"},
+    "dec/out/kernel": {"operator": "signed_decoupling", "param_dtype": "bfloat16"},
 }
 PLAN = mora_jax.plan(PARAMS, MoRAConfig(rank=3, overrides=OVERRIDES))
 UP_PROJ = "model", "layers", "0", "mlp", "up_proj", "kernel"

@@ -115,7 +115,6 @@ CASES = [
         oracle.rotation,
         even=True,
     ),
-    Case("permutation", {"name": "permutation"}, oracle.permutation),
     Case("orthogonal", {"name": "orthogonal"}, oracle.orthogonal, bounded=True),
     Case(
         "subspace",
@@ -177,7 +176,7 @@ def _is_of_few(case: Case) -> bool:
 _KINDS = (
     "sharing-strided-strided-normalised",
     "rotation",
-    "permutation",
+    "signed_decoupling",
     "orthogonal",
     "block_diagonal",
     "damped-rotation",

@@ -187,16 +187,6 @@ def rotation(op):
     return rotated, d
 
 
-def permutation(op):
-    c, d = decoupling(op)
-    moved_c, moved_d = np.zeros_like(c), np.zeros_like(d)
-    for place, feature in enumerate(np.asarray(op.in_order)):
-        moved_c[feature] = c[place]
-    for place, feature in enumerate(np.asarray(op.out_order)):
-        moved_d[..., feature] = d[..., place]
-    return moved_c, moved_d
-
-
 def orthogonal(op):
     c = np.asarray(op.in_basis, np.float64)
     d = np.asarray(op.out_basis, np.float64).T

@@ -127,7 +127,9 @@ def other_base(seed):
         return mora_jax.load(directory)
 
 
-SEEDED = mora_jax.plan(PARAMS, MoRAConfig(operator="permutation", seed=1, **SETTINGS))
+SEEDED = mora_jax.plan(
+    PARAMS, MoRAConfig(operator="signed_decoupling", seed=1, **SETTINGS)
+)
 NARROW = mora_jax.plan(
     {"a": PARAMS["a"]}, MoRAConfig(operator="rotation", alpha=0.5, square_rank=4)
 )
@@ -168,7 +170,7 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
         (lambda: weighted_sum([made(0)], [jnp.inf]), r"must be finite"),
         (
             lambda: weighted_sum([made(0), made(0, SEEDED)], [1, 1]),
-            "made for operator.name 'permutation', not 'rotation'",
+            "made for operator.name 'signed_decoupling', not 'rotation'",
         ),
         (lambda: weighted_sum([made(0), made(0, NARROW)], [1, 1]), "s/kernel"),
         (lambda: weighted_sum([{}], [1]), "adapters hold no adapter"),

@@ -261,7 +261,7 @@ OTHERS = [
         rank=2,
         operator="hadamard",
         param_dtype="bfloat16",
-        overrides={"layers_2/.*": {"operator": "permutation", "alpha": 3.0}},
+        overrides={"layers_2/.*": {"operator": "signed_decoupling", "alpha": 3.0}},
     ),
 ]
 

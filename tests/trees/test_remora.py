@@ -18,10 +18,10 @@ import mora_jax
 from mora_jax import Adapter, MoRAConfig, remora
 from mora_jax._layer.rounding import share_lost
 from mora_jax.nnx import MoRAParam
-from mora_jax.operators import Permutation, _pytree
+from mora_jax.operators import SignedDecoupling, _pytree
 
 SIZES = {"a": (12, 12), "b": (12, 8), "s": (3, 8, 12)}
-CHANGING = ["sharing", "permutation"]
+CHANGING = ["sharing", "signed_decoupling"]
 CHANGING += map(slow, ("signed_sharing", "signed_decoupling", "orthogonal", "hadamard"))
 
 
@@ -143,7 +143,7 @@ def test_optimizers_that_know_the_adapters_start_again():
 
 
 @_pytree.operator
-class FromOnes(Permutation):
+class FromOnes(SignedDecoupling):
     """An operator whose trained array has a start of its own."""
 
     name = "from_ones"
@@ -155,7 +155,7 @@ class FromOnes(Permutation):
 
 def test_restarts_begin_as_the_operator_says():
     """In the adapters, in their dtype; and in what an optimizer keeps of them."""
-    params, adapters = made("permutation")
+    params, adapters = made("signed_decoupling")
 
     def with_start(adapter):
         spec = adapter.spec
@@ -177,7 +177,7 @@ def test_restarts_begin_as_the_operator_says():
 @pytest.mark.slow
 def test_small_deltas_add_up_in_16_bits():
     """Each restart rounds with another dither, where nearest would lose them all."""
-    params, adapters = made("permutation", "bfloat16")
+    params, adapters = made("signed_decoupling", "bfloat16")
     first = adapters = jax.tree.map(lambda m: 0 * m + 1e-4, adapters)
     tx, total = optax.sgd(1.0), 0
     merged = params
@@ -266,7 +266,7 @@ def test_a_model_of_nnx():
 def test_the_optimizer_of_a_model_of_nnx_goes_on():
     """As with a state of optax: its schedule counts on, its moments start again."""
     x, tx = random(0, 3, 8), optax.adam(optax.linear_schedule(0.1, 0.0, 10))
-    config = MoRAConfig(operator="permutation", square_rank=2)
+    config = MoRAConfig(operator="signed_decoupling", square_rank=2)
     layers = [nnx.Linear(8, 8, rngs=nnx.Rngs(k)) for k in range(11)]  # 10 is not 1, 0
     base = nnx.Sequential(*layers)
     model = mora_jax.nnx.wrap(base, config)
@@ -293,7 +293,7 @@ def test_on_a_mesh():
     sharding = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
     kernel = jax.device_put(random(0, 16, 32), sharding)
     params, tx = {"kernel": kernel}, optax.adam(1e-3)
-    for operator in ("sharing", "permutation"):
+    for operator in ("sharing", "signed_decoupling"):
         plan = mora_jax.plan(params, MoRAConfig(operator=operator, square_rank=4))
         plan = mora_jax.sharding.on_mesh(plan, params, batch_axes=("fsdp",))
         adapters = jax.tree.map(lambda m: m + 0.1, mora_jax.init(plan))

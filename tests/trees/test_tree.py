@@ -15,7 +15,7 @@ from helpers import bare, close, random, trained
 import mora_jax
 from mora_jax import Adapter, MoRAConfig, combine, diagnostics, init, merge, plan, split
 
-OTHERS = {"sharing": oracle.sharing, "permutation": oracle.permutation}
+OTHERS = {"sharing": oracle.sharing, "signed_decoupling": oracle.signed_decoupling}
 
 
 @pytest.fixture
