@@ -87,6 +87,7 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
     return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
 
 
+@functools.lru_cache(maxsize=1024)
 def _order(axes: str) -> list[int]:
     """The numbers of the axes: the stack first, then inputs, then outputs."""
     return sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))

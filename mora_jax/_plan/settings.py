@@ -62,11 +62,15 @@ def setting(
 
 def check_settings(record: Any) -> None:
     """Check the fields that `setting` made, and store what their checks return."""
-    for field in dataclasses.fields(record):
-        if check := field.metadata.get("check"):
-            # The records are frozen, also for their own `__post_init__`.
-            value = check(field.name, getattr(record, field.name))
-            object.__setattr__(record, field.name, value)
+    for name, check in _checks(type(record)):
+        # The records are frozen, also for their own `__post_init__`.
+        object.__setattr__(record, name, check(name, getattr(record, name)))
+
+
+@functools.cache  # plans make a record for each of thousands of kernels
+def _checks(cls: Any) -> list[tuple[str, Check]]:
+    fields = ((f.name, f.metadata.get("check")) for f in dataclasses.fields(cls))
+    return [(name, check) for name, check in fields if check]
 
 
 def _optional(check: Check) -> Check:
@@ -307,9 +311,14 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
+        return self._overridden(
+            tuple(p for p in self.overrides if re.fullmatch(p, path))
+        )
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (most kernels share a record)
+    def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for pattern in filter(lambda p: re.fullmatch(p, path), self.overrides):
-            settings = self.overrides[pattern]
+        for settings in map(self.overrides.__getitem__, patterns):
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

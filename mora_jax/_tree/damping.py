@@ -142,15 +142,11 @@ def _moments(
         sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
 
     def total(given: Any) -> jax.Array:
-        outputs = jax.tree.leaves(call(given))
-        sums = [
-            jnp.sum(jnp.asarray(y, jnp.float32))
-            for y in outputs
-            if jnp.issubdtype(jnp.result_type(y), jnp.floating)
-        ]
-        if not sums:
+        outputs = map(jnp.asarray, jax.tree.leaves(call(given)))
+        real = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
+        if not real:
             raise ValueError("call must return floating-point outputs, got none")
-        return sum(sums, jnp.zeros(()))
+        return sum((jnp.sum(y.astype(jnp.float32)) for y in real), jnp.zeros(()))
 
     grads = jax.grad(total)(paths.replace_adapters(adapters, sketches))
     moments = {}

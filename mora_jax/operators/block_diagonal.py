@@ -116,21 +116,14 @@ class BlockDiagonal(Operator):
         """1 each, since C and D move numbers."""
         return 1.0, 1.0
 
-    def ordered(self, x: jax.Array) -> jax.Array:
-        """Inputs in the order, (..., in_features)."""
-        orders = self.in_order, self.in_inverse
-        return x if self.in_order is None else _Reorder()(orders, x)
-
-    def restored(self, y: jax.Array) -> jax.Array:
-        """Outputs out of the order, (..., out_features)."""
-        orders = self.out_order, self.out_inverse
-        return y if self.out_order is None else _Reorder()(orders, y, transposed=True)
-
     def _compress(self, x: jax.Array) -> jax.Array:
-        return cut(self.ordered(x), self.square_rank)
+        if self.in_order is not None:
+            x = _Reorder()((self.in_order, self.in_inverse), x)
+        return cut(x, self.square_rank)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return self.restored(join(h, self.out_features))
+        y, orders = join(h, self.out_features), (self.out_order, self.out_inverse)
+        return y if self.out_order is None else _Reorder()(orders, y, transposed=True)
 
     def product(
         self, h: jax.Array, m: jax.Array, precision: Precision = None
