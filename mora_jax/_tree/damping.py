@@ -179,8 +179,7 @@ def _damping(
 class _Moments(Operator):
     """A delta of zero, whose "gradient by M" is the second moment of the inputs.
 
-    M are columns Z, after a column that is not used; for which the squares of inputs
-    are returned, and S Z for the others.
+    M is a column that is not used, in whose place squares are returned, and columns Z.
     """
 
     # A wrapped model computes what adapters say, under scan and remat, with quantized

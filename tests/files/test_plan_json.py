@@ -158,6 +158,7 @@ def of_width(width, q, **operator):
         (both(path=["a", "kernel_mora"]), "has 'a/kernel_mora' twice, or below"),
         (both(path=["a"]), "has 'a/kernel_mora' twice, or below 'a'"),
         (of_width(2**21, 2**10, name="orthogonal"), "too much memory"),
+        (of_width(2**20, 1, name="block_diagonal", seed=0), "too much memory"),
         (of_width(2**21, 2**10, name="low_rank"), "too much memory"),
         (of_width(2**21, 2**10, name="orthogonal", seed=0), "too much memory"),
         (of_width(2**21, 2**20, name="rotation", truncate=False), "too much memory"),

@@ -287,7 +287,9 @@ def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) 
     numbers = max(ins, outs) * max(16, q * hasattr(kind, "seed"))
     if file.arrays is None:
         # A plan lacks its M's: one of that size is made, and a few copies.
-        numbers = max(numbers, 4 * q * (q if kind.linear else ins + outs))
+        block = -(-ins // q) * -(-outs // q)
+        wide = q if kind.square else block if kind.linear else ins + outs
+        numbers = max(numbers, 4 * q * wide)
     if numbers > file.limit:
         raise ValueError(
             f"a kernel of {ins} -> {outs} features with q = {q} takes too much memory "
