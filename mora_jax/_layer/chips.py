@@ -107,7 +107,7 @@ def _blocks_shape(op: InBlocks) -> Shape:
     n, p, s = op.m_shape
     if current_chip() != "tpu":
         return op.m_shape
-    # The fewest blocks that fill a tile, and are whole tiles on both sides if may be.
+    # The fewest blocks that fill a tile, and if possible whole tiles on both sides.
     counts = [t for t in range(1, n + 1) if n % t == 0 and t * p >= LANES] or [n]
     t = min(counts, key=lambda t: (bool(t * p % LANES) + bool(t * s % LANES), t))
     return n // t, t * p, t * s
