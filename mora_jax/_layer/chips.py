@@ -46,7 +46,6 @@ UNROLLED_PRODUCTS = 8
 # with r = 8 cost 1.10 of the frozen one so, and costs 1.06 (`make bench-chips`).
 THIN = 16
 
-
 InBlocks = Decoupling | BlockDiagonal
 """Operators whose deltas are made of blocks; `aligned` ones are slices of features."""
 

@@ -142,8 +142,9 @@ class Delta(KernelDelta):
         return op.unit_rows(in_range(indices, op.in_features), self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
-        if self.operator.linear:
-            return self._by_m(h)
+        op = getattr(self.operator, "inner", self.operator)  # C has damped x
+        if op.linear:
+            return dataclasses.replace(self, operator=op)._by_m(h)
         _, b = self.operator.factors(self.m)
         return self.operator.leave(matmul(h, b, self.precision))
 

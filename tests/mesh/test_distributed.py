@@ -29,9 +29,10 @@ from mora_jax import MoRAConfig
 PLAIN = {"model.norm": "norm/scale", "lm_head": "lm_head/kernel"}
 STEPS, EVERY, SECONDS = 12, 3, 240
 # With dropout and an update every other batch, all parts of a state matter. In float32,
-# so that meshes differ by less than a batch matters.
+# and with an M that many places share, so that meshes differ by less than a batch
+# matters: at this rate Adam makes much of a number whose gradient is nearly zero.
 SETTINGS = "--dtype float32 --batch 8 --tokens 16 --rank 2 --learning-rate 1e-2"
-SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY}"
+SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY} --operator rotation"
 
 
 @contextlib.contextmanager
