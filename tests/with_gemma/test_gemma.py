@@ -260,7 +260,7 @@ def test_a_dense_layer_beside_gemma():
     tiny("Gemma2_2B")  # from here on nn.Module.param is gemma's
     layer, x = mora_jax.MoRADense(16, config=CONFIG), jnp.ones((1, 16))
     params = layer.init(KEY, x)["params"]
-    assert params["kernel_mora"].m.shape == (8, 8)
+    assert params["kernel_mora"].m.shape == (4, 4, 4)
     close(layer.apply({"params": params}, x), x @ params["kernel"])
 
 
