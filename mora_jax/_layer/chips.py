@@ -8,9 +8,8 @@ On a TPU an array is stored as tiles of 8 rows and 128 features. A slice of whol
 costs nothing, while an array of blocks, (rows, n, q), is written once more. So blocks
 are cut from x, and M is rotated by R_k instead of each block of x: x_k (R_k M) = (x_k
 R_k) M. The gradient of M, the sum of R_k^T (x_k^T g_k), then takes n products of
-slices; on a GPU these are one product with an axis of blocks. Blocks that have an M
-each and are narrower than a tile are put together, with zeros between them: a TPU
-multiplies whole tiles anyway.
+slices; on a GPU these are one product with an axis of blocks. Of blocks with an M each
+several fill a tile, with zeros between them.
 """
 
 import dataclasses
@@ -108,7 +107,7 @@ def _blocks_shape(op: InBlocks) -> Shape:
         return op.m_shape
     # The fewest blocks that fill a tile, and if possible whole tiles on both sides.
     counts = [t for t in range(1, n + 1) if n % t == 0 and t * p >= LANES] or [n]
-    t = min(counts, key=lambda t: (bool(t * p % LANES) + bool(t * s % LANES), t))
+    t = min(counts, key=lambda t: ((t * p % LANES > 0) + (t * s % LANES > 0), t))
     return n // t, t * p, t * s
 
 
@@ -124,9 +123,9 @@ def _blocks(op: InBlocks, m: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BlockMap(DeltaMap):
-    """The map of an operator with few blocks, whose M is rotated for each.
+    """The map of an operator with few blocks, each with a factor, see `_blocks`.
 
-    `products_of` gives the gradients of the copies R_k M, (n, shards, q, q).
+    `products_of` gives the gradients of these factors, (n, shards, p, s).
     """
 
     # Products of blocks are kept apart by the devices that share the rows of x, until
@@ -153,7 +152,8 @@ class BlockMap(DeltaMap):
         products = self.products_of(self.op, kept, g, shards, precision)
         blocks = functools.partial(_blocks, self.op)
         of_m = functools.partial(transposed, blocks, self.op.m_shape)
-        return jax.vmap(of_m, in_axes=1)(products).sum(0).astype(g.dtype)
+        parts = jax.vmap(of_m, in_axes=1)(products)  # or devices sum products
+        return jax.lax.optimization_barrier(parts).sum(0).astype(g.dtype)
 
 
 def _sliced_rows(

@@ -142,7 +142,7 @@ class Delta(KernelDelta):
         return op.unit_rows(in_range(indices, op.in_features), self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
-        op = getattr(self.operator, "inner", self.operator)  # C has damped x
+        op = getattr(self.operator, "inner", self.operator)  # C damps
         if op.linear:
             return dataclasses.replace(self, operator=op)._by_m(h)
         _, b = self.operator.factors(self.m)

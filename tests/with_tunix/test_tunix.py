@@ -95,8 +95,9 @@ def test_all_projections_are_adapted_and_merged(model, adapted):
     mlp = {"gate_proj": "io", "up_proj": "io", "down_proj": "io"}
     attention = {"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"}
     assert axes == attention | mlp and len(plan) == 30 * 7
-    squares = 2 * 96**2 + 2 * 64**2 + 3 * 128**2  # q and o, k and v, the MLP
-    assert plan.trainable_parameters == 30 * squares  # as of the Linen model
+    q, k, mlp = 36 * 16 * 16, 24 * 24 * 8, 64 * 9 * 24  # o as q, v as k
+    blocks = 2 * q + 2 * k + 3 * mlp
+    assert plan.trainable_parameters == 30 * blocks  # as of the Linen model
     other = trained(nnx.clone(adapted), 0.01)
     y, base = logits(other, LONG_IDS), logits(model, LONG_IDS)
     merged = mora.merge_adapters(other)
