@@ -167,7 +167,8 @@ class DampedPart(OperatorPart):
 
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
     """The part of blocks with an M each; all else of an `OperatorPart` is `place`."""
-    whole = op.aligned and not any(map(operator.mod, place[2:], op.m_shape[1:]))
+    few, many = sorted(map(operator.truediv, place[2:], op.m_shape[1:]))
+    whole = op.aligned and few % 1 == many % few == 0  # and one place in the other
     return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
 
 

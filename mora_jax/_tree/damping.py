@@ -75,12 +75,11 @@ def input_damping(
     found = paths.checked_adapters(adapters).kernels
     for path, adapter in found.items():
         _check_new("/".join(path), adapter)
-    widths = {path: adapter.operator.in_features for path, adapter in found.items()}
-    columns = {
-        path: np.random.RandomState(0).choice([-1.0, 1.0], (width, min(width, k)))
-        for path, width in widths.items()
-        for k in [2 * directions + 8]
-    }
+    columns = {}
+    for path, adapter in found.items():
+        width = adapter.operator.in_features
+        shape = width, min(width, 2 * directions + 8)
+        columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
     # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
     # holds the leading directions of S, and within it they are Q^T S Q's.
     first = _moments(call, adapters, found, columns)

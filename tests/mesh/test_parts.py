@@ -24,6 +24,7 @@ SIZES = [
     slow((16, 48, 4, 2, 8)),  # fewer features than q on a device; outputs repeat
     slow((8, 8, 8, 4, 4)),  # one block
     (8, 16, 8, 4, 1),  # one block of inputs, and more outputs
+    (24, 36, 12, 2, 3),  # whole blocks, some of which have inputs and outputs apart
     (6, 8, 14, 3, 2),  # q beyond the inputs, which come more than once
 ]
 
