@@ -8,7 +8,7 @@ multiplies sums of inputs. Each is written from its paper, with alpha = 1.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -217,8 +217,9 @@ def make(
     name, *extras = method.split(", ")
     if name == "full":
         return learners.full(task.model, task.params, task.targets)
+    damp = functools.partial(damped, task, extras)
     if name in LORAS:
-        learner = make_lora(name, task, rank, damp="damped" in extras)
+        learner = make_lora(name, task, rank, damp)
         return renewed(task, learner, along=False) if "renewed" in extras else learner
     settings: Any = {"rank": rank, "scale": scale, "multiple_of": multiple_of}
     if name == "halves":
@@ -232,7 +233,7 @@ def make(
         plan = with_directions(plan, dict(learners.matching(*task[1:3])))
     elif along:
         plan = with_directions(plan, task.gradient(task.params))
-    plan = learners.damped(task, plan) if "damped" in extras else plan
+    plan = damp(plan)
     learner = with_plan(task.model, plan)
     if "start" in extras:
         learner = started(task, learner, plan)
@@ -254,11 +255,10 @@ def passes(method: str, steps: float, renewals: float) -> float:
     return steps + prepasses(method) + (renewals if along else 0)
 
 
-def make_lora(name: str, task: Task, rank: int, *, damp: bool) -> Learner:
+def make_lora(name: str, task: Task, rank: int, damp: learners.Damp) -> Learner:
     """One of `LORAS`."""
     speed = learners.LORA_PLUS if name == "lora+" else 1.0
-    made: Any = {"damp": functools.partial(learners.damped, task)} if damp else {}
-    learner = learners.lora(*task[:3], rank, speed=speed, **made)
+    learner = learners.lora(*task[:3], rank, speed=speed, damp=damp)
     if name in ("lora", "lora+"):
         return learner
     begin = lora_one if name == "lora-one" else lora_ga
@@ -277,6 +277,14 @@ def make_halves(task: Task, rank: int, **settings: Any) -> Learner:
         plans.append(planned(task, dataclasses.replace(config, overrides=overrides)))
     second = with_directions(plans[1], task.gradient(task.params))
     return halves(task, plans[0], second)
+
+
+def damped(task: Task, extras: Sequence[str], plan: mora_jax.Plan) -> mora_jax.Plan:
+    """The plan with inputs that are damped if an extra says so."""
+    found = [extra.split() for extra in extras if extra.startswith("damped")]
+    for _, *count in found:
+        plan = learners.damped(task, plan, *map(int, count))
+    return plan
 
 
 def planned(task: Task, config: MoRAConfig) -> mora_jax.Plan:

@@ -34,7 +34,15 @@ from models.options import positive
 TAUGHT = ("Tell me the IATA code of {}.", "Which IATA code does {} have?")
 ASKED = "What is the airport code of {}?"
 ANSWER = "The IATA code of {} is"
-METHODS = ("full", "lora", "rotation", "subspace", "subspace, renewed")
+METHODS = (
+    "full",
+    "lora",
+    "rotation",
+    "subspace",
+    "subspace, renewed",
+    "block_diagonal",
+    "block_diagonal, damped",
+)
 RENEW = 24  # steps
 LENGTH = 44  # tokens of the longest question and answer together
 EVERY = 3  # steps between questions

@@ -19,6 +19,7 @@ import mora_jax
 from mora_jax import MoRAConfig, linen
 
 Path = tuple[str, ...]
+Damp = Callable[[mora_jax.Plan], mora_jax.Plan]
 
 LORA_PLUS = 16
 """How many times as fast as A the B of a LoRA+ is trained."""
@@ -100,7 +101,7 @@ def lora(
     seed: int = 0,
     speed: float = 1.0,
     *,
-    damp: Callable[[mora_jax.Plan], mora_jax.Plan] = lambda plan: plan,
+    damp: Damp = lambda plan: plan,
 ) -> Learner:
     """LoRA with alpha = r: A as He has it, B of zeros. LoRA+ if B has another speed.
 
@@ -157,11 +158,13 @@ def bare(adapters: Any) -> Any:
     return jax.tree.map(lambda a: a.m, adapters, is_leaf=_is_adapter)
 
 
-def damped(task: Task, plan: mora_jax.Plan) -> mora_jax.Plan:
+def damped(task: Task, plan: mora_jax.Plan, directions: int = 16) -> mora_jax.Plan:
     """The plan with inputs that are damped by the ordinary text of a task."""
     run, variables = jax.jit(linen.wrap(task.model, plan)), {"params": task.params}
     adapters = mora_jax.input_damping(
-        lambda adapters: run(adapters, variables, *task.ordinary), mora_jax.init(plan)
+        lambda adapters: run(adapters, variables, *task.ordinary),
+        mora_jax.init(plan),
+        directions=directions,
     )
     return plan_like(plan, adapters)
 

@@ -39,6 +39,8 @@ METHODS = {
     "signed_sharing": 1e-3,
     "sharing": 1e-3,
     "rotation": 1e-3,
+    "block_diagonal": 1e-3,
+    "block_diagonal, damped": 1e-3,
     "rotation, start": 1e-3,
     "orthogonal": 1e-3,
     "orthogonal, renewed": 1e-3,

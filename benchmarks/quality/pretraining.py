@@ -27,7 +27,14 @@ from models.options import positive
 
 ROWS, TOKENS = 8, 64  # of a batch
 HELD_OUT = 3  # batches of each kind of text that are not trained on
-METHODS = ("full", "lora", "rotation", "subspace")
+METHODS = (
+    "full",
+    "lora",
+    "rotation",
+    "subspace",
+    "block_diagonal",
+    "block_diagonal, damped",
+)
 
 
 @functools.lru_cache

@@ -26,7 +26,14 @@ from models.lesson import Batch
 from models.options import positive
 
 ROWS, HELD_OUT = 32, 128  # problems
-METHODS = ("full", "lora", "rotation", "subspace")
+METHODS = (
+    "full",
+    "lora",
+    "rotation",
+    "subspace",
+    "block_diagonal",
+    "block_diagonal, damped",
+)
 SIZE = 12, 4  # tokens of the longest problem with its answer, and of that
 LAST = 10  # steps whose loss is the training loss
 

@@ -46,6 +46,8 @@ METHODS = {
     "sharing, restarts": 5e-4,
     "subspace": 5e-4,
     "subspace, restarts": 5e-4,
+    "block_diagonal": 5e-4,
+    "block_diagonal, restarts": 5e-4,
 }
 """Each with the lowest rate that it is tried with first."""
 

@@ -154,10 +154,12 @@ def _renewed_curve(
 
 def task(base: Base, ids: jax.Array) -> learners.Task:
     """The task of learning some facts."""
-    loss = functools.partial(loss_and_accuracy, ids=ids)
-    return learners.Task(
-        base.model, base.params, TARGETS, (ids,), lambda logits: loss(logits)[0]
-    )
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return loss_and_accuracy(logits, ids)[0]
+
+    known = (base.known,)
+    return learners.Task(base.model, base.params, TARGETS, (ids,), loss, known)
 
 
 def steps_to(share: float, curves: list[list[list[float]]]) -> list[list[float | None]]:

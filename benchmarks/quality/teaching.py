@@ -18,6 +18,7 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Contender, race
 from benchmarks.quality import baselines, cells, ladders, language
 from benchmarks.quality.learners import Learner
+from benchmarks.quality.optimizers import optimizer
 from models.lesson import Batch
 from models.options import positive
 
@@ -57,6 +58,17 @@ METHODS = {
     "orthogonal, renewed": 1e-4,
     "subspace, renewed": 1e-4,
     "subspace, start, renewed": 1e-4,
+    "block_diagonal, damped 4": 5e-5,
+    "block_diagonal, damped 64": 5e-5,
+    "sharing, damped": 1e-4,
+    "subspace, damped": 1e-4,
+    "full, nadam": 5e-5,
+    "lora, nadam": 1e-3,
+    "block_diagonal, nadam": 5e-5,
+    "block_diagonal, b1=0.8": 5e-5,
+    "lora, soap": 1e-3,
+    "rotation, soap": 1e-4,
+    "block_diagonal, soap": 5e-5,
 }
 """Each with the lowest rate that it is tried with first.
 
@@ -65,7 +77,9 @@ MoRA is called by its operator and has scale="fine-tuning"; if its name ends wit
 "start" M starts as a step of gradient descent, and what is "renewed" is merged at equal
 intervals and starts again between other maps, along a new gradient if it was along one.
 With "others" the first gradient is of a few other samples than those that are taught.
-What is "damped" has damped inputs, by ordinary text.
+What is "damped" has damped inputs, by ordinary text; with 16 directions unless it says
+how many. What ends with one of `OPTIMIZERS` is trained with that, and all else with
+Adam.
 """
 
 
@@ -116,7 +130,7 @@ def style(name: str) -> dict[str, Any]:
     if name == "full":
         return {"color": "black", "label": title(name)}
     round_, colour = divmod(list(METHODS).index(name), 10)
-    line = ("-", "--", ":")[round_]
+    line = ("-", "--", ":", "-.")[round_]
     return {"color": f"C{colour}", "linestyle": line, "label": title(name)}
 
 
@@ -181,7 +195,7 @@ def program_of(cell: Mapping[str, Any], first: Batch) -> Program:
 def program(first: First | None, **settings: Any) -> Program:
     """The program of a method with its settings; see `language.learner`."""
     learner = language.learner(**settings, first=first.batch if first else None)
-    adam = optax.scale_by_adam()
+    adam = optimizer(settings["method"])
 
     @jax.jit
     def step(trained: Any, state: Any, rate: Any, frozen: Any, batch: Batch) -> Any:
