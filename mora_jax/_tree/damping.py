@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.checks import check_finite, positive_integer
+from mora_jax._common.checks import check_concrete, check_finite, positive_integer
 from mora_jax._common.suggestions import alike, shown
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
 from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax.operators import Damped
 from mora_jax.operators._base import Operator, Precision
@@ -47,7 +48,7 @@ def input_damping(
         Give it compiled.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
         Kernels of a stack share their directions.
-      directions: k, the number of directions.
+      directions: k, the number of directions, at most as many as inputs.
 
     Returns:
       Adapters whose operator is `operators.Damped` around the old one. Embeddings,
@@ -107,11 +108,10 @@ def input_damping(
 
 def _check_new(name: str, adapter: Adapter) -> None:
     """Raise if the adapter's delta is not zero, or its inputs are damped."""
-    op = adapter.operator
+    spec, op = adapter.spec, adapter.operator
     if isinstance(op, Damped):
-        raise ValueError(
-            f"{name} has damped inputs already: damp those of new adapters"
-        )
+        raise ValueError(f"{name} has damped inputs already: damp new adapters")
+    check_concrete(adapter.m, f"{name}{SUFFIX}, whose delta must be zero,", spec.shape)
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
     stack = adapter.m.reshape(-1, *op.m_shape)
     if jax.vmap(lambda m: op.rows(x, m))(stack).any():

@@ -147,7 +147,7 @@ for _name in _OF_INNER:
 def _checked(op: Damped) -> np.ndarray:
     """The directions of `op` as a bfloat16 array of its own."""
     v = op.directions
-    check_concrete(v, "directions", (op.in_features, *jnp.shape(v)[1:2]))
+    check_concrete(v, "directions", (op.in_features, max([1, *jnp.shape(v)[1:2]])))
     v = np.array(v, jnp.bfloat16)
     products = v.T.astype(np.float32) @ v.astype(np.float32)
     lengths = np.diag(products)

@@ -195,6 +195,8 @@ def test_bad_calls():
         input_damping(lambda a: apply(a, variables, np.full_like(X, np.nan)), new)
     with pytest.raises((TypeError, ValueError), match="adapters"):
         input_damping(run, {})
+    with pytest.raises(TypeError, match="kernel_mora.* concrete array, got .*Tracer"):
+        jax.jit(lambda new: input_damping(run, new))(new)
 
 
 def test_bad_operators():
@@ -207,8 +209,9 @@ def test_bad_operators():
     for bad in (2 * good, np.ones((8, 2), np.float32) / 3):
         with pytest.raises(ValueError, match="directions must be orthogonal"):
             Damped(8, 6, 4, inner=inner, directions=bad)
-    with pytest.raises(ValueError, match="directions"):
-        Damped(8, 6, 4, inner=inner, directions=good[:5])
+    for bad in (good[:5], good[:, :0], good[:, 0], good[None]):
+        with pytest.raises(ValueError, match="directions must have shape"):
+            Damped(8, 6, 4, inner=inner, directions=bad)
     with pytest.raises(TypeError, match="directions"):
         Damped(8, 6, 4, inner=inner, directions=good.astype(int))
     with pytest.raises(TypeError, match="inner must be"):
