@@ -56,7 +56,7 @@ PARTS = "layers", "llama", "compiling", "meshes"
 SIZES = (4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)
 SMALL = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
 TINY = {"width": 256, "hidden": 512, "heads": 4, "kv_heads": 2, "vocabulary": 1024}
-LLAMA_OPERATORS = "sharing", "rotation", "auto", "low_rank"
+LLAMA_OPERATORS = "sharing", "rotation", "block_diagonal", "low_rank"
 
 Case = Layer | Llama | on_meshes.MeshLlama
 
@@ -141,7 +141,7 @@ def rows_of(
 ) -> Iterator[Row]:
     """A row for each method."""
     if isinstance(case, on_meshes.MeshLlama):
-        yield from on_meshes.rows_of(case, chip)
+        yield from on_meshes.rows_of(case, chip, operators)
         return
     base = None
     for method in case.methods(operators):

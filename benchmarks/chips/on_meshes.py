@@ -19,7 +19,6 @@ from benchmarks.mesh.mesh_steps import MESHES, METHODS, RANK, Case, make_step
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2"}
 """The eight chips of a mesh, by the name of the chip."""
-USUAL = "frozen", "lora", "sharing", "rotation", "auto"
 KINDS = "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"
 
 
@@ -51,15 +50,15 @@ class MeshLlama:
         return Case(self.model, 8, method, *sizes)
 
 
-def rows_of(llama: MeshLlama, chip: str) -> Iterator[Row]:
-    """A row for each method.
+def rows_of(llama: MeshLlama, chip: str, operators: Sequence[str]) -> Iterator[Row]:
+    """A row for the frozen step, for LoRA and for each operator.
 
     Raises:
         SystemExit: Something in a program is not understood, such as a loop whose
             length is not known: its figures would be wrong.
     """
     devices, base = topologies.devices(TOPOLOGIES[chip]), None
-    for method in USUAL:
+    for method in ("frozen", "lora", *operators):
         step = make_step(llama.case(method), devices)
         check_dtypes(step.frozen)
         program, seconds = step.compile({})
