@@ -80,6 +80,12 @@ SETTINGS = {
     "half a bit": Setting(1, PART, 400, words=26, renew=24, lift=LIFT, begin=BEGIN),
     "one bit": Setting(1, PART, 400, words=53, renew=24, lift=LIFT, begin=BEGIN),
 }
+EMPTIER = {
+    "an eighth of a bit": Setting(1, PART, 400, words=6, lift=LIFT, begin=BEGIN),
+    "a quarter of a bit": Setting(1, PART, 400, words=13, lift=LIFT, begin=BEGIN),
+    "two kernels, r=8": Setting(8, PART, 400, words=26, lift=LIFT, begin=BEGIN),
+}
+"""Two kernels with room, to see whether it is the load that decides there."""
 
 
 def pairs(count: int, seed: int, *, of_words: bool = False) -> Batch:
@@ -128,7 +134,8 @@ def main() -> None:
     quick = "8 pairs, one set, rotation and LoRA"
     parser = teaching.options(__doc__, "out/pairs.json", quick, seeds=5)
     add = parser.add_argument
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    every = SETTINGS | EMPTIER
+    add("--settings", nargs="+", choices=every, default=list(SETTINGS))
     add("--pairs", type=positive, default=16)
     add("--renew", type=positive, help="steps between renewals; by default 24")
     add("--stalled", type=float, help="renew if the loss fell by less than this share")
@@ -187,7 +194,8 @@ def main() -> None:
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     """Cell of a method in a setting, and the rates to begin with."""
-    rank, targets, limit, words, renew, lift, begin = SETTINGS[setting]
+    every = SETTINGS | EMPTIER
+    rank, targets, limit, words, renew, lift, begin = every[setting]
     cell = teaching.settings(name, rank, targets)
     cell |= {"pairs": words or args.pairs, "steps": limit}
     cell |= {"words": True} if words else {}

@@ -56,7 +56,7 @@ def resolve_auto(
         return spec
     if rank >= SHARING_FROM_RANK:
         return "sharing"
-    return "rotation" if square else "block_diagonal"
+    return "signed_decoupling" if square else "block_diagonal"
 
 
 def square_rank(
@@ -145,8 +145,8 @@ def make_operator(
 
     Args:
       spec: A name ("rotation"), or a mapping with further settings
-        ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
-        small squares and sharing from about LoRA rank 128 on.
+        ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is
+        signed_decoupling for small squares, and sharing from about LoRA rank 128 on.
       in_features: The number of the kernel's input features.
       out_features: The number of its output features.
       square_rank: q, the width of M.

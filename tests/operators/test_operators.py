@@ -397,14 +397,14 @@ def test_auto_goes_by_the_budget(rank):
     spec = AdapterSpec.from_config(MoRAConfig(rank=rank), (1000, 1000))
     assert spec.operator.name == ("sharing" if rank == 128 else "block_diagonal")
     square = AdapterSpec.from_config(MoRAConfig(square_rank=64), (1000, 1000))
-    assert square.operator.name == "rotation"  # whose M is a square
+    assert square.operator.name == "signed_decoupling"  # whose M is a square
 
 
 def test_auto():
-    """Rotation for small budgets, sharing for large, as in the paper's experiments."""
+    """Signed blocks for small budgets, sharing for large ones as in the paper."""
     q = square_rank(8, 4096, 4096)
-    assert make_operator("auto", 4096, 4096, q).name == "rotation"
-    assert make_operator({"name": "auto"}, 4096, 4096, q).name == "rotation"
+    assert make_operator("auto", 4096, 4096, q).name == "signed_decoupling"
+    assert make_operator({"name": "auto"}, 4096, 4096, q).name == "signed_decoupling"
     q = square_rank(256, 4096, 4096)
     assert make_operator("auto", 4096, 4096, q).name == "sharing"
 

@@ -211,7 +211,11 @@ BAD_PLANS = {
         (SAME_PATH, {}, "two leaves of the path 'a/b/kernel'"),
         ({"kernel": jnp.ones((8, 0))}, {}, "none of them empty"),
         (KERNEL, {"square_rank": 9}, "kernel: square_rank must be at"),
-        (KERNEL, {"square_rank": 3}, "kernel: .* multiple of 2"),
+        (
+            KERNEL,
+            {"square_rank": 3, "operator": "rotation"},
+            "kernel: .* multiple of 2",
+        ),
         (KERNEL, {"overrides": {"kernel": {"axes": "oo"}}}, "kernel: axes .* one i"),
     ],
     TypeError: [
