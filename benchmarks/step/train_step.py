@@ -37,7 +37,7 @@ from benchmarks.step.peers import PEERS
 from models.options import positive
 from mora_jax.operators import OPERATORS
 
-OPERATORS_OF_README = "sharing", "rotation", "low_rank"
+OPERATORS_OF_README = "block_diagonal", "sharing", "rotation", "low_rank"
 FOLDED = harness.method_name("low_rank"), PEERS["folded"][0]
 """LoRAs that are computed as MoRA is: this library's, and one in thirty lines."""
 SHARING_AT_MOST = 1.12
