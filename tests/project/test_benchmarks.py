@@ -58,7 +58,8 @@ def test_train_step_of_a_model_that_others_wrote(tmp_path):
     sizes = "--layers 1 --batch 2 --tokens 8 --rounds 1"
     printed, found = report("step.train_step", out, sizes)
     loras = ["LoRA, this library", "LoRA, qwix"]
-    methods = ["frozen model", "MoRA, sharing", "MoRA, rotation", *loras]
+    moras = ["MoRA, block_diagonal", "MoRA, sharing", "MoRA, rotation"]
+    methods = ["frozen model", *moras, *loras]
     rows = {name: [] for name in ("SmolLM2", "FlaxLlama")}
     for row in found["results"]:
         rows[row["model"]].append(row)
