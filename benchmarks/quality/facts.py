@@ -42,6 +42,10 @@ METHODS = (
     "subspace, renewed",
     "block_diagonal",
     "block_diagonal, damped",
+    "block_diagonal, damped 4",
+    "block_diagonal, damped 64",
+    "lora, damped",
+    "rotation, damped",
 )
 RENEW = 24  # steps
 LENGTH = 44  # tokens of the longest question and answer together
@@ -112,7 +116,7 @@ def compute(cell: cells.Cell) -> cells.Cell:
 def main() -> None:
     """Learn with all methods and rates, and report recall and forgetting."""
     quick = "8 facts, one set, rotation and LoRA"
-    parser = teaching.options(__doc__, "out/facts.json", quick, METHODS)
+    parser = teaching.options(__doc__, "out/facts.json", quick, METHODS, seeds=5)
     add = parser.add_argument
     add("--rank", type=positive, help="by default 8, or 1 with --filled")
     add("--facts", type=positive, help="by default 16, or 96 with --filled")

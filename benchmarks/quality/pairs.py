@@ -79,13 +79,12 @@ SETTINGS = {
     "r=1, 4 layers": Setting(1, r"layers_1[3-6]/.*_proj/kernel", 150),
     "half a bit": Setting(1, PART, 400, words=26, renew=24, lift=LIFT, begin=BEGIN),
     "one bit": Setting(1, PART, 400, words=53, renew=24, lift=LIFT, begin=BEGIN),
-}
-EMPTIER = {
     "an eighth of a bit": Setting(1, PART, 400, words=6, lift=LIFT, begin=BEGIN),
     "a quarter of a bit": Setting(1, PART, 400, words=13, lift=LIFT, begin=BEGIN),
     "two kernels, r=8": Setting(8, PART, 400, words=26, lift=LIFT, begin=BEGIN),
 }
-"""Two kernels with room, to see whether it is the load that decides there."""
+USUAL = list(SETTINGS)[:5]
+"""The others have two kernels with room, to see whether the load decides there."""
 
 
 def pairs(count: int, seed: int, *, of_words: bool = False) -> Batch:
@@ -134,8 +133,7 @@ def main() -> None:
     quick = "8 pairs, one set, rotation and LoRA"
     parser = teaching.options(__doc__, "out/pairs.json", quick, seeds=5)
     add = parser.add_argument
-    every = SETTINGS | EMPTIER
-    add("--settings", nargs="+", choices=every, default=list(SETTINGS))
+    add("--settings", nargs="+", choices=SETTINGS, default=USUAL)
     add("--pairs", type=positive, default=16)
     add("--renew", type=positive, help="steps between renewals; by default 24")
     add("--stalled", type=float, help="renew if the loss fell by less than this share")
@@ -194,8 +192,7 @@ def main() -> None:
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     """Cell of a method in a setting, and the rates to begin with."""
-    every = SETTINGS | EMPTIER
-    rank, targets, limit, words, renew, lift, begin = every[setting]
+    rank, targets, limit, words, renew, lift, begin = SETTINGS[setting]
     cell = teaching.settings(name, rank, targets)
     cell |= {"pairs": words or args.pairs, "steps": limit}
     cell |= {"words": True} if words else {}

@@ -148,14 +148,11 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     cell["rounds"] = 1 if args.quick else 5
     wanted = [cell, {**cell, "methods": ["lora", *LATER]}]
     wanted = wanted if set(LATER) & set(args.methods) else wanted[:1]
-    found = [
-        row["seconds"] for row in cells.run(wanted, seconds, teaching.store_of(args))
-    ]
-    return {
-        name: value / day["lora"] * found[0]["lora"]
-        for day in reversed(found)
-        for name, value in day.items()
-    }
+    runs = cells.run(wanted, seconds, teaching.store_of(args))
+    first, *later = [row["seconds"] for row in runs]
+    for day in later:
+        first |= {name: day[name] / day["lora"] * first["lora"] for name in LATER}
+    return first
 
 
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:

@@ -62,12 +62,9 @@ METHODS = {
     "block_diagonal, damped 64": 5e-5,
     "sharing, damped": 1e-4,
     "subspace, damped": 1e-4,
-    "full, nadam": 5e-5,
     "lora, nadam": 1e-3,
     "block_diagonal, nadam": 5e-5,
     "block_diagonal, b1=0.8": 5e-5,
-    "lora, soap": 1e-3,
-    "rotation, soap": 1e-4,
     "block_diagonal, soap": 5e-5,
 }
 """Each with the lowest rate that it is tried with first.
@@ -140,8 +137,8 @@ class Program(NamedTuple):
     Attributes:
         learner: The method of training.
         init: (trained) -> the optimizer's state.
-        step: (trained, state, rate, frozen, batch) -> both after a step of Adam, and
-            loss and accuracy before it.
+        step: (trained, state, rate, frozen, batch) -> both after a step, and loss and
+            accuracy before it.
         apply: (trained, frozen, ids, at) -> logits; the ids as `read` returns them.
         read: (ids) -> what is the same in all steps.
     """
@@ -195,7 +192,7 @@ def program_of(cell: Mapping[str, Any], first: Batch) -> Program:
 def program(first: First | None, **settings: Any) -> Program:
     """The program of a method with its settings; see `language.learner`."""
     learner = language.learner(**settings, first=first.batch if first else None)
-    adam = optimizer(settings["method"])
+    tx = optimizer(settings["method"])
 
     @jax.jit
     def step(trained: Any, state: Any, rate: Any, frozen: Any, batch: Batch) -> Any:
@@ -204,12 +201,12 @@ def program(first: First | None, **settings: Any) -> Program:
             return language.loss_and_accuracy(logits, batch)
 
         found, grads = jax.value_and_grad(loss, has_aux=True)(trained)
-        updates, state = adam.update(grads, state)
+        updates, state = tx.update(grads, state)
         updates = jax.tree.map(lambda u, s: -rate * s * u, updates, learner.speeds)
         return optax.apply_updates(trained, updates), state, found
 
     read = functools.partial(language.read, begin=settings["begin"])
-    return Program(learner, adam.init, step, jax.jit(learner.apply), read)
+    return Program(learner, tx.init, step, jax.jit(learner.apply), read)
 
 
 class Step(NamedTuple):
@@ -398,7 +395,8 @@ def runs(
 ) -> dict[str, list[cells.Cell]]:
     """The runs of every method, which are kept in a file.
 
-    With --report these are the finished ones of its file, of methods that have any.
+    With --report these are the finished ones of its file, of at most --seeds sets of
+    data, of methods that have any.
 
     Args:
         args: The options, as `options` parses them.
@@ -413,7 +411,10 @@ def runs(
     if not args.report:
         run = functools.partial(cells.run, compute=compute, path=store)
         return climb_all(run, methods, args.seeds, value)
-    rows = {name: cells.finished(store, cell) for name, (cell, _) in methods.items()}
+    rows = {
+        name: [r for r in cells.finished(store, cell) if r["seed"] < args.seeds]
+        for name, (cell, _) in methods.items()
+    }
     found = {name: of_cell for name, of_cell in rows.items() if of_cell}
     if not found:
         raise SystemExit(f"{store} holds no finished run: leave out --report")

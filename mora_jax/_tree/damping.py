@@ -111,7 +111,7 @@ def _check_new(name: str, adapter: Adapter) -> None:
     spec, op = adapter.spec, adapter.operator
     if isinstance(op, Damped):
         raise ValueError(f"{name} has damped inputs already: damp new adapters")
-    check_concrete(adapter.m, f"{name}{SUFFIX}, whose delta must be zero,", spec.shape)
+    check_concrete(adapter.m, f"{name}{SUFFIX}", spec.shape)
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
     stack = adapter.m.reshape(-1, *op.m_shape)
     if jax.vmap(lambda m: op.rows(x, m))(stack).any():

@@ -45,8 +45,6 @@ TITLES = {
     "block_diagonal, damped": "the same, inputs damped",
     "lora, damped": "LoRA, inputs damped",
     "rotation, damped": "rotation, inputs damped",
-    "sharing, damped": "sharing, inputs damped",
-    "subspace, damped": "directions, inputs damped",
 }
 """How tables of what is learned call a method."""
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", REPORT]

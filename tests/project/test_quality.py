@@ -17,6 +17,7 @@ from benchmarks.quality import (
     ladders,
     learners,
     loads,
+    optimizers,
     small,
     teaching,
 )
@@ -109,6 +110,29 @@ def test_further_seeds_are_run_at_the_best_rate_and_beside_it(capsys):
     few = [row for row in rows if row["rate"] == 2 and row["seed"] < 2]
     ratio, error = teaching.compared(few, best, value)
     assert (ratio, error) == pytest.approx((3**0.5, 3**0.5 * math.log(4 / 3) / 2))
+
+
+def test_soap_goes_by_directions_and_not_by_coordinates():
+    """Turned gradients have turned steps, and Adam's are others."""
+    tx, turns = optimizers.optimizer("lora, soap"), [random(k, 5, 5) for k in (0, 1)]
+    u, v = (jnp.linalg.qr(turn)[0] for turn in turns)
+
+    def steps(tx, turned):
+        state, found = tx.init(jnp.zeros((2, 5, 5))), []
+        for k in range(4):
+            g = random(2 + k, 2, 5, 5)
+            step, state = tx.update(u @ g @ v if turned else g, state)
+            found.append(u.T @ step @ v.T if turned else step)
+        return found
+
+    first, *rest = zip(steps(tx, False), steps(tx, True), strict=True)
+    assert not np.any(first)  # it fills the moments
+    for plain, turned in rest:
+        close(turned, plain, 1e-3)
+        assert jnp.abs(plain).max() > 0.1
+    adam = optimizers.optimizer("lora")
+    *_, (plain, turned) = zip(steps(adam, False), steps(adam, True), strict=True)
+    assert jnp.abs(turned - plain).max() > 0.1
 
 
 @pytest.mark.slow
