@@ -1,5 +1,6 @@
 r"""An adapter: what is trained beside a kernel, together with what it means."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer.equation import Delta, delta_kernel
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax.operators._base import Operator
+from mora_jax.operators._pytree import by_layer
 from mora_jax.products.contraction import Contraction
 
 
@@ -114,6 +116,15 @@ class Adapter:
         self._kernel_spec("a delta")
         return delta_of(check_adapter(f"kernel{SUFFIX}", self))
 
+    def of_layer(self, given: Sequence[jax.Array]) -> "Adapter":
+        """The adapter of a layer of a stack whose operator has `given` for its arrays.
+
+        M is the layer's already.
+        """
+        operator = by_layer(self.operator)[1](given)
+        stack = self.m.shape[: self.m.ndim - len(operator.m_shape)]
+        return self.replace(spec=self.spec.with_stack(stack, operator=operator))
+
     def _kernel_spec(self, what: str) -> AdapterSpec:
         if not isinstance(self.spec, AdapterSpec):
             kind = type(self.spec).__name__
@@ -151,7 +162,9 @@ def check_adapter(name: str, adapter: Adapter) -> Adapter:
         try:
             spec = spec.with_stack(stack)
         except ValueError:
-            pass  # the shape is named below
+            if by_layer(spec.operator)[0]:
+                raise
+            # Otherwise the shape is named below.
     check_leaf(m, name, spec.shape)
     return adapter if spec is adapter.spec else adapter.replace(spec=spec)
 

@@ -17,7 +17,7 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._base import in_range
+from mora_jax.operators._pytree import by_layer
 from mora_jax.products._product import KernelDelta
 from mora_jax.products.contraction import Contraction
 
@@ -121,7 +122,7 @@ class Delta(KernelDelta):
 
     def rows(self, x: jax.Array) -> jax.Array:
         if self._stack:
-            return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
+            return self._over_stack(Delta.rows, x)
         op, features = self.operator, self._features
         delta = OnMesh(op, features) if features else op
         if features or not op.linear:
@@ -169,7 +170,7 @@ class Delta(KernelDelta):
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""
         if self._stack:
-            return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
+            return self._over_stack(Delta._matrix)
         features = self._features_of_kernel
         return _matrix(self.operator, self.m, current_chip(), features)
 
@@ -189,8 +190,17 @@ class Delta(KernelDelta):
     def _stack(self) -> Shape:
         return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
 
-    def _with(self, m: jax.Array) -> "Delta":
-        return dataclasses.replace(self, m=m)
+    def _over_stack(
+        self, function: Callable[..., jax.Array], *arrays: jax.Array
+    ) -> jax.Array:
+        """`function(delta, *arrays)` of each layer along a stack's first axis."""
+        given, with_arrays = by_layer(self.operator)
+
+        def of_layer(m: jax.Array, given: Any, *arrays: jax.Array) -> jax.Array:
+            one = dataclasses.replace(self, m=m, operator=with_arrays(given))
+            return function(one, *arrays)
+
+        return jax.vmap(of_layer)(self.m, given, *arrays)
 
 
 # One program for all layers of a shape: `merge` calls it for each kernel.

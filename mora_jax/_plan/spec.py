@@ -30,7 +30,7 @@ from mora_jax._plan.settings import (
 )
 from mora_jax.operators import _registry
 from mora_jax.operators._base import Operator
-from mora_jax.operators._pytree import register_pytree
+from mora_jax.operators._pytree import by_layer, register_pytree
 
 SUFFIX = "_mora"
 """The end of the name of an M, after the name of its kernel."""
@@ -81,6 +81,13 @@ class AdapterSpec(AdapterSettings):
             raise ValueError(
                 f"operator must have the features {expected} of {kernel}, got {widths}"
             )
+        for array in by_layer(self.operator)[0]:
+            if (stack := tuple(array.shape[:-2])) != self.stack_shape:
+                raise ValueError(
+                    f"arrays of {self.operator.name} must be of one kernel or of the "
+                    f"stack {self.stack_shape}, got {stack}; in a model they are taken "
+                    "apart by linen.wrap and nnx.wrap"
+                )
         super().__post_init__()
 
     @classmethod
@@ -202,8 +209,11 @@ class AdapterSpec(AdapterSettings):
             **{name: getattr(self, name) for name in SETTINGS if SETTINGS[name]},
         }
 
-    def with_stack(self, stack: Shape) -> "AdapterSpec":
-        """The same adapter for a stack of such kernels, or for one of this stack."""
+    def with_stack(self, stack: Shape, **operator: Operator) -> "AdapterSpec":
+        """The same adapter for a stack of such kernels, or for one of this stack.
+
+        The operator of one layer is to be given, as `operator`, if each has its own.
+        """
         # Flax's lifted transformations add leading axes to arrays, or take them off,
         # and know nothing of what the arrays mean.
         own = self.stack_shape
@@ -216,7 +226,7 @@ class AdapterSpec(AdapterSettings):
             raise ValueError(f"the stack of M must be {own} or within it, got {stack}")
         # Digests are of the whole stack.
         changes: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes, **operator)
 
 
 register_pytree(AdapterSpec, ["operator"])

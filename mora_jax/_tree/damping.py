@@ -14,6 +14,7 @@ from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
 from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.equation import Delta
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax.operators import Damped
@@ -47,7 +48,7 @@ def input_damping(
       call: A function from adapters to the outputs of a call of the adapted model.
         Give it compiled.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-        Kernels of a stack share their directions.
+        The layers of a stack each have directions of their own.
       directions: k, the number of directions, at most as many as inputs.
 
     Returns:
@@ -92,7 +93,7 @@ def input_damping(
     damped = {}
     for path, (product, trace) in second.items():
         adapter = found[path]
-        v = _damping(columns[path].T @ product, columns[path], trace, directions)
+        v = _damping(columns[path], product, trace, directions)
         v = known.setdefault(v.tobytes(), v)
         inner = adapter.operator
         sizes = inner.in_features, inner.out_features, inner.square_rank
@@ -113,8 +114,8 @@ def _check_new(name: str, adapter: Adapter) -> None:
         raise ValueError(f"{name} has damped inputs already: damp new adapters")
     check_concrete(adapter.m, f"{name}{SUFFIX}", spec.shape)
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
-    stack = adapter.m.reshape(-1, *op.m_shape)
-    if jax.vmap(lambda m: op.rows(x, m))(stack).any():
+    x = jnp.broadcast_to(x, (*spec.stack_shape, *x.shape))
+    if Delta.of(spec, adapter.m).rows(x).any():
         raise ValueError(
             f"{name}: the delta of an adapter must be zero, since damping changes it; "
             "damp inputs before training, as of init(plan)"
@@ -126,18 +127,18 @@ def _moments(
     adapters: Any,
     found: Mapping[Path, Adapter],
     columns: Mapping[Path, np.ndarray],
-) -> dict[Path, tuple[np.ndarray, float]]:
+) -> dict[Path, tuple[np.ndarray, np.ndarray]]:
     """{path: (S Z, trace of S)} of second moments S of inputs, for columns Z.
 
-    Kernels whose inputs are not seen are left out.
+    Both are of each layer of a stack. Kernels whose inputs are not seen are left out.
     """
     sketches = {}
     plain: Any = {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "layout": None}
     for path, z in columns.items():
         old = found[path].spec
-        op = _Moments(old.in_features, old.out_features, z.shape[1])
+        op = _Moments(old.in_features, old.out_features, z.shape[-1])
         spec = dataclasses.replace(old, operator=op, execution="activation", **plain)
-        m = jnp.asarray(np.pad(z, ((0, 0), (1, 0))), jnp.float32)
+        m = jnp.insert(jnp.asarray(z, jnp.float32), 0, 0, -1)
         sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
 
     def total(given: Any) -> jax.Array:
@@ -153,25 +154,26 @@ def _moments(
         if path in sketches:
             array = np.asarray(gradient.m, np.float64)
             check_finite(array, f"the moment of inputs of {'/'.join(path)}")
-            array = array.reshape(-1, *array.shape[-2:]).sum(0)
-            if (trace := float(array[:, 0].sum())) > 0:
-                moments[path] = array[:, 1:], trace
+            if (trace := array[..., 0].sum(-1)).any():
+                moments[path] = array[..., 1:], trace
     return moments
 
 
 def _damping(
-    within: np.ndarray, basis: np.ndarray, trace: float, count: int
+    basis: np.ndarray, product: np.ndarray, trace: np.ndarray, count: int
 ) -> np.ndarray:
-    """V by the second moments within a basis, (width, width)."""
-    features = len(basis)
-    values, vectors = np.linalg.eigh((within + within.T) / 2)
-    values, v = values[-count:].clip(0), basis @ vectors[:, -count:]
+    """V by an orthonormal basis and its product S Q with second moments."""
+    features, within = basis.shape[-2], basis.swapaxes(-2, -1) @ product
+    values, vectors = np.linalg.eigh((within + within.swapaxes(-2, -1)) / 2)
+    values, v = values[..., -count:].clip(0), basis @ vectors[..., -count:]
     # Each direction is scaled by a root, to what a mean one of the others is. Then
     # P = I - V V^T has these factors: 1 - |v|^2.
-    floor = FLOOR * trace / features
-    rest = max(trace - values.sum(), 0) / max(features - count, 1)
+    floor = FLOOR * trace[..., None] / features
+    rest = (trace[..., None] - values.sum(-1, keepdims=True)).clip(0)
+    rest = rest / max(features - count, 1)
+    floor += np.finfo(floor.dtype).tiny  # a layer that sees nothing stays as it is
     factors = np.sqrt((rest + floor) / (values + floor)).clip(max=1)
-    return np.asarray(v * np.sqrt(1 - factors), jnp.bfloat16)
+    return np.asarray(v * np.sqrt(1 - factors)[..., None, :], jnp.bfloat16)
 
 
 @operator

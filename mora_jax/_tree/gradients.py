@@ -31,10 +31,10 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
     with the q largest singular values. Take the gradients of the base's loss on a first
-    small batch. Kernels of a stack share the directions that hold most of the squares
-    of all gradients. A square M keeps its size, others get one of their budget, and
-    `scale` is the new operator's if it was the old one's. The source is LoRA-SB
-    (Ponkshe et al. 2024); factor and stacks are ours.
+    small batch. Each kernel of a stack has its own; where its gradient is zero, the
+    mean's. A square M keeps its size, others get one of their budget, and `scale` is
+    the new operator's if it was the old one's. The source is LoRA-SB (Ponkshe et al.
+    2024); the factor is ours.
     docs/what-it-learns.md says what it gains, and docs/operators.md what it costs.
 
     Args:
@@ -96,22 +96,27 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     """The adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {name!r}"
     check_concrete(gradient, what, spec.kernel_shape)
+    rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32), spec.axes)
     # Squares of small numbers would be zero in float32, so the largest becomes 1.
-    check_finite(largest := float(jnp.abs(gradient).max()), what)
-    if largest == 0:
+    largest = jnp.abs(rows).max((-2, -1), keepdims=True)
+    check_finite(largest, what)
+    if not largest.any():
         raise ValueError(f"{what} is zero, and has no directions")
-    rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
-    rows = rows.reshape(-1, spec.in_features, spec.out_features)
+    rows /= jnp.where(largest > 0, largest, 1)
+    mean = rows.reshape(-1, *rows.shape[-2:]).mean(0)
+    rows = jnp.where(largest > 0, rows, mean)  # of an expert that saw nothing
     if isinstance(old, Damped):  # the inner operator is to follow P G
-        rows = old.damped(rows.swapaxes(1, 2)).swapaxes(1, 2)
+        v = old.columns(rows.dtype)
+        rows -= v @ (v.mT @ rows)
     features = spec.in_features, spec.out_features
     q = old.square_rank
     if not old.square:  # a square of the same budget
         rank = spec.rank or max(1, round(spec.lora_rank))
         q = square_rank(rank, *features, "orthogonal")
-    bases = _leading(rows, q), _leading(rows.swapaxes(1, 2), q)
+    bases = _leading(rows, q), _leading(rows.mT, q)
     new: Operator = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
-    new = old.around(new) if isinstance(old, Damped) else new
+    if isinstance(old, Damped):
+        new = dataclasses.replace(old, inner=new, square_rank=q)
     scaled = spec.scale == old.fine_tuning_scale
     scale = new.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)
@@ -119,21 +124,20 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _leading(matrices: jax.Array, count: int) -> jax.Array:
-    """The leading eigenvectors of all G G^T, (features, count), the largest first."""
+    """The leading eigenvectors of each G G^T, (..., features, count), largest first."""
     # Randomised (Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.3): the columns
     # of G Z, with a random Z, lie mostly in the leading directions. Within their span Q
     # the directions are exact: the eigenvectors of Q^T G G^T Q. They hold nearly all of
     # the squares that the best directions hold (`make bench-quality EXPERIMENT=bases`),
     # so that powers of G G^T, which would come nearer, are not worth their time.
-    features, outs = matrices.shape[1:]
+    features, outs = matrices.shape[-2:]
     width = min(features, count + 8)  # a few more come nearer to the last ones
-    shape = len(matrices), outs, width
-    columns = jax.random.normal(jax.random.key(0), shape, matrices.dtype)
+    columns = jax.random.normal(jax.random.key(0), (outs, width), matrices.dtype)
     with jax.default_matmul_precision("highest"):
-        basis, _ = jnp.linalg.qr(jnp.einsum("sio,sok->ik", matrices, columns))
-        half = jnp.einsum("sio,ik->sok", matrices, basis)
-        _, rotation = jnp.linalg.eigh(jnp.einsum("sok,sol->kl", half, half))
-        return basis @ rotation[:, ::-1][:, :count]
+        basis, _ = jnp.linalg.qr(matrices @ columns)
+        half = matrices.mT @ basis
+        _, rotation = jnp.linalg.eigh(half.mT @ half)
+        return (basis @ rotation)[..., ::-1][..., :count]
 
 
 def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:

@@ -90,7 +90,7 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
         own_shape = tuple(sizes[letter] for letter in letters)
         # One layer at a time: the delta of a whole stack may not fit in memory.
         changes = {"kernel_shape": own_shape, "axes": letters, "layout": None}
-        one = dataclasses.replace(spec, **changes)
+        one = dataclasses.replace(spec, operator=spec.operator.at(index), **changes)
         yield Layer(kernel, number, one, m[index], [part.name for part in found])
 
 

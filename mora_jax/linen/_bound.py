@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mora_jax._common.types import ArrayLike
@@ -14,6 +15,7 @@ from mora_jax._flax.layer_rules import rules_of
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax.operators._pytree import by_layer
 
 # An adapter in the params of a running model travels wherever Flax carries parameters:
 # into scanned and vmapped layers, and, by its static part, into the cache keys of
@@ -44,11 +46,23 @@ def layer_calls(
             return run(*args, **kwargs)
         running.append(module)
         try:
-            return output_of(LayerCall(rule, module, run, args, kwargs), adapter)()
+            call = LayerCall(rule, module, run, args, kwargs)
+            if isinstance(adapter.m, tuple):
+                m, *given = adapter.m
+                adapter = adapter.replace(m=m).of_layer(given)
+            return output_of(call, adapter)()
         finally:
             running.pop()
 
     return intercept
+
+
+def in_params(adapter: Adapter) -> Adapter:
+    """The adapter as params hold it, whose leaves a lifted transformation slices."""
+    given = by_layer(adapter.operator)[0]
+    return (
+        adapter.replace(m=(adapter.m, *map(jnp.asarray, given))) if given else adapter
+    )
 
 
 def params_of(variables: Any) -> Any:

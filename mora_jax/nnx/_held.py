@@ -26,6 +26,7 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_alike
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
 from mora_jax._tree.plan import Plan
+from mora_jax.operators._pytree import by_layer
 from mora_jax.sharding import adapter_sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -55,6 +56,12 @@ class MoRAParam(nnx.LoRAParam[Any]):
             path = ("kernel",)
             check_alike({path: value.spec}, {path: self.spec}, "the variable")
         return value.m if isinstance(value, Adapter) else value
+
+
+class Given(nnx.Variable[Any]):
+    """Arrays that an operator of a stack has for each layer, beside its M."""
+
+    # So that a lifted transformation takes a layer's part of them, as it does of M.
 
 
 class TrainedParam(MoRAParam):
@@ -101,11 +108,11 @@ def set_class(module: nnx.Module, cls: type) -> None:
 def detached(model: Model) -> Model:
     """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
-    kinds = MoRAParam | nnx.Dropout | Proofs
+    kinds = MoRAParam | Given | nnx.Dropout | Proofs
     for module, (*_, name), value in attributes(model, kinds):
         if isinstance(value, TrainedParam):
             setattr(module, name, value.plain())
-        elif isinstance(value, MoRAParam) or name in (DROPOUT, PROOFS):
+        elif isinstance(value, MoRAParam | Given) or name in (DROPOUT, PROOFS):
             delattr(module, name)
     for _, module in named_modules(model):
         set_class(module, plain_class(module))
@@ -115,7 +122,12 @@ def detached(model: Model) -> Model:
 def held(module: nnx.Module, kernel: str) -> Adapter | None:
     """A kernel's adapter; None without one."""
     m: Any = getattr(module, kernel + SUFFIX, None)
-    return None if m is None else Adapter(m[...], m.spec)
+    if m is None:
+        return None
+    adapter, given = Adapter(m[...], m.spec), []
+    while (array := getattr(module, _given(kernel, len(given)), None)) is not None:
+        given.append(array[...])
+    return adapter.of_layer(given) if given else adapter
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -132,7 +144,23 @@ def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -
     if sharding := named_sharding(getattr(module, kernel)):
         m = jax.device_put(m, adapter_sharding(spec, sharding))
     setattr(module, kernel + SUFFIX, MoRAParam(m, spec=spec))
+    hold_given(module, kernel, spec)
     hold_dropout(module, spec, seed)
+
+
+def _given(kernel: str, number: int) -> str:
+    return f"{kernel}_{number}{SUFFIX}"
+
+
+def hold_given(module: nnx.Module, kernel: str, spec: Any) -> None:
+    """Put what a stack's layers have each their own of beside M, and nothing else."""
+    arrays = by_layer(spec.operator)[0]
+    for number, array in enumerate(arrays):
+        setattr(module, _given(kernel, number), Given(jnp.asarray(array)))
+    number = len(arrays)
+    while hasattr(module, name := _given(kernel, number)):
+        delattr(module, name)
+        number += 1
 
 
 def hold_dropout(module: nnx.Module, spec: Any, seed: int) -> bool:
@@ -273,12 +301,13 @@ def set_adapters(
     places, new = list(attributes(model, MoRAParam)), found.placed
     fitting = [_fitting(*place, new[place[1]]) for place in places]
     begins_to_drop = False
-    for (module, _, variable), adapter in zip(places, fitting, strict=True):
+    for (module, path, variable), adapter in zip(places, fitting, strict=True):
         if adapter.spec == variable.spec:
             variable[...] = adapter.m  # which keeps the variable of a trace
             continue
         # Not by `[...]`, which sets arrays alone.
         variable.copy_from(variable.replace(adapter.m, spec=adapter.spec))
+        hold_given(module, path[-1].removesuffix(SUFFIX), adapter.spec)
         begins_to_drop |= hold_dropout(module, adapter.spec, seed)
     if begins_to_drop:
         warn(

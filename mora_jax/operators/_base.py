@@ -25,6 +25,7 @@ from mora_jax._common.checks import check_array, check_seed, positive_integer
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax.operators._pytree import by_layer
 
 Precision = jax.lax.PrecisionLike
 Side = Literal["in", "out"]
@@ -183,6 +184,11 @@ class Operator(DeltaMap):
         arrays = (np.asarray(getattr(self, name)) for name in self.arrays)
         return hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()
 
+    def at(self, index: tuple[int, ...]) -> Any:
+        """The operator of one layer of a stack, where each has arrays of its own."""
+        arrays, with_arrays = by_layer(self)
+        return with_arrays([array[index] for array in arrays])
+
     @property
     def label(self) -> str:
         """The operator in tables."""
@@ -300,12 +306,12 @@ class Operator(DeltaMap):
 
     def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
-        return self._compress(check_array("x", x, (self.in_features,)))
+        return self._compress(self._fitting("x", x, self.in_features))
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
         blocks = self.compressed_shape[:-1]
-        return self._decompress(check_array("h", h, (*blocks, self.m_shape[-1])))
+        return self._decompress(self._fitting("h", h, *blocks, self.m_shape[-1]))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
@@ -316,7 +322,7 @@ class Operator(DeltaMap):
         self, m: Trained, x: Inputs, *, precision: Precision = None
     ) -> Float[jax.Array, "*batch outs"]:
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
-        x = check_array("x", x, (self.in_features,))
+        x = self._fitting("x", x, self.in_features)
         return undisturbed(self.rows)(x, self._checked(m), precision)
 
     def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
@@ -324,12 +330,17 @@ class Operator(DeltaMap):
         return undisturbed(self.matrix)(self._checked(m))
 
     def _checked(self, m: ArrayLike) -> jax.Array:
-        array = check_array("m", m, self.m_shape)
+        array = self._fitting("m", m, *self.m_shape)
         if array.ndim != len(self.m_shape):
             raise ValueError(
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
         return array
+
+    def _fitting(self, name: str, array: ArrayLike, *end: int) -> jax.Array:
+        if by_layer(self)[0]:
+            raise ValueError(f"{self.name} differs from layer to layer: take at(index)")
+        return check_array(name, array, end)
 
 
 def in_range(indices: ArrayLike, size: int) -> jax.Array:

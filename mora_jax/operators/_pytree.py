@@ -42,6 +42,22 @@ def operator(cls: ClassT) -> ClassT:
     return cls
 
 
+def by_layer(op: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays that differ between a stack's layers, and the operator of others.
+
+    Arrays of one layer are vectors and matrices; what has more axes begins with the
+    stack's.
+    """
+    leaves, tree = jax.tree.flatten(op)
+    own = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) > 2]
+
+    def with_arrays(arrays: Sequence[Any]) -> Any:
+        changed = dict(zip(own, arrays, strict=True))
+        return tree.unflatten([changed.get(k, leaf) for k, leaf in enumerate(leaves)])
+
+    return [leaves[k] for k in own], with_arrays
+
+
 def _alike(one: Any, other: Any) -> bool:
     """True for operators with equal settings and equal given arrays."""
     if type(one) is not type(other):

@@ -30,7 +30,8 @@ class Damped(Operator):
     Attributes:
       inner: The operator, of the same widths and `square_rank`.
       directions: V, (in_features, k), with orthogonal columns; kept in bfloat16. The
-        part |v|^2 of an input along a column v is taken away.
+        part |v|^2 of an input along a column v is taken away. The layers of a stack may
+        each have their own, (*stack, in_features, k).
 
     Raises:
       TypeError: `inner` is not an operator, or damped itself; `directions` are not a
@@ -75,7 +76,7 @@ class Damped(Operator):
     @property
     def label(self) -> str:
         """The inner operator's name, and the number of directions."""
-        return f"{self.inner.name}, damped ({self.directions.shape[1]})"
+        return f"{self.inner.name}, damped ({self.directions.shape[-1]})"
 
     def along(self, x: jax.Array) -> jax.Array:
         """Coordinates of inputs along V, (..., k)."""
@@ -147,17 +148,16 @@ for _name in _OF_INNER:
 def _checked(op: Damped) -> np.ndarray:
     """The directions of `op` as a bfloat16 array of its own."""
     v = op.directions
-    check_concrete(v, "directions", (op.in_features, max([1, *jnp.shape(v)[1:2]])))
+    *stack, _, k = np.shape(v) if np.ndim(v) > 1 else (1, 1)
+    check_concrete(v, "directions", (*stack, op.in_features, max(1, k)))
     v = np.array(v, jnp.bfloat16)
-    products = v.T.astype(np.float32) @ v.astype(np.float32)
-    lengths = np.diag(products)
-    if not (
-        np.allclose(products, np.diag(lengths), atol=0.02) and max(lengths) <= 1.01
-    ):
+    products = v.swapaxes(-2, -1).astype(np.float32) @ v.astype(np.float32)
+    largest = np.abs(products).max(initial=0, where=np.eye(k, dtype=bool))
+    others = np.abs(products).max(initial=0, where=~np.eye(k, dtype=bool))
+    if not (others <= 0.02 and largest <= 1.01):
         raise ValueError(
             "directions must be orthogonal columns of lengths up to 1, got squares of "
-            f"up to {max(lengths):.3g} and products of up to "
-            f"{np.abs(products - np.diag(lengths)).max():.3g}"
+            f"up to {largest:.3g} and products of up to {others:.3g}"
         )
     v.setflags(write=False)
     return v

@@ -26,7 +26,8 @@ class Subspace(Projection):
     are stored with the adapter: q (in + out) numbers.
 
     Attributes:
-      in_basis, out_basis: The directions of each side, (features, q), as float32.
+      in_basis, out_basis: The directions of each side, (features, q), as float32; of
+        a stack's layers, (*stack, features, q).
 
     Raises:
       TypeError: A basis is not a floating-point array, or is a tracer.
@@ -61,12 +62,13 @@ def _orthonormal(op: Subspace, side: Side) -> np.ndarray:
     name = f"{side}_basis"
     basis: Any = getattr(op, name)
     shape = getattr(op, f"{side}_features"), op.square_rank
-    check_concrete(basis, name, shape)
+    check_concrete(basis, name, (*np.shape(basis)[:-2], *shape))
     basis = np.array(basis, np.float32)
     # Not by NumPy, whose threads keep the cores busy for a while after a product: the
     # directions of a model's gradient took twice as long beside them.
     with jax.ensure_compile_time_eval():
-        products = np.asarray(jnp.matmul(basis.T, basis, precision="highest"))
+        transposed = jnp.swapaxes(basis, -2, -1)
+        products = np.asarray(jnp.matmul(transposed, basis, precision="highest"))
     if not np.allclose(products, np.eye(op.square_rank), atol=TOLERANCE):
         raise ValueError(f"the columns of {name} must be orthonormal")
     basis.setflags(write=False)

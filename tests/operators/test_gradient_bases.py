@@ -44,18 +44,15 @@ def gradients(rank=5):
 
 
 def share(matrices, c, d):
-    """The share of the squares of matrices (n, in, out) that is between the bases."""
-    kept = np.einsum("iq,nio,or->nqr", c, matrices, d)
-    return np.sum(kept**2) / np.sum(matrices**2)
+    """The share of the squares of matrices that is between the bases of each."""
+    kept = c.swapaxes(-2, -1) @ matrices @ d
+    return np.sum(kept**2, (-2, -1)) / np.sum(matrices**2, (-2, -1))
 
 
 def best_share(matrices, width):
-    """The same for the leading eigenvectors of the sums of G G^T and of G^T G."""
-    bases = []
-    for moved in (matrices, matrices.swapaxes(1, 2)):
-        _, vectors = np.linalg.eigh(np.einsum("nio,njo->ij", moved, moved))
-        bases.append(vectors[:, -width:])
-    return share(matrices, *bases)
+    """The same for the leading singular vectors of each."""
+    u, _, vt = np.linalg.svd(matrices)
+    return share(matrices, u[..., :width], vt.swapaxes(-2, -1)[..., :width])
 
 
 def test_directions_hold_most_of_the_gradient():
@@ -66,11 +63,15 @@ def test_directions_hold_most_of_the_gradient():
         assert (op.m_shape, op.name) == (old.m_shape, "subspace")
         gradient = np.asarray(grads[name[0]]["kernel"], np.float64)
         gradient = gradient.T if name == "b/kernel" else gradient
-        gradient = gradient.reshape(-1, op.in_features, op.out_features)
+        stack = gradient.shape[: len(spec.stack_shape)]
+        gradient = gradient.reshape(*stack, op.in_features, op.out_features)
         c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
-        assert share(gradient, c, d) > 0.999 * best_share(gradient, op.square_rank)
+        best = best_share(gradient, op.square_rank)
+        assert (share(gradient, c, d) > 0.999 * best).all()
         for basis in (c, d):
-            close(basis.T @ basis, np.eye(op.square_rank))
+            assert basis.shape[:-2] == stack
+            products, unit = basis.swapaxes(-2, -1) @ basis, np.eye(op.square_rank)
+            close(products, np.broadcast_to(unit, products.shape))
         ins, outs = op.in_features, op.out_features
         # c d = sqrt(in / out), whatever the width: s = in / (q c d).
         scale = (ins * outs) ** 0.5 / op.square_rank
@@ -96,8 +97,9 @@ def test_directions_beyond_the_rank_of_a_gradient():
         op = spec.operator
         places = (5, 3) if spec.axes == "oi" else (3, 5)
         for basis, at in zip((op.in_basis, op.out_basis), places, strict=True):
-            close(basis.T @ basis, np.eye(op.square_rank))
-            assert np.sum(basis[at] ** 2) == pytest.approx(1)
+            one = basis.reshape(-1, *basis.shape[-2:])[-1]
+            close(one.T @ one, np.eye(op.square_rank))
+            assert np.sum(one[at] ** 2) == pytest.approx(1)
 
 
 def test_the_forms_of_gradients():
@@ -111,8 +113,8 @@ def test_the_forms_of_gradients():
     tiny = jax.tree.map(lambda g: 1e-30 * g, grads)
     for name, spec in gradient_bases(tiny, plan).items():
         basis, expected = spec.operator.in_basis, found[name].operator.in_basis
-        cosines = (basis * expected).sum(0)[:3]  # the gradient has no more by far
-        close(np.abs(cosines), np.ones(3))  # each with one sign or the other
+        cosines = (basis * expected).sum(-2)[..., :3]  # the gradient has no more by far
+        close(np.abs(cosines), np.ones_like(cosines))  # each with one sign or the other
     half = gradient_bases(jax.tree.map(lambda g: g.astype("bfloat16"), grads), plan)
     assert half["a/kernel"].operator.in_basis.dtype == np.float32
 

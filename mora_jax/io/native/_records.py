@@ -35,6 +35,7 @@ from mora_jax._tree.paths import place_of
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
 from mora_jax.operators import Damped, Operator, Subspace, make_operator
+from mora_jax.operators._pytree import by_layer
 from mora_jax.operators._registry import OPERATORS
 
 VERSION = 1
@@ -125,6 +126,8 @@ def fingerprint(op: Operator) -> tuple[float, ...]:
     random numbers or another definition of the operator.
     """
     random = np.random.RandomState(0).standard_normal
+    while by_layer(op)[0]:  # the first layer's stands for all, which have a digest
+        op = op.at((0,))
     m, x = random(op.m_shape), random(op.in_features)
     m, width = m / math.sqrt(m.shape[-1]), op.out_features
     with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16

@@ -1,5 +1,6 @@
 """Adapters as plain LoRAs, for PEFT and for servers of language models."""
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -291,7 +292,9 @@ def _modules(
                 continue
             start = number * width % spec.out_features
             outputs = slice(start, start + width)
-            items.append((pair, kernel, spec, m[index[: len(stack)]], outputs))
+            index = index[: len(stack)]
+            one = dataclasses.replace(spec, operator=spec.operator.at(index))
+            items.append((pair, kernel, one, m[index], outputs))
     if not items and not unknown:
         raise ValueError("adapters must hold one of a kernel to write, got none")
     if unknown:
