@@ -26,7 +26,7 @@ from mora_jax._jax.linear_algebra import matmul, transposed, zeros_for
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh.parts import DiagonalPart, OperatorPart, whole
+from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._registry import LANES
 from mora_jax.operators.block_diagonal import BlockDiagonal
@@ -82,8 +82,7 @@ def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
     operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
-    is_cut = part.is_whole or isinstance(part, DiagonalPart)
-    if is_cut and folds_in_place(part.operator):
+    if current_chip() == "tpu" and isinstance(part, BlockPart | DiagonalPart):
         here = part.in_features, part.out_features
         sizes = zip(here, _blocks_shape(part.operator)[1:], strict=True)
         if all(a % b == 0 or b % a == 0 for a, b in sizes):
@@ -212,7 +211,9 @@ def _products_of_rows(
     )
 
 
-def _add_copies(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
+def _add_copies(
+    part: BlockPart | DiagonalPart, m: jax.Array, kernel: jax.Array
+) -> jax.Array:
     """The kernel with the copies of M added one after another, in place."""
     # The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
     # where the product that follows reads it. A device has whole blocks, or a part of

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._jax.linear_algebra import matmul
-from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators._base import DeltaMap, Operator, Precision
 from mora_jax.operators._projection import Projection
 from mora_jax.operators.block_diagonal import BlockDiagonal
 from mora_jax.operators.damped import Damped
+from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
 _part = functools.partial(
@@ -121,6 +122,62 @@ class BasisPart(OperatorPart):
 
 
 @_part
+class BlockPart(OperatorPart):
+    """The part of a block operator that devices cut evenly: see `_blocks_or_all`.
+
+    The device computes with the blocks that hold features of its own, and with the
+    groups of blocks that its outputs want.
+    """
+
+    # M multiplies whichever are fewer: the groups from here, or the groups for here.
+    # Both orders give the same sum, since M is the same for all blocks of a group.
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        # A part of a block is put in its place among zeros: blocks are rotated as a
+        # whole.
+        q = self.operator.square_rank
+        width = max(self.in_features, q)
+        h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
+        h = h.reshape(*x.shape[:-1], width // q, q)
+        h = self.operator.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
+        h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
+        h = h.reshape(*x.shape[:-1], self._groups_here, q)
+        return self._sum_wanted(h) if self._sums_first else h
+
+    def leave(self, h: jax.Array) -> jax.Array:
+        h = h if self._sums_first else self._sum_wanted(h)
+        q, size = h.shape[-1], self.out_features
+        y = tile_to(h.reshape(*h.shape[:-2], -1), max(size, q))
+        if size >= q:
+            return y
+        return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
+
+    @property
+    def _groups_here(self) -> int:
+        """The number of groups that features here feed."""
+        blocks = max(self.in_features // self.operator.square_rank, 1)
+        return min(self.operator.num_groups, blocks)
+
+    @property
+    def _wanted(self) -> int:
+        """The number of groups that outputs here want."""
+        blocks = max(self.out_features // self.operator.square_rank, 1)
+        return min(self.operator.num_groups, blocks)
+
+    @property
+    def _sums_first(self) -> bool:
+        return self._groups_here > self._wanted
+
+    def _sum_wanted(self, h: jax.Array) -> jax.Array:
+        """Of groups from here the ones that outputs here want: (..., wanted, q)."""
+        # The groups of blocks follow each other, and after the last comes the first.
+        q = self.operator.square_rank
+        h = pad_to(h, self.operator.num_groups, axis=-2)
+        shift = self.in_start // q - self.out_start // q
+        return jnp.roll(h, shift, axis=-2)[..., : self._wanted, :]
+
+
+@_part
 class DiagonalPart(OperatorPart):
     """The part of blocks with an M each, where a device has whole blocks.
 
@@ -172,6 +229,14 @@ def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
     return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
 
 
+def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:
+    """The part of a block operator, whose `place` is all else of an `OperatorPart`."""
+    # Evenly cut: a device has whole blocks, or blocks are on whole devices.
+    q, sizes = op.square_rank, place[2:]
+    evenly = op.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
+    return BlockPart(op, *place) if evenly else OperatorPart(op, *place)
+
+
 def whole(op: Operator) -> OperatorPart:
     """The part that is all of an operator."""
     start = jnp.zeros((), jnp.uint32)
@@ -181,6 +246,7 @@ def whole(op: Operator) -> OperatorPart:
 part_of = functools.singledispatch(OperatorPart)
 """The part of an operator, by its type, with the arguments of `OperatorPart`."""
 part_of.register(Projection, BasisPart)
+part_of.register(Decoupling, _blocks_or_all)
 part_of.register(BlockDiagonal, _whole_blocks_or_all)
 part_of.register(Damped, DampedPart)
 part_of.register(Sharing, SharingPart)

@@ -62,8 +62,9 @@ def test_a_step_needs_little_memory(operator):
 
 
 def test_mora_costs_less_than_lora():
-    costs = {name: compiled(name)[2] for name in ("lora", "block_diagonal", "sharing")}
-    for operator in ("block_diagonal", "sharing"):  # the defaults
+    operators = "block_diagonal", "rotation", "sharing"
+    costs = {name: compiled(name)[2] for name in ("lora", *operators)}
+    for operator in operators:
         assert costs[operator].seconds <= 0.96 * costs["lora"].seconds
 
 

@@ -21,10 +21,10 @@ CASES = [
     for count in (1, 4)
 ]
 """Operators, ways and numbers of devices."""
-COPIES = {"signed_sharing": 5, "rotation": 5, "signed_decoupling": 5}
+COPIES = {"signed_sharing": 5}
 """How many arrays of (rows, hidden features) an operator may need for a moment, besides
-what the frozen model needs. The first that is named multiplies by signs, and writes the
-result; the others have zeros for features of other devices. All others may need 4."""
+what the frozen model needs. The one that is named multiplies by signs, and writes the
+result; all others may need 4."""
 
 
 @functools.cache
