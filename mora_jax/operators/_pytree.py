@@ -48,6 +48,8 @@ def by_layer(op: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     Arrays of one layer are vectors and matrices; what has more axes begins with the
     stack's.
     """
+    if not op.given:
+        return [], lambda arrays: op
     leaves, tree = jax.tree.flatten(op)
     own = [k for k, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0) > 2]
 
