@@ -1,12 +1,5 @@
 """Measures of what adapters do to a model, and of what a merge loses.
 
-Deltas as numbers::
-
-  merge_loss            the share of each delta that rounding loses in a merge
-  spectrum              the singular values of each delta
-  effective_rank        the number of directions that a spectrum spreads over
-  relative_norm         the norm of each delta, relative to its kernel
-
 Example::
 
   >>> import jax.numpy as jnp, mora_jax

@@ -105,10 +105,15 @@ def restart(
     check_transformation(tx)
     found = checked_adapters(adapters)
     old = found.kernels
-    following = {
-        path: _next_spec(path, spec) if grads is None else _on_next_base(spec)
-        for path, spec in old.specs.items()
-    }
+    following = {}
+    for path, spec in old.specs.items():
+        # On the merged kernel it starts with a delta of zero.
+        init = "zeros" if spec.init == "gradient" else spec.init
+        spec = dataclasses.replace(spec, base_digest=None, init=init)
+        if grads is None:
+            op = _next_operator("/".join(path), spec.operator)
+            spec = dataclasses.replace(spec, operator=op)
+        following[path] = spec
     arrays, sums = found.in_base(params, any_base=any_base), {}
     for path, adapter in old.items():
         place, kernel = arrays[path]
@@ -122,9 +127,7 @@ def restart(
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
         following = specs_along(grads(merged), following, "tree of adapters")
-    new = Found()
-    for path, spec in following.items():
-        new[path] = Adapter(_started(path, spec, old[path].m), spec)
+    new = {p: Adapter(_started(p, s, old[p].m), s) for p, s in following.items()}
     adapters = paths.replace_adapters(adapters, new)
     state = restarted_state(opt_state, tx, merged, adapters)
     return Restarted(merged, adapters, state)
@@ -194,13 +197,8 @@ def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
     return jax.device_put(m, old.sharding)
 
 
-def _next_spec(path: Path, spec: AdapterSpec) -> AdapterSpec:
-    """The adapter of the same kernel and size between other maps."""
-    op = _next_operator("/".join(path), spec.operator)
-    return dataclasses.replace(_on_next_base(spec), operator=op)
-
-
 def _next_operator(name: str, op: Operator) -> Operator:
+    """Other maps of the same size for the kernel `name`."""
     if isinstance(op, Damped):
         return op.around(_next_operator(name, op.inner))
     if hasattr(op, "seed"):
@@ -216,12 +214,6 @@ def _next_operator(name: str, op: Operator) -> Operator:
         "what is learned would not grow; plan with 'block_diagonal', "
         "'signed_decoupling' or 'sharing', or give restart(grads=...)"
     )
-
-
-def _on_next_base(spec: AdapterSpec) -> AdapterSpec:
-    """The adapter on the merged kernel, on which it starts with a delta of zero."""
-    init = "zeros" if spec.init == "gradient" else spec.init
-    return dataclasses.replace(spec, base_digest=None, init=init)
 
 
 @jax.jit

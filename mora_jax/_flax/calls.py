@@ -120,8 +120,7 @@ def adapt_call(
     precision = getattr(module, "precision", None)
     if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
         check_kernel(kernel, name)
-    replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
-    if replaceable and key is None:
+    if rule.multiplies_by_dot_general(module) and not intercepted() and key is None:
         # The layer casts both operands to its dtype before it multiplies them. So the
         # choice of how to compute is made there, by a replaced `dot_general`. Not under
         # qwix, which replaces that function itself, and not with dropout, where layer

@@ -93,9 +93,6 @@ def unchecked(value: bool = True) -> Iterator[None]:
         _inside.reset(token)
 
 
-# --- What Python sees ---
-
-
 def content(value: Any) -> Hashable:
     """All that Python sees in a value, equal for values that it cannot tell apart.
 

@@ -251,10 +251,8 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> s
             f"M = 0: {found}. Code that counts the arrays of a module or asks for the "
             "type of a layer does so; exclude the kernels of such modules"
         )
-    unproven = survey.unproven(plan)
-    new = {*unproven} - {*plan.unproven}  # the user knows what the plan lists
-    new = {pair for pair in new if main or pair[1] != NOT_USED}
-    if new:
-        told = "; ".join(f"{name}: {why}" for name, why in sorted(new))
+    new = {*survey.unproven(plan)} - {*plan.unproven}  # the user knows these
+    if new := sorted(pair for pair in new if main or pair[1] != NOT_USED):
+        told = "; ".join(f"{name}: {why}" for name, why in new)
         warn(f"a call of the model is not proven: {told}")
     return ""

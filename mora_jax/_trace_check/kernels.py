@@ -13,9 +13,7 @@ from mora_jax._trace_check.marks import MarkedCall, calls_in, mark_p
 from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
 from mora_jax._trace_check.views import View, length, named
 
-PRODUCTS = frozenset(
-    "dot_general conv_general_dilated gather ragged_dot_general".split()
-)
+PRODUCTS = {"dot_general", "conv_general_dilated", "gather", "ragged_dot_general"}
 """Primitives by which layers multiply an input with a kernel."""
 
 PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".split())

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from mora_jax._common.types import ArrayLike
@@ -15,7 +14,6 @@ from mora_jax._flax.layer_rules import rules_of
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax.operators._pytree import by_layer
 
 # An adapter in the params of a running model travels wherever Flax carries parameters:
 # into scanned and vmapped layers, and, by its static part, into the cache keys of
@@ -47,7 +45,7 @@ def layer_calls(
         running.append(module)
         try:
             call = LayerCall(rule, module, run, args, kwargs)
-            if isinstance(adapter.m, tuple):
+            if isinstance(adapter.m, tuple):  # of a stack, as `AdaptedApply` has it
                 m, *given = adapter.m
                 adapter = adapter.replace(m=m).of_layer(given)
             return output_of(call, adapter)()
@@ -55,14 +53,6 @@ def layer_calls(
             running.pop()
 
     return intercept
-
-
-def in_params(adapter: Adapter) -> Adapter:
-    """The adapter as params hold it, whose leaves a lifted transformation slices."""
-    given = by_layer(adapter.operator)[0]
-    return (
-        adapter.replace(m=(adapter.m, *map(jnp.asarray, given))) if given else adapter
-    )
 
 
 def params_of(variables: Any) -> Any:
@@ -125,12 +115,7 @@ class MoRADense(nn.Dense):
         inputs: Shaped[ArrayLike, "*batch features"],
         deterministic: bool | None = None,
     ) -> Float[jax.Array, "*batch out"]:
-        """The output of `nn.Dense`, with the adapter's delta added.
-
-        Args:
-          inputs: (..., in_features).
-          deterministic: As the attribute.
-        """
+        """The output of `nn.Dense` for (..., in_features), with the delta added."""
         shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
         name = "/".join(path)
         spec = AdapterSpec.from_config(

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.extend.core import Jaxpr
 
@@ -24,7 +25,8 @@ from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.merge import merged
 from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
 from mora_jax._tree.plan import Plan
-from mora_jax.linen._bound import in_params, layer_calls, params_of
+from mora_jax.linen._bound import layer_calls, params_of
+from mora_jax.operators._pytree import by_layer
 
 
 def plan(
@@ -165,7 +167,9 @@ class AdaptedApply:
             if spec.base_digest is not None:  # or equal layers would be told apart
                 plain = dataclasses.replace(spec, base_digest=None)
                 adapter = adapter.replace(spec=plain)
-            bound[place_of(path, spec)] = in_params(adapter)
+            if given := by_layer(spec.operator)[0]:  # lifted transformations slice them
+                adapter = adapter.replace(m=(adapter.m, *map(jnp.asarray, given)))
+            bound[place_of(path, spec)] = adapter
         drops = any(adapter.spec.dropout > 0 for adapter in kernels.values())
         if drops and adapter_deterministic is None:
             rule = "adapter_deterministic must be True or False"

@@ -58,13 +58,12 @@ def _adapted_class(cls: type, *_: Any) -> type:
         rule = rules.get(name)
         # A method without a rule may call those that have one, so its copy is adapted.
         plain = rule is not None or bool(folded)
-        is_public = name[0] != "_" or name == "__call__"
+        is_unknown = not plain and (name[0] != "_" or name == "__call__")
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            if is_public and not plain:
-                if any(key.endswith(SUFFIX) for key in vars(self)):
-                    raise unknown_use("kernel", cls, name)
+            if is_unknown and any(key.endswith(SUFFIX) for key in vars(self)):
+                raise unknown_use("kernel", cls, name)
             with _copied(self, plain) as copy:
                 own = functools.partial(method, copy)
                 if rule is None:

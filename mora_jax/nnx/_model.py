@@ -110,9 +110,8 @@ def program(
             prefix = "".join(f"{key}/" for key in path)
             adapt(layer)
             setattr(layer, MARKED, Marked(survey, prefix))
-    for module, (*_, key), m in _held.attributes(twin, _held.MoRAParam):
-        if isinstance(m, _held.TrainedParam):
-            setattr(module, key, m.plain())
+    for module, (*_, key), copy in _held.attributes(twin, _held.TrainedParam):
+        setattr(module, key, copy.plain())
     call, state = _held.traceable(twin, method)
     leaves = named_leaves(nnx.to_pure_dict(state))
     survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
@@ -194,9 +193,8 @@ def wrap(
         if not isinstance(adapter.spec, AdapterSpec):
             _train(module, name, variable, adapter)
             continue
-        spec, shape = adapter.spec, None
-        if isinstance(variable, nnx.Variable):
-            shape = tuple(variable.shape)
+        spec = adapter.spec
+        shape = tuple(variable.shape) if isinstance(variable, nnx.Variable) else None
         if module is None or shape != spec.kernel_shape:
             raise ValueError(
                 f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
@@ -223,8 +221,7 @@ def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
             "this one is in a container; take it out of train"
         )
     spec = adapter.spec
-    own = {"spec": spec, "base_type": type(variable)}
-    metadata = {**variable.get_metadata(), **own}
+    metadata = {**variable.get_metadata(), "spec": spec, "base_type": type(variable)}
     copy = _held.TrainedParam.from_metadata(adapter.m, metadata)
     setattr(module, name.rpartition("/")[2], copy)
     if spec.dtype != spec.base_dtype:
@@ -262,11 +259,8 @@ def merge_adapters(
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
-    Args:
-      model: An adapted model, as `wrap` makes it. It stays as it is.
-      dtype: As in `mora_jax.merge`.
-      any_base: As in `mora_jax.merge`.
-      rounding: As in `mora_jax.merge`.
+    `model`, as `wrap` makes it, stays as it is. The other arguments are as in
+    `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.

@@ -14,7 +14,7 @@ from mora_jax._common.trees import is_end, path_of
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import reboxed
-from mora_jax.nnx._held import named_modules
+from mora_jax.nnx._held import named_modules, set_class
 
 try:
     import qwix
@@ -52,8 +52,7 @@ def forget(model: nnx.Module) -> None:
                 setattr(module, name, dequantized(parameter))
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
             vars(module).pop(name, None)
-    plain_class = getattr(type(model), "_unquantized_type", type(model))
-    object.__setattr__(model, "__class__", plain_class)
+    set_class(model, getattr(type(model), "_unquantized_type", type(model)))
 
 
 def parameters_of(module: Any) -> dict[str, Any]:

@@ -229,14 +229,13 @@ def _adapter(
             return held(module, name)
         found[path] = found.get(path) or new()
         return None
-    if (m := module.get_variable("params", name + SUFFIX)) is None:
-        return running_adapter(module, name, new())
-    if not isinstance(m, Adapter):
+    m = module.get_variable("params", name + SUFFIX)
+    if not isinstance(m, Adapter | None):
         raise TypeError(
             f"{place}{SUFFIX} in params must be an adapter, got {type(m).__name__}: "
             "plan_of(model, ...).adapters(tree) makes them of plain arrays"
         )
-    return running_adapter(module, name, m.spec)
+    return running_adapter(module, name, new() if m is None else m.spec)
 
 
 def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> None:
