@@ -63,10 +63,7 @@ def merge_loss(
 
 
 def spectrum(adapters: Any) -> dict[str, np.ndarray]:
-    """The singular values of every delta, the largest first.
-
-    Args:
-      adapters: The adapters, as `init` makes them.
+    """The singular values of the deltas of adapters, the largest first.
 
     Returns:
       {path: (*stack, min(in, out))}, in float64.
@@ -93,13 +90,8 @@ def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.flo
     .. math:: \exp(-\sum_i p_i \log p_i), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
     (Roy and Vetterli, "The effective rank", 2007.) It is k where k singular values are
-    equal and the rest is zero, and 0 where all are zero.
-
-    Args:
-      values: Singular values, (..., k).
-
-    Returns:
-      The effective ranks, (...).
+    equal and the rest is zero, and 0 where all are zero. Of `values` of shape (..., k)
+    the ranks have the shape (...).
 
     Raises:
       ValueError: `values` are a single number, or one is negative or not finite.

@@ -117,11 +117,9 @@ def restart(
     arrays, sums = found.in_base(params, any_base=any_base), {}
     for path, adapter in old.items():
         place, kernel = arrays[path]
-        # A spec is an argument, so that equal layers share a program whatever arrays
-        # their operators have. The dither is a hash of a number's place; shifted, it is
-        # another one.
-        settings = repr(operator_settings(adapter.operator))
-        shift = crc32(settings.encode()) % 2**31
+        # Equal layers share a program, whatever arrays their operators have. The dither
+        # is a hash of a number's place; shifted, it is another one.
+        shift = crc32(repr(operator_settings(adapter.operator)).encode()) % 2**31
         spec = dataclasses.replace(adapter.spec, base_digest=None)
         sums[place] = _dithered(spec, adapter.m, kernel, shift)
     merged = paths.replace_leaves(params, sums)
@@ -129,8 +127,7 @@ def restart(
         following = specs_along(grads(merged), following, "tree of adapters")
     new = {p: Adapter(_started(p, s, old[p].m), s) for p, s in following.items()}
     adapters = paths.replace_adapters(adapters, new)
-    state = restarted_state(opt_state, tx, merged, adapters)
-    return Restarted(merged, adapters, state)
+    return Restarted(merged, adapters, restarted_state(opt_state, tx, merged, adapters))
 
 
 def learned(
@@ -187,8 +184,7 @@ def learned(
 
 def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
-    # Path and operator determine what is random, so that a resumed run goes on as it
-    # would.
+    # Path and operator determine what is random, so that resumed runs are the same.
     init = "zeros" if spec.init == "gaussian" else spec.init
     new = dataclasses.replace(spec, init=init, param_dtype=old.dtype)
     m = new.start(path, spec.start_key(path))

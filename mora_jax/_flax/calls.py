@@ -121,10 +121,9 @@ def adapt_call(
     if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
         check_kernel(kernel, name)
     if rule.multiplies_by_dot_general(module) and not intercepted() and key is None:
-        # The layer casts both operands to its dtype before it multiplies them. So the
-        # choice of how to compute is made there, by a replaced `dot_general`. Not under
-        # qwix, which replaces that function itself, and not with dropout, where layer
-        # and adapter see different inputs.
+        # The layer casts both operands to its dtype before it multiplies them. There a
+        # replaced `dot_general` chooses how to compute; not under qwix, which replaces
+        # it too, nor with dropout, where layer and adapter see different inputs.
         def dot_general(
             x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:

@@ -65,10 +65,9 @@ class LayerRule:
         """The product as the module alone tells it; None if only a call does."""
         # The kernel's axes do not depend on how many batch axes an input has.
         x = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
-        try:
+        with contextlib.suppress(Exception):  # a user's function may need a real input
             return self.of_call(None, module, x)
-        except Exception:  # from a user's function, which may need a real input
-            return None
+        return None
 
     def of_call(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
         """The product of a call with an input of `ndim` axes; None for the fewest."""
@@ -171,11 +170,9 @@ def check_rule(cls: type, rule: LayerRule) -> None:
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {rule.argument!r}"
         )
-    if not rule.folded:
-        return
-    if issubclass(cls, nn.Module):
+    if rule.folded and issubclass(cls, nn.Module):
         raise TypeError(f"products.Folded is for NNX, got {cls.__name__} of Linen")
-    if not isinstance(kernel, str):
+    if rule.folded and not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
@@ -183,10 +180,7 @@ def check_rule(cls: type, rule: LayerRule) -> None:
 
 @functools.cache  # a trace asks for every module, again and again
 def _registered(cls: type) -> Mapping[str, LayerRule]:
-    """The rules of `cls`, and of its base classes for the methods that it inherits.
-
-    They are by method, or by kernel where all methods read it.
-    """
+    """{method, or kernel that all read: its rule} of a class, also inherited ones."""
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
     found: dict[str, LayerRule] = {}
     # Statically, since a bound method is a new object each time it is asked for.

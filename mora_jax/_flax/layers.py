@@ -112,8 +112,7 @@ RULES.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
 RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
     LayerRule("...i,oi->...o")
 ]
-# Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
-# and an `Embedder`, whose table is also their head.
+# Gemma 2 and 3, 3n, and 4 have their own `Einsum`, and `Embedder`, also their head.
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
     RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
     RULES[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]

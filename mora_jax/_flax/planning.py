@@ -20,12 +20,8 @@ from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._layer.ways import check_product
-from mora_jax._plan.settings import (
-    DEFAULT_TARGETS,
-    MoRAConfig,
-    check_config,
-    default_targets,
-)
+from mora_jax._plan import settings
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
@@ -70,8 +66,8 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     trained = model.trained(targets)
     adapted = sorted({*targets, *trained})
     matching("overrides", config.overrides, adapted, "path that is adapted")
-    for pattern, settings in config.overrides.items():
-        extra = sorted(settings.keys() - {"param_dtype"})
+    for pattern, own in config.overrides.items():
+        extra = sorted(own.keys() - {"param_dtype"})
         if extra and not any(re.fullmatch(pattern, name) for name in targets):
             raise ValueError(
                 f"overrides[{pattern!r}] matches arrays that train themselves "
@@ -93,8 +89,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
             LeftOutWarning,
         )
     unproven = () if survey.by_names else survey.unproven(targets)
-    idle = [name for name, why in unproven if why == NOT_USED]
-    if idle:
+    if idle := [name for name, why in unproven if why == NOT_USED]:
         warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
     return Plan(
         {leaves[name][0]: spec for name, spec in parts.items()},
@@ -116,7 +111,7 @@ class Candidates:
     @property
     def by_default(self) -> bool:
         """True if the user named no targets."""
-        return self.config.targets == DEFAULT_TARGETS
+        return self.config.targets == settings.DEFAULT_TARGETS
 
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
@@ -156,16 +151,15 @@ class Candidates:
 
     def _is_default(self, name: str) -> bool:
         if self.survey.by_names:
-            return re.fullmatch(DEFAULT_TARGETS[0], name) is not None
+            return re.fullmatch(settings.DEFAULT_TARGETS[0], name) is not None
         # The layers tell which arrays are kernels, whatever they are called.
         product = self.survey.products.get(name)
         if product is None or not product.adapted_by_default or self._too_narrow(name):
             return False
-        return re.fullmatch(default_targets("[^/]+"), name) is not None
+        return re.fullmatch(settings.default_targets("[^/]+"), name) is not None
 
     def _too_narrow(self, name: str) -> bool:
-        # As is a head of one number: the default operator's M cannot be as narrow, and
-        # the M of another operator would hold a single number.
+        # As is a head of one number: the default's M is wider, another's one number.
         return 1 in features(self.arrays[name].shape, self._axes(name))
 
     def adapter(self, name: str) -> AdapterSpec:
@@ -258,8 +252,7 @@ class Candidates:
 
 def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> None:
     """Raise if one of `arrays` is, or is inside, what is at several paths."""
-    # A step trains the copy at one path, and the model would go on to use the untrained
-    # one at the other.
+    # A step trains the copy at one path, and the model goes on to use the other one.
     for names in shared:
         for array in arrays:
             inside = (array == name or array.startswith(f"{name}/") for name in names)

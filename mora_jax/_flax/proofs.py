@@ -73,11 +73,10 @@ class Proofs:
         # Methods that it calls itself are parts of the same program.
         with unchecked(not why):
             yield
-        if not is_new:
-            return
-        known[like] = why
-        if why:  # and not for a call that fails
-            warn(why)
+        if is_new:
+            known[like] = why
+            if why:  # and not for a call that fails
+                warn(why)
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
@@ -96,8 +95,7 @@ def unchecked(value: bool = True) -> Iterator[None]:
 def content(value: Any) -> Hashable:
     """All that Python sees in a value, equal for values that it cannot tell apart.
 
-    Raises:
-      TypeError: Not all of it can be read, by what copies and pickles read.
+    It raises a TypeError if not all of it can be read, as copies and pickles read it.
     """
     # Types, numbers of parts and values, as a walk meets them: one flat tuple.
     found, left, met = [], [value], {}
@@ -198,4 +196,3 @@ _PARTS: dict[Any, Parts] = {
     nnx.Variable: _parts_of_variable,
     nnx.Pytree: _parts_of_nnx,
 }
-"""{type: function of a value to its parts}."""

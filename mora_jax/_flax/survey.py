@@ -25,7 +25,6 @@ from mora_jax.products import Product
 NOT_USED = "the call that was traced does not use it"
 REBUILT = "code that rebuilds the params (nn.map_variables) must keep the M beside it"
 
-
 Programs = Callable[["Survey | None"], Jaxpr]
 """The program of a call; marked for a survey, which gets the arrays of the model."""
 
@@ -50,12 +49,11 @@ class Survey:
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: its class}.
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
-      uses: The uses of the arrays in the calls of the model that were traced.
-      traced: True if one was.
+      uses, traced: The uses of arrays in calls that were traced; True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       shared: The paths of each module and array of an NNX model that has several.
-      leaves: {path: array} of the first inputs of that call, which the model holds.
-      intercepted: True if a library, such as qwix, computed the products of that call.
+      leaves: {path: array} of the first inputs of a call, which the model holds.
+      intercepted: True if a library, such as qwix, computed the products of a call.
     """
 
     by_names: bool = False
@@ -71,10 +69,7 @@ class Survey:
     intercepted: bool = dataclasses.field(default=False, init=False)
 
     def record_call(self, name: str, call: LayerCall, adapter: Any) -> jax.Array:
-        """The output of a layer's method, with marks; `name` is its kernel's path.
-
-        The `adapter` is the one that arrives there, if the model has its adapters.
-        """
+        """A layer's output, with marks; `name` and `adapter` are its kernel's."""
         self.intercepted |= intercepted()
         if name not in self.leaves:  # the kernel of another layer, at its path
             return call.method(*call.args, **call.kwargs)
@@ -128,10 +123,7 @@ class Survey:
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
     def trace(self, programs: Programs, plan: Plan | None = None) -> Jaxpr:
-        """Follow arrays through the program of a call, in which layers are marked.
-
-        The kernels of `plan` have M's beside them.
-        """
+        """Follow arrays through a program with marks, and M's if there is a plan."""
         try:
             program = programs(self)
         except Exception as error:
@@ -214,8 +206,7 @@ class Survey:
 
     def _class(self, name: str) -> tuple[str, bool]:
         """The class of an array's layer, for a message, and if it has rules."""
-        # Of the innermost module whose class is known: a kernel may lie deeper, such as
-        # in a list.
+        # Of the innermost module that is known: a kernel may lie deeper, as in a list.
         while name:
             name = name.rpartition("/")[0]
             if cls := self.classes.get(name):

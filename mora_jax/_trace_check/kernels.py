@@ -54,8 +54,7 @@ def follow(
     companions = {call.companion for call in calls_in(program)}
     uses.reached.update(paths)
     values: list[Value] = [{} for _ in program.invars]
-    arrays = zip(paths, shapes(program.invars), strict=False)
-    for k, (name, shape) in enumerate(arrays):
+    for k, (name, shape) in enumerate(zip(paths, shapes(program.invars), strict=False)):
         if len(shape) > 1 or name in axes:
             # Stack axes have negative numbers, so that the others are the positions
             # of the letters in the einsum of the layer, which sees one of the stack.

@@ -93,8 +93,7 @@ def mark(x: Any, call: MarkedCall, *, end: bool, companion: Any = None) -> jax.A
     `companion` is the array that arrives there as `call.companion`, if one does. The
     `mapped` axes of each array, in its equation, are those over which it is vmapped.
     """
-    arrays = [x] if companion is None else [x, companion]
-    arrays = [jnp.asarray(array) for array in arrays]
+    arrays = [jnp.asarray(array) for array in (x, companion) if array is not None]
     return mark_p.bind(*arrays, call=call, end=end, mapped=((),) * len(arrays))
 
 

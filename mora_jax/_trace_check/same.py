@@ -22,9 +22,8 @@ def difference(base: Jaxpr, other: Jaxpr, added: Sequence[bool]) -> str:
 
     `added` says which of the other program's first inputs the base lacks.
     """
-    pair = needed(base, []), needed(other, added)
-    steps = itertools.zip_longest(*(_steps(*program) for program in pair))
-    for before, after in steps:
+    steps = _steps(*needed(base, [])), _steps(*needed(other, added))
+    for before, after in itertools.zip_longest(*steps):
         if before != after:
             told = (" ".join(map(str, step or ["the end"])) for step in (after, before))
             return " instead of ".join(told)

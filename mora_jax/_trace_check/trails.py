@@ -26,11 +26,9 @@ class Trail(NamedTuple):
 
     Attributes:
       view: The axes of the kernel (numbers, negative for stack axes), of the input or
-        of their product (the kernel's, or letters of the einsum); None if they are
-        lost.
+        of their product (the kernel's, or letters of the einsum); None if lost.
       by: The primitive that multiplied the kernel; "" before that.
-      call: The call whose input the kernel was multiplied with; None for any other
-        array.
+      call: The call whose input multiplied the kernel; None for any other array.
       through: The further primitives on the way that change numbers.
       factors: The factors among them, as in `MarkedCall.scale`, or what else they are.
       numbers: The function from the call's indices to these numbers, or to a constant;
@@ -147,9 +145,8 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
     kept = before[at[0]].shape == result[0].shape
     view, other = trail.view if kept else None, values[1 - at[0]]
     factors = *trail.factors, _factor(trail.view, other, name == "div")
-    by_input = any(isinstance(start, MarkedCall) for start in other)
-    trail = trail._replace(factors=factors)
-    return trail.passed(f"{name} by its input" if by_input else name, view)
+    name += " by its input" * any(isinstance(start, MarkedCall) for start in other)
+    return trail._replace(factors=factors).passed(name, view)
 
 
 def _is_small(dtype: Any) -> bool:

@@ -64,10 +64,7 @@ def params_of(variables: Any) -> Any:
 
 
 def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapter:
-    """The adapter of a module's own kernel.
-
-    It is made by `spec` in the module's `init`, which plain arrays of params have, too.
-    """
+    """A module's own adapter, made in `init`; plain arrays of params get `spec` too."""
     assert module.scope is not None
     name = kernel + SUFFIX
     given = module.scope.get_variable("params", name)
@@ -116,8 +113,8 @@ class MoRADense(nn.Dense):
         deterministic: bool | None = None,
     ) -> Float[jax.Array, "*batch out"]:
         """The output of `nn.Dense` for (..., in_features), with the delta added."""
-        shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
-        name = "/".join(path)
+        shape = inputs.shape[-1], self.features
+        name = "/".join((*self.path, "kernel"))
         spec = AdapterSpec.from_config(
             self.config, shape, name=name, kernel_dtype=self.param_dtype
         )

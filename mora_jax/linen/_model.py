@@ -108,8 +108,7 @@ def program(
         _, name = adapter.spec
         return functools.partial(known.record_call, name, call, adapter)
 
-    # A mark that no earlier call had. Otherwise nn.jit would use an earlier trace
-    # again, and none of its calls would be recorded.
+    # A new one in each call: in an earlier trace of nn.jit no call would be recorded.
     mark = object()
 
     def run(tree: Any, others: Any, args: Any, kwargs: Any) -> Any:

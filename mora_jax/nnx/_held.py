@@ -59,16 +59,13 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
 
 class Given(nnx.Variable[Any]):
-    """Arrays that an operator of a stack has for each layer, beside its M."""
-
-    # So that a lifted transformation takes a layer's part of them, as it does of M.
+    """Array that a stack's layers have each their own of, as they have of M."""
 
 
 class TrainedParam(MoRAParam):
     """Array of the base that trains itself, with the metadata of its variable there."""
 
-    # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
-    # that type does so with it too.
+    # All that trains, saves or counts adapters by their type does so with it too.
     spec: TrainedArray  # type: ignore[assignment]
 
     def plain(self) -> nnx.Variable[Any]:
@@ -187,10 +184,9 @@ def dropout_key(
     module: nnx.Module, kernel: str, adapter: Adapter
 ) -> PRNGKeyArray | None:
     """The key of a call's dropout; None where nothing is dropped."""
-    # It depends on the seed, on M, which each step of an optimizer changes, and on the
-    # kernel, which differs between layers. All of these are inputs of the layer. So
-    # lifted transformations, rematerialization and resumed runs draw the same masks,
-    # and the model's state holds nothing except its parameters.
+    # It depends on the seed, on M, which each step changes, and on the kernel, which
+    # differs between layers. All of them are inputs of the layer, so that lifted
+    # transformations, rematerialization and resumed runs draw the same masks.
     dropout: Any = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic or not adapter.spec.dropout:
         return None
@@ -246,8 +242,6 @@ def plan_of(model: nnx.Module) -> Plan:
 
     Raises:
       ValueError: `model` lacks adapters.
-
-    Example: see `wrap`.
     """
     found = held_adapters(model)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
@@ -256,15 +250,13 @@ def plan_of(model: nnx.Module) -> Plan:
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The adapters of a model, also of arrays that train themselves.
+    """The adapters of a model, also of arrays that train themselves; see `wrap`.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
 
     Raises:
       ValueError: `model` lacks adapters.
-
-    Example: see `wrap`.
     """
     return held_adapters(model).tree()
 
@@ -277,7 +269,7 @@ def set_adapters(
     The model computes what they say, also with another operator or rank than before.
 
     Args:
-      model: An adapted model, as `wrap` makes it. It is changed in place.
+      model: An adapted model, as in the example of `wrap`. It is changed in place.
       adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
         `nnx.state(another_model, MoRAParam)`. An M that is not committed to a device
         goes where the model has its M.
@@ -290,8 +282,6 @@ def set_adapters(
       ValueError: The model lacks adapters; or the new ones are of other kernels, have
         dropout where methods read a kernel, or were trained on another base and
         `any_base` is False.
-
-    Example: see `wrap`.
     """
     found = adapters_in(adapters)
     check_alike(found.specs, plan_of(model).parts, "the plan", meaning=False)

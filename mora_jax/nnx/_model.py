@@ -62,7 +62,6 @@ def plan(
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
     classes = {"/".join(path): type(m) for path, m in _held.named_modules(model)}
-    params = _held.parameters(model)
     survey = Survey(classes=classes, shared=_shared(model))
     for module, path, variable in _held.attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
@@ -76,7 +75,7 @@ def plan(
     for call in all_calls(args, kwargs, calls):
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
         survey.trace(own)
-    return plan_surveyed(params, config, survey)
+    return plan_surveyed(_held.parameters(model), config, survey)
 
 
 def _shared(model: nnx.Module) -> list[list[str]]:
@@ -107,9 +106,8 @@ def program(
         names = [name + suffix for name in planning_rules(layer)]
         set_class(layer, plain_class(layer))
         if any(isinstance(getattr(layer, n, None), nnx.Variable) for n in names):
-            prefix = "".join(f"{key}/" for key in path)
             adapt(layer)
-            setattr(layer, MARKED, Marked(survey, prefix))
+            setattr(layer, MARKED, Marked(survey, "".join(f"{key}/" for key in path)))
     for module, (*_, key), copy in _held.attributes(twin, _held.TrainedParam):
         setattr(module, key, copy.plain())
     call, state = _held.traceable(twin, method)
@@ -175,16 +173,15 @@ def wrap(
       True
     """
     check_model(model)
-    own = config_or_plan
-    if not isinstance(own, Plan):
-        own = plan(model, own, *args, calls=calls)
+    if not isinstance(chosen := config_or_plan, Plan):
+        chosen = plan(model, chosen, *args, calls=calls)
     elif args or calls:
         raise TypeError("inputs must not be given with a plan: write wrap(model, plan)")
     # Names and shapes may have made the plan.
-    refuse_shared(_shared(model), [*own, *own.trained])
-    kinds = {spec.init for spec in own.values()}
+    refuse_shared(_shared(model), [*chosen, *chosen.trained])
+    kinds = {spec.init for spec in chosen.values()}
     key = rngs.params() if rngs and "gaussian" in kinds else None
-    new = init(own, key, params=_held.parameters(model) if own.trained else None)
+    new = init(chosen, key, params=_held.parameters(model) if chosen.trained else None)
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(_held.named_modules(model))
     for path, adapter in adapters_in(new).items():
@@ -231,8 +228,7 @@ def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
 def unwrap(model: Model) -> Model:
     """The model without its adapters, as it was before `wrap`.
 
-    Args:
-      model: An adapted model, as `wrap` makes it. It stays as it is.
+    `model`, as `wrap` makes it (see its example), stays as it is.
 
     Returns:
       A new model of the plain classes, with the kernels of the base.
@@ -240,8 +236,6 @@ def unwrap(model: Model) -> Model:
     Raises:
       ValueError: The model lacks adapters; or it trains arrays of the base, whose old
         values only the model that `wrap` was given has.
-
-    Example: see `wrap`.
     """
     adapters_in(_held.adapters(model)).refuse_trained(
         "in place of the base's: use the model that nnx.wrap was given, or "
@@ -259,16 +253,14 @@ def merge_adapters(
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
-    `model`, as `wrap` makes it, stays as it is. The other arguments are as in
-    `mora_jax.merge`.
+    `model`, as `wrap` makes it (see its example), stays as it is. The other arguments
+    are as in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
 
     Raises:
       TypeError, ValueError: As `mora_jax.merge`; or the model lacks adapters.
-
-    Example: see `wrap`.
     """
     plain, adapters = _held.detached(model), _held.adapters(model)
     settings: Any = {"any_base": any_base, "rounding": rounding}

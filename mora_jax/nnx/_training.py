@@ -55,7 +55,7 @@ def value_and_grad(
 def adapter_optimizer(
     model: nnx.Module, tx: optax.GradientTransformation
 ) -> nnx.Optimizer:
-    """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
+    """An `nnx.Optimizer` of the adapters alone; see the example of `value_and_grad`.
 
     Args:
       model: An adapted model, as `wrap` makes it.
@@ -67,15 +67,12 @@ def adapter_optimizer(
     Raises:
       TypeError: `tx` is not a transformation.
       ValueError: The model lacks adapters.
-
-    Example: see `value_and_grad`.
     """
     check_transformation(tx)
     held_adapters(model)
     shardings = (named_sharding(m) for *_, m in attributes(model, MoRAParam))
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
-    sharding = next(filter(None, shardings), None)
-    if sharding is None:
+    if (sharding := next(filter(None, shardings), None)) is None:
         return optimizer
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
 

@@ -61,9 +61,8 @@ def dequantize(params: Any) -> Any:
 def merge_adapters(model: Model, *, any_base: bool = False) -> Model:
     """An NNX model with its adapters merged into its kernels, which qwix never saw.
 
-    Args:
-      model: A model of `qwix.apply_lora_to_model` with a `MoRAProvider`, unchanged.
-      any_base: As in `mora_jax.merge`.
+    `model`, as a `MoRAProvider` makes it (see its example), stays as it is. `any_base`
+    is as in `mora_jax.merge`.
 
     Returns:
       A new model of floating-point kernels, of the class that the base has.
@@ -71,8 +70,6 @@ def merge_adapters(model: Model, *, any_base: bool = False) -> Model:
     Raises:
       TypeError, ValueError: As `mora_jax.merge`; `model` is not of NNX, or lacks
         adapters.
-
-    Example: see `MoRAProvider`.
     """
     _private.forget(plain := detached(model))
     params, adapters = nnx.state(plain, nnx.Param), nnx_adapters(model)

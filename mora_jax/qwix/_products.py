@@ -42,21 +42,18 @@ def product_of(
 UNCHANGED = IDENTITIES | {"convert_element_type", "stop_gradient"}
 """JAX's primitives after which an array has the numbers it had, in the same order."""
 
-# Relations of an operand to a parameter. One that is alike has the same shape. One that
-# is itself is the parameter, unchanged but perhaps in another dtype. A derived one is
-# made of the parameter.
 ALIKE, ITSELF, DERIVED = range(3)
+"""An operand's relation to a parameter: of its shape, itself (cast), or made of it."""
 
 
 def find_kernel(
     module: Any, operands: Sequence[Any], pattern: str
 ) -> tuple[str, int] | None:
     """The name of the kernel that is an operand, and the position of the operand."""
-    # qwix's own `find_param` also takes an operand for a parameter if operations of one
-    # input make it of that, or if it has the same shape. This is a guess: an input has
-    # a kernel's shape if it has as many rows as features, and a delta of the wrong
-    # product would go unseen. So an operand counts as a kernel here only if it is the
-    # unchanged kernel, perhaps in another dtype; what may be made of one is an error.
+    # qwix's own `find_param` guesses: an operand is a parameter if operations of one
+    # input make it of that, or by its shape, which an input of as many rows as features
+    # has too. The delta of a wrong product would go unseen. So here only the unchanged
+    # kernel counts, perhaps in another dtype; what may be made of it is an error.
     found = [
         (relation, at, name)
         for name, parameter in _private.parameters_of(module).items()

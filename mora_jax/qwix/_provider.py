@@ -34,7 +34,8 @@ from mora_jax.products import Product
 from mora_jax.qwix import _private
 from mora_jax.qwix._products import arguments_of, find_kernel, product_of
 
-traced: ContextVar[dict[Path, AdapterSpec] | None] = ContextVar("traced", default=None)
+Specs = dict[Path, AdapterSpec]
+traced: ContextVar[Specs | None] = ContextVar("traced", default=None)
 """The adapters that a `trace` finds in an NNX model; None outside of a trace."""
 
 _NUMBERS = itertools.count()
@@ -195,8 +196,7 @@ class MoRAProvider(qwix.PtqProvider):
         name, at = kernel
         product, x = product_of(op, operands, at, given), operands[1 - at]
         path = (*_private.path_of_call(), name)
-        adapter = _adapter(module, path, operands[at], product, rule)
-        if adapter is None:
+        if (adapter := _adapter(module, path, operands[at], product, rule)) is None:
             return y
         spec, key = adapter.spec, None
         if isinstance(module, nnx.Module):
@@ -238,7 +238,7 @@ def _adapter(
     return running_adapter(module, name, new() if m is None else m.spec)
 
 
-def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> None:
+def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
     """Put new M's beside their kernels, on the meshes of the kernels."""
     modules = dict(named_modules(model))
     for path, spec in specs.items():
@@ -258,15 +258,13 @@ def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> N
         hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
 
 
-def trace(
-    function: Any, *args: Any, **kwargs: Any
-) -> tuple[Any, dict[Path, AdapterSpec]]:
+def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
     """The shapes that a call returns, and the adapters that an NNX model is to have.
 
     In the trace nothing is quantized, and each operand is known by what made it.
     """
     arrays, join = split_static((args, kwargs))
-    found: dict[Path, AdapterSpec] = {}
+    found: Specs = {}
 
     def call(arrays: list[Any]) -> Any:
         args, kwargs = join(arrays)
@@ -274,9 +272,8 @@ def trace(
 
     token = traced.set(found)
     try:
-        # JAX keeps traces of inner functions that it compiles, such as `x @ y`, and
-        # does not run them again. It keeps them by context, which includes the metadata
-        # of operations; so a new value of it makes new traces.
+        # JAX keeps traces of inner functions that it compiles, such as `x @ y`, by the
+        # context, which includes the metadata of operations: a new value, new traces.
         with set_xla_metadata(mora_jax_trace=str(next(_NUMBERS))):
             return jax.eval_shape(call, arrays), found
     finally:
