@@ -52,15 +52,12 @@ Family = Annotated[
         "ends in .json. By default any family.",
     ),
 ]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.")
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Look at MoRA adapters, merge them into a base, and write them for others."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
@@ -100,9 +97,8 @@ def check_apart(out: str, adapter: str) -> None:
     """Raise if `out` is the adapter's directory, holds it or lies in it."""
     there, here = _files.as_path("out", out), _files.as_path("adapter", adapter)
     if _files.holds(there, here) or _files.holds(here, there):
-        raise ValueError(
-            f"out must not be the adapter's directory, hold it or lie in it, got {out}"
-        )
+        rule = "out must not be the adapter's directory, hold it or lie in it"
+        raise ValueError(f"{rule}, got {out}")
 
 
 def _most(lost: dict[str, float]) -> str:

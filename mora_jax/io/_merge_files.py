@@ -75,7 +75,7 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
     m = to_numpy(kernel, adapter.m)
     m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
     if own := source.own_name(path, spec.kernel_shape):
-        yield Layer(kernel, 0, spec, m, [own])
+        yield Layer(kernel, 0, spec, m, [own[()].name])
         return
     shape, axes = stack_first(spec.kernel_shape, spec.axes)
     depth, parts = axes.count("s"), source.stack(kernel, shape, axes)
@@ -100,11 +100,10 @@ def _trained(
     """{tensor: name and numbers of a trained array that replaces it}."""
     name, shape = "/".join(path), adapter.spec.shape
     numbers = to_numpy(name, adapter.m)
-    if own := source.own_name(path, shape):
-        return {own: (name, numbers)}
+    stack = source.own_name(path, shape) or source.stack(name, shape)
     return {
         part.name: (join_index(name, index), part.in_rows(numbers[index]))
-        for index, part in source.stack(name, shape).items()
+        for index, part in stack.items()
     }
 
 

@@ -226,10 +226,7 @@ TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 
 
 def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
-    """Pairs for transformers, which has the same names in both libraries.
-
-    Modules may have the root before their names or not.
-    """
+    """Pairs of names that both libraries have, with the root before them or not."""
     pairs = []
     for module in (*(f"{root}.{name}" for name in names), *names):
         leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
@@ -290,9 +287,7 @@ _CONV1D = "h.{layer}.{block}.c_{name}", "h.{layer}.crossattention.q_attn"
 _LINEAR = "h.{layer}.{block}.{name}", "h.{layer}.attn.attention.{name}"
 _GPT = _same("transformer", *_LINEAR, "wte", "wpe", "word_embeddings")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
-    "llama": _DECODER,
-    "gemma": _DECODER,
-    "qwen": _DECODER,
+    **dict.fromkeys(("llama", "gemma", "qwen"), _DECODER),
     "gpt2": _same("transformer", *_CONV1D, "wte", "wpe", axes="io"),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom"), _GPT),
     "bert": _same(

@@ -125,7 +125,6 @@ def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location
     files = sorted({str(name) for name in names.values()})
     for name in files:  # an index from a stranger may name any file of the machine
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise AdapterFileError(
-                f"{indices[0].name} must name files next to it, got {short(name)}"
-            )
+            rule = f"{indices[0].name} must name files next to it"
+            raise AdapterFileError(f"{rule}, got {short(name)}")
     return [folder / name for name in files]

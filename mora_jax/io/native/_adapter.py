@@ -7,13 +7,13 @@ and digests.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import Path as TreePath
+from mora_jax._common.types import Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base, kernel_digests
@@ -22,14 +22,10 @@ from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
-from mora_jax.io.native._records import directions_name
 from mora_jax.operators import Damped
 
-FORMAT, KEY = "mora_jax adapter", "mora_jax"
-"""The format, and the only key of the file's metadata, whose text is the config."""
-
-WHERE = f"the config in {TENSORS}"
-"""The name of the config in messages."""
+FORMAT, KEY, WHERE = "mora_jax adapter", "mora_jax", f"the config in {TENSORS}"
+"""The format, the only key of the metadata, and the config's name in messages."""
 
 MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 """What a file holds beside the record of its adapters."""
@@ -69,10 +65,10 @@ def load(
       {'fc': {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}}
     """
     path = _files.as_path("directory", directory)
-    leaves = None if params_or_shapes is None else paths.named_leaves(params_or_shapes)
-    limit = _records.room(leaf.shape for _, leaf in (leaves or {}).values())
-    found = paths.Found(_restored(*_content(path), limit))
-    if leaves is not None:
+    leaves = {} if params_or_shapes is None else paths.named_leaves(params_or_shapes)
+    shapes = (leaf.shape for _, leaf in leaves.values())
+    found = paths.Found(_restored(*_content(path), shapes))
+    if leaves:
         try:
             for place, spec in found.specs.items():
                 paths.find_array(leaves, place, spec)
@@ -129,16 +125,12 @@ def _content(
 
 
 def _restored(
-    config: dict[str, Any], arrays: dict[str, np.ndarray], limit: int
-) -> dict[TreePath, Adapter]:
+    config: dict[str, Any], arrays: dict[str, np.ndarray], shapes: Iterable[Shape]
+) -> dict[Path, Adapter]:
     """The adapters that a file holds, by the paths of the base's arrays."""
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    found = _records.restore(config, WHERE, limit, arrays)
-    if arrays:
-        raise AdapterFileError(
-            f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
-        )
+    found = _records.restore(config, WHERE, shapes, arrays)
     return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
 
 
@@ -212,7 +204,7 @@ def save(
         arrays[name] = to_numpy(name, adapter.m)
         op = getattr(adapter.spec, "operator", None)
         if isinstance(op, Damped):
-            arrays[directions_name(op.digest)] = np.asarray(op.directions)
+            arrays[_records.directions_name(op.digest)] = np.asarray(op.directions)
             op = op.inner
         if op is not None and op.given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
@@ -221,7 +213,7 @@ def save(
     data = encode(arrays, {KEY: text})
     # Nothing is written that cannot be read.
     shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
-    _restored(*_content(target, data), _records.room(shapes))
+    _restored(*_content(target, data), shapes)
     _files.replace_file(target / TENSORS, data)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.axes import may_be_conv1d, sizes
+from mora_jax._common.axes import may_be_conv1d
 from mora_jax._common.checks import check_choice, check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
@@ -222,10 +222,7 @@ def _write(
     task_type: str | None,
     whole: Mapping[str, np.ndarray],
 ) -> None:
-    """Write a directory, its config last.
-
-    `whole` are {tensor: numbers} of modules that were trained themselves.
-    """
+    """Write a directory, its config last; `whole` are trained arrays by tensors."""
     # PEFT corrects the order where a module is of the other kind.
     axes = {pair.axes for pair in matrices if not pair.table}
     tensors, ranks, alphas = {}, {}, {}
@@ -269,7 +266,7 @@ def _modules(
     adapters: Any, names: Names
 ) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
     """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
-    known, items, unknown = bijection(names), [], []
+    known, items = bijection(names), []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -284,22 +281,20 @@ def _modules(
                 "mora_jax.merge merges it"
             )
         found = known.layers(kernel, *_names.stack_first(spec.kernel_shape, spec.axes))
-        stack, m = sizes(spec.kernel_shape, spec.axes, "s"), to_numpy(kernel, adapter.m)
+        stack, m = spec.stack_shape, to_numpy(kernel, adapter.m)
         width = spec.out_features * math.prod(stack) // len(found)
         for number, (index, pair) in enumerate(found.items()):
             if pair is None:
-                unknown.append(_names.join_index(kernel, index))
-                continue
+                place = _names.join_index(kernel, index)
+                what = f"names have no module for the kernel {place!r}"
+                raise ValueError(f"{what}; {_names.TEMPLATES}")
             start = number * width % spec.out_features
             outputs = slice(start, start + width)
             index = index[: len(stack)]
             one = dataclasses.replace(spec, operator=spec.operator.at(index))
             items.append((pair, kernel, one, m[index], outputs))
-    if not items and not unknown:
+    if not items:
         raise ValueError("adapters must hold one of a kernel to write, got none")
-    if unknown:
-        what = f"names have no module for the kernel {unknown[0]!r}"
-        raise ValueError(f"{what}; {_names.TEMPLATES}")
     return items
 
 

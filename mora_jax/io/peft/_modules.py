@@ -93,12 +93,10 @@ _RULES: dict[str, Rule] = {
         lambda v: not (isinstance(v, str) and _OF_ANOTHER_BASE.fullmatch(v)),
     ),
 }
+_TYPES = *REFERENCE_GROUPS, 6
 _REFERENCE_RULES: dict[str, Rule] = {
     "bias": ("'none'", lambda v: v == "none"),
-    "mora_type": (
-        "1, 2, 3, 4 or 6",
-        lambda v: type(v) is int and v in (*REFERENCE_GROUPS, 6),
-    ),
+    "mora_type": ("1, 2, 3, 4 or 6", lambda v: type(v) is int and v in _TYPES),
 }
 _METHODS = "lora_bias", "layer_replication", "trainable_token_indices", "arrow_config"
 _METHODS += "target_parameters", "alora_invocation_tokens"
@@ -117,11 +115,10 @@ def checked(content: Any) -> dict[str, Any]:
     rules = dict.fromkeys(others, _UNSET) | _RULES
     if config["use_mora"] is True:
         rules |= _REFERENCE_RULES
-    for key, (rule, is_right) in rules.items():
+    for key, (words, is_right) in rules.items():
         if not is_right(value := config.get(key)):
-            raise AdapterFileError(
-                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
-            )
+            rule = f"{key} in {CONFIG} must be {words}"
+            raise AdapterFileError(f"{rule}, got {short(value)}")
     return config
 
 
@@ -140,9 +137,8 @@ def modules_in(
         elif key.startswith(PREFIX) and ".lora_" not in key:
             others.append(key)
         else:
-            raise AdapterFileError(
-                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A, got {short(key)}"
-            )
+            rule = f"tensors in {TENSORS} must be like {PREFIX}*.lora_A"
+            raise AdapterFileError(f"{rule}, got {short(key)}")
     for (name, table), two in found.items():
         if len(two) < 2 or any(array.ndim != 2 for array in two.values()):
             raise AdapterFileError(

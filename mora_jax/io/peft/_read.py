@@ -98,24 +98,21 @@ def _kernels(
     modules: list[MatrixPair], leaves: Leaves, names: Names
 ) -> dict[str, ByIndex]:
     """The matrices of each kernel, by the names of their modules."""
-    known, unknown = bijection(names), []
+    known = bijection(names)
     paths = [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
     kernels: dict[str, ByIndex] = defaultdict(dict)
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
         if not found:
-            unknown.append(pair.module)
-            continue
+            near = nearest_paths(pair.module.replace(".", "/"), paths)
+            raise AdapterFileError(
+                f"names have no kernel for the module {short(pair.module)}, which "
+                f"{TENSORS} adapts{near}; {TEMPLATES}"
+            )
         path, index = next((one for one in found if one[0] in paths), found[0])
         if index in kernels[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
         kernels[path][index] = pair
-    if unknown:
-        near = nearest_paths(unknown[0].replace(".", "/"), paths)
-        raise AdapterFileError(
-            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts{near}; {TEMPLATES}"
-        )
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
     return kernels
