@@ -148,7 +148,7 @@ class Source:
 
         The `axes` of a kernel are as in `Bijection.layers`.
         """
-        pairs = self.known.layers(leaf, shape, axes, lambda p: self.named(p.tensor))
+        pairs = self.known.layers(leaf, shape, axes, self.named)
         stack: dict[Shape, Part] = {}
         if not pairs:
             self.missing.append(leaf)
@@ -175,7 +175,7 @@ class Source:
         return stack
 
     def own_name(self, path: Path, shape: Shape) -> dict[Shape, Part]:
-        """As `stack`, if a tensor of the array's shape is named as its path is."""
+        """As `stack`, by a tensor of that shape whose name is the path, or {}."""
         for name in (separator.join(path) for separator in "/."):
             file = self.checkpoint.place.get(name)
             # A bias with axes for heads may have the name of its tensor by chance.
@@ -198,9 +198,8 @@ class Source:
         """Note that a leaf has the tensor, which must be floating-point."""
         # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
-            raise AdapterFileError(
-                f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
-            )
+            both = f"{self.taken[tensor]!r} and {leaf!r}"
+            raise AdapterFileError(f"{both} are both {tensor!r} in the base")
         self.checkpoint.place[tensor].dtype(tensor)
         self.taken[tensor] = leaf
 

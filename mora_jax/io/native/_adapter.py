@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import Path, Shape
-from mora_jax._layer.adapter import Adapter
+from mora_jax._common.types import Shape
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax.io import _files
@@ -22,6 +21,7 @@ from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
+from mora_jax.io.native._records import Arrays, Record
 from mora_jax.operators import Damped
 
 FORMAT, KEY, WHERE = "mora_jax adapter", "mora_jax", f"the config in {TENSORS}"
@@ -67,7 +67,7 @@ def load(
     path = _files.as_path("directory", directory)
     leaves = {} if params_or_shapes is None else paths.named_leaves(params_or_shapes)
     shapes = (leaf.shape for _, leaf in leaves.values())
-    found = paths.Found(_restored(*_content(path), shapes))
+    found = _restored(*_content(path), shapes)
     if leaves:
         try:
             for place, spec in found.specs.items():
@@ -97,16 +97,10 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    config, _ = _content(_files.as_path("directory", directory))
-    return config["metadata"]
+    return _content(_files.as_path("directory", directory))[0]["metadata"]
 
 
-# --- Content of the file ---
-
-
-def _content(
-    directory: Location, data: bytes | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _content(directory: Location, data: bytes | None = None) -> tuple[Record, Arrays]:
     """The config and the arrays of a file, or of `data`, with its digests checked."""
     # Read at once, since another process may replace the file. An open one stays whole.
     path, hint = directory / TENSORS, "io.load_peft reads PEFT's"
@@ -124,17 +118,17 @@ def _content(
     return config, arrays
 
 
-def _restored(
-    config: dict[str, Any], arrays: dict[str, np.ndarray], shapes: Iterable[Shape]
-) -> dict[Path, Adapter]:
+def _restored(config: Record, arrays: Arrays, shapes: Iterable[Shape]) -> paths.Found:
     """The adapters that a file holds, by the paths of the base's arrays."""
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
     found = _records.restore(config, WHERE, shapes, arrays)
-    return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
+    for path, adapter in found.items():
+        found[path] = adapter.replace(m=to_jax("/".join(path), adapter.m))
+    return found
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Arrays) -> str:
     """The SHA-256 of all arrays in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):

@@ -76,8 +76,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
     known = {} if like is None else check_plan(like, "like")
     shapes = (spec.kernel_shape for spec in known.values())
-    found = _records.restore(content, WHERE, shapes)
-    parts = {path: adapter.spec for path, adapter in found.items()}
+    parts = _records.restore(content, WHERE, shapes).specs
     if like is not None:
         try:
             check_alike(parts, like.parts, "the plan")

@@ -31,7 +31,7 @@ from mora_jax._plan.spec import (
     TrainedArray,
     operator_settings,
 )
-from mora_jax._tree.paths import place_of
+from mora_jax._tree.paths import Found, place_of
 from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
 from mora_jax.operators import Damped, Operator, Subspace, make_operator
@@ -47,6 +47,7 @@ LARGEST_SIZE, DEEPEST = 2**31, 100
 """The end of all sizes and ranks, and the most names in a path."""
 
 Record = Mapping[str, Any]
+Arrays = Mapping[str, np.ndarray]
 
 
 # --- What files hold ---
@@ -144,9 +145,7 @@ def _signed(content: Record) -> dict[str, Any]:
 # --- What is read in them ---
 
 
-def parse_record(
-    text: str, name: str, more: Fields, where: str, hint: str
-) -> dict[str, Any]:
+def parse_record(text: str, name: str, more: Fields, where: str, hint: str) -> Record:
     """A record of adapters in the format `name` with `more` fields, and with defaults.
 
     Messages call it `where`, and `hint` says what else to do with others.
@@ -154,9 +153,8 @@ def parse_record(
     # Half of a character, which JSON may hold, lacks bytes: it makes another text.
     content = parse(text.encode(errors="replace"), where)
     if not isinstance(content, dict) or content.get("format") != name:
-        raise AdapterFileError(
-            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
-        )
+        rule = f"{where} is not of mora_jax: its format must be {name!r}"
+        raise AdapterFileError(f"{rule}; {hint}")
     written = content.get("format_version")
     if type(written) is not int or written != VERSION:
         raise AdapterFileError(
@@ -174,7 +172,7 @@ class Reading(NamedTuple):
     """A file that is read: the most numbers in an array, its arrays, its writer."""
 
     limit: int
-    arrays: Mapping[str, np.ndarray] | None
+    arrays: Arrays | None
     writer: str
     taken: set[str]
 
@@ -190,20 +188,17 @@ class Reading(NamedTuple):
 
 
 def restore(
-    content: Record,
-    where: str,
-    shapes: Iterable[Shape],
-    arrays: Mapping[str, np.ndarray] | None = None,
-) -> dict[Path, Adapter]:
-    """{path of its array in the base: adapter} of a record, everything checked.
+    content: Record, where: str, shapes: Iterable[Shape], arrays: Arrays | None = None
+) -> Found:
+    """The adapters of a record, by the paths of the base's arrays, all checked.
 
-    Messages call it `where`. The `shapes` of the model's arrays say which sizes are
-    right. `arrays` are the file's; without them adapters have None, as in a plan.
+    Messages call it `where`. The `shapes` of a model's arrays tell how large they may
+    be. `arrays` are the file's; without them adapters have None, as in a plan.
     """
     # The kernels of a model are in memory, or could be.
     limit = max([LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes)])
     file = Reading(limit, arrays, content["library_version"], set())
-    found: dict[Path, Adapter] = {}
+    found = Found()
     for key, fields in ("layers", LAYER), ("trained", TRAINED):
         for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
@@ -228,13 +223,11 @@ def restore(
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
     for one, other in itertools.pairwise(places):
         if other.startswith(one):
-            raise AdapterFileError(
-                f"{where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
-            )
+            one, other = one[:-1], other[:-1]
+            raise AdapterFileError(f"{where} has {other!r} twice, or below {one!r}")
     if unknown := sorted((arrays or {}).keys() - file.taken):
-        raise AdapterFileError(
-            f"{TENSORS} holds {short(unknown)}; its config knows nothing of it"
-        )
+        why = "its config knows nothing of it"
+        raise AdapterFileError(f"{TENSORS} holds {short(unknown)}; {why}")
     return found
 
 
@@ -263,14 +256,10 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
     _check_sizes(record["operator"], widths, file)
     if rank is not None:
         _shape("rank", [rank], least=1)
-    return AdapterSpec(
-        _operator(record["operator"], widths, name, file),
-        kernel_shape=shape,
-        axes=axes,
-        base_digest=_digests(record["base_digest"], stack),
-        rank=rank,
-        **read_record(record["settings"], SETTINGS, "settings", file.writer),
-    )
+    operator = _operator(record["operator"], widths, name, file)
+    settings = read_record(record["settings"], SETTINGS, "settings", file.writer)
+    settings |= {"base_digest": _digests(record["base_digest"], stack), "rank": rank}
+    return AdapterSpec(operator, shape, axes, **settings)
 
 
 def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
@@ -308,8 +297,7 @@ def _operator(
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
-        place = name + SUFFIX
-        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
+        given: Any = {k: file.take(f"{name}{SUFFIX}/{k}") for k in Subspace.arrays}
         return Subspace(*widths, **given)
     if settings.get("name") == Damped.name:
         inner = _operator(_inner(record), widths, name, file)
