@@ -52,15 +52,13 @@ Family = Annotated[
         "ends in .json. By default any family.",
     ),
 ]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
+AnyBase = Annotated[bool, typer.Option(help="Merge into any weights of that shape.")]
 Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.")
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Look at MoRA adapters, merge them into a base, and write them for others."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
@@ -75,9 +73,8 @@ def format_of(directory: _files.PathLike) -> str:
     content = read_json(config)
     if isinstance(content, dict) and content.get("peft_type") == "LORA":
         return "peft-mora" if content.get("use_mora") else "peft-lora"
-    raise _files.AdapterFileError(
-        f"{_files.CONFIG} in {directory} is of no adapter that we know"
-    )
+    why = "is of no adapter that we know"
+    raise io.AdapterFileError(f"{config.name} in {directory} {why}")
 
 
 def read_adapter(
@@ -100,9 +97,8 @@ def check_apart(out: str, adapter: str) -> None:
     """Raise if `out` is the adapter's directory, holds it or lies in it."""
     there, here = _files.as_path("out", out), _files.as_path("adapter", adapter)
     if _files.holds(there, here) or _files.holds(here, there):
-        raise ValueError(
-            f"out must not be the adapter's directory, hold it or lie in it, got {out}"
-        )
+        rule = "out must not be the adapter's directory, hold it or lie in it"
+        raise ValueError(f"{rule}, got {out}")
 
 
 def _most(lost: dict[str, float]) -> str:
@@ -130,9 +126,7 @@ def merge(
     out: Out,
     names: Family = None,
     force: Force = False,
-    any_base: Annotated[
-        bool, typer.Option(help="Merge into any weights of that shape.")
-    ] = False,
+    any_base: AnyBase = False,
     rounding: Annotated[
         Rounding, typer.Option(help="Rounding to 16 bits; dither keeps small deltas.")
     ] = "dither",
@@ -140,13 +134,13 @@ def merge(
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     adapters = read_adapter(adapter, base, names)
     check_apart(out, adapter)
-    settings: dict[str, Any] = {"force": force, "any_base": any_base}
-    settings["rounding"], console = rounding, Console(stderr=True)
+    settings: Any = {"force": force, "any_base": any_base, "rounding": rounding}
+    console = Console(stderr=True)
     hidden = not console.is_terminal  # a log would keep every state of the bar
     with Progress(console=console, transient=True, disable=hidden) as bar:
         size = io.Checkpoint(_files.as_path("base", base)).size
-        advance = functools.partial(bar.advance, bar.add_task("merging", total=size))
-        settings["progress"] = advance
+        task = bar.add_task("merging", total=size)
+        settings["progress"] = functools.partial(bar.advance, task)
         lost = io.merge_checkpoint(base, adapters, out, names, **settings)
     arrays = adapters_in(adapters).trained
     also = f", {len(arrays)} trained arrays put in" if arrays else ""

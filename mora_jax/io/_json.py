@@ -12,14 +12,10 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """The value that a JSON text holds, if it is all that JSON demands.
-
-    So keys occur once, and numbers are finite. Messages call the text `name`.
-    """
+    """The value of the JSON text called `name`, with unique keys and finite numbers."""
     if len(data) > MAX_BYTES:
-        raise AdapterFileError(
-            f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
-        )
+        rule = f"{name} must have at most {MAX_BYTES:,} bytes"
+        raise AdapterFileError(f"{rule}, got {len(data):,} or more")
     try:
         hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
         return json.loads(data, object_pairs_hook=_unique, **hooks)
@@ -65,14 +61,10 @@ REQUIRED: Any = object()
 
 
 class Field(NamedTuple):
-    """A field of a record in a file.
+    """A field of a record in a file: its type, and the function that gets its value.
 
-    Attributes:
-      kind: The type of its value, which may be the default as well.
-      get: The function from what is recorded to the value.
-      default: The value where a record lacks the field.
-      since: The version that added it. Later than the first, it is not written at its
-        default, so that earlier versions read what does without it.
+    A record that lacks it has the default. A field `since` a later version than the
+    first is not written at its default, so that earlier ones read what does without it.
     """
 
     kind: type
@@ -87,12 +79,8 @@ Fields = Mapping[str, Field]
 
 def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
     """An object as a record that JSON can hold."""
-    values = {key: field.get(thing) for key, field in fields.items()}
-    return {
-        key: value
-        for key, value in values.items()
-        if fields[key].since == FIRST or value != fields[key].default
-    }
+    found = ((key, field, field.get(thing)) for key, field in fields.items())
+    return {k: v for k, field, v in found if field.since == FIRST or v != field.default}
 
 
 def read_record(
@@ -117,8 +105,7 @@ def read_record(
             raise AdapterFileError(f"{where} lacks {key!r}")
         # True is an int for isinstance, but not in JSON. None may be a default.
         if value is not field.default and type(value) is not field.kind:
-            kind = field.kind.__name__
-            must = f"{key} of {where} must be of type {kind}"
+            must = f"{key} of {where} must be of type {field.kind.__name__}"
             raise AdapterFileError(f"{must}, got {short(value)}")
     return values
 

@@ -75,7 +75,7 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
     m = to_numpy(kernel, adapter.m)
     m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
     if own := source.own_name(path, spec.kernel_shape):
-        yield Layer(kernel, 0, spec, m, [own])
+        yield Layer(kernel, 0, spec, m, [own[()].name])
         return
     shape, axes = stack_first(spec.kernel_shape, spec.axes)
     depth, parts = axes.count("s"), source.stack(kernel, shape, axes)
@@ -94,18 +94,23 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
         yield Layer(kernel, number, one, m[index], [part.name for part in found])
 
 
-def _trained(
-    source: Source, path: Path, adapter: Adapter
-) -> dict[str, tuple[str, np.ndarray]]:
-    """{tensor: name and numbers of a trained array that replaces it}."""
-    name, shape = "/".join(path), adapter.spec.shape
-    numbers = to_numpy(name, adapter.m)
-    if own := source.own_name(path, shape):
-        return {own: (name, numbers)}
-    return {
-        part.name: (join_index(name, index), part.in_rows(numbers[index]))
-        for index, part in source.stack(name, shape).items()
-    }
+def _changes(
+    source: Source, adapters: Any
+) -> tuple[dict[str, Layer], dict[str, tuple[str, np.ndarray]]]:
+    """{tensor: its layer}, and {tensor: name and numbers of the array replacing it}."""
+    sites, trained = {}, {}
+    for path, adapter in adapters_in(adapters).items():
+        if adapter.of_kernel:
+            for layer in _layers(source, path, adapter):
+                sites |= dict.fromkeys(layer.tensors, layer)
+            continue
+        name, shape = "/".join(path), adapter.spec.shape
+        numbers = to_numpy(name, adapter.m)
+        stack = source.own_name(path, shape) or source.stack(name, shape)
+        for index, part in stack.items():
+            trained[part.name] = join_index(name, index), part.in_rows(numbers[index])
+    source.check_missing()
+    return sites, trained
 
 
 def merge_checkpoint(
@@ -158,15 +163,7 @@ def merge_checkpoint(
     written = [file.path.name for file in checkpoint.files]
     written += [path.name for path in checkpoint.beside]
     _files.check_free("out", target, written, force)
-    tensors = Source(checkpoint, names, tied=False)
-    sites, trained = {}, {}
-    for path, adapter in adapters_in(adapters).items():
-        if isinstance(adapter.spec, AdapterSpec):
-            layers = _layers(tensors, path, adapter)
-            sites |= {name: layer for layer in layers for name in layer.tensors}
-        else:
-            trained |= _trained(tensors, path, adapter)
-    tensors.check_missing()
+    sites, trained = _changes(Source(checkpoint, names, tied=False), adapters)
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged
     def read(name: str) -> np.ndarray:

@@ -16,6 +16,8 @@ FIELD = r"\{(\w+)\}"
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
+Check = Callable[[str], object]  # of a tensor's name: true if it is there
+
 
 class Pair(NamedTuple):
     """A module in PyTorch and its kernel here.
@@ -90,13 +92,9 @@ class Bijection:
             yield Pair(module, path, *_LEAVES[last])
 
     def layers(
-        self,
-        path: str,
-        shape: Shape,
-        axes: str = "",
-        there: Callable[[Pair], object] = lambda pair: True,
+        self, path: str, shape: Shape, axes: str = "", there: Check = bool
     ) -> dict[Shape, Pair | None]:
-        """{index in an array's stack: its pair that is there}, None where none is.
+        """{index in an array's stack: its pair whose tensor is there}, or None.
 
         A kernel with `axes`, its stack's first, has pairs of templates alone, in the
         order of its axes. Of several outputs its first axis may tell modules apart: it
@@ -106,14 +104,14 @@ class Bijection:
         several = inner[:1] == "o" and inner.count("o") > 1
         depths = range(first, first + 1 + several) if axes else range(len(shape) + 1)
 
-        def find(index: Shape, there: Callable[[Pair], object] = there) -> Pair | None:
+        def find(index: Shape, there: Check = there) -> Pair | None:
             pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
-            return next(filter(there, pairs), None)
+            return next((pair for pair in pairs if there(pair.tensor)), None)
 
         # No more is known of a stack's depth than that the first layer has a pair; or
         # would have one, so that it is what messages call missing.
-        tried = [(k, test) for test in (there, lambda pair: True) for k in depths]
-        depth = next((k for k, test in tried if find((0,) * k, test)), depths[0])
+        tried = [(k, check) for check in (there, bool) for k in depths]
+        depth = next((k for k, check in tried if find((0,) * k, check)), depths[0])
         found = {index: find(index) for index in np.ndindex(shape[:depth])}
         if not axes:
             return found
@@ -159,10 +157,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _fitting(
-    text: str, templates: list[tuple[re.Pattern[str], Pair]]
-) -> Iterator[Pair]:
-    for pattern, pair in templates:
+def _fitting(text: str, known: list[tuple[re.Pattern[str], Pair]]) -> Iterator[Pair]:
+    for pattern, pair in known:
         if match := pattern.fullmatch(text):
             yield pair.filled(match.groupdict())
 
@@ -226,10 +222,7 @@ TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 
 
 def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
-    """Pairs for transformers, which has the same names in both libraries.
-
-    Modules may have the root before their names or not.
-    """
+    """Pairs of names that both libraries have, with the root before them or not."""
     pairs = []
     for module in (*(f"{root}.{name}" for name in names), *names):
         leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
@@ -240,10 +233,7 @@ def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
 
 
 def _layers(root: str, table: str) -> tuple[Pair, ...]:
-    """Pairs of a table: module, the axes of both if unusual, kernels.
-
-    Kernels' paths begin with `root`, and modules' names always with the same.
-    """
+    """Pairs of a table: module, the axes of both if unusual, kernels after `root`."""
     pairs = []
     for module, *words in map(str.split, filter(None, table.splitlines())):
         axes = [word for word in words if not word.startswith("/")]
@@ -290,9 +280,7 @@ _CONV1D = "h.{layer}.{block}.c_{name}", "h.{layer}.crossattention.q_attn"
 _LINEAR = "h.{layer}.{block}.{name}", "h.{layer}.attn.attention.{name}"
 _GPT = _same("transformer", *_LINEAR, "wte", "wpe", "word_embeddings")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
-    "llama": _DECODER,
-    "gemma": _DECODER,
-    "qwen": _DECODER,
+    **dict.fromkeys(("llama", "gemma", "qwen"), _DECODER),
     "gpt2": _same("transformer", *_CONV1D, "wte", "wpe", axes="io"),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom"), _GPT),
     "bert": _same(

@@ -149,9 +149,8 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
     try:
         from safetensors.numpy import save
     except ImportError as error:
-        raise ImportError(
-            "files of adapters need safetensors: pip install 'mora-jax[io]'"
-        ) from error
+        remedy = "pip install 'mora-jax[io]'"
+        raise ImportError(f"files of adapters need safetensors: {remedy}") from error
     # The library writes the memory of an array, whatever the order of its axes there.
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return save(arrays, dict(metadata))

@@ -30,21 +30,19 @@ ORDERS = {"gpt2": "io", "gpt_neo": "oi", "gpt_bigcode": "oi"}
 class Checkpoint:
     """A base in one or several safetensors files, whose headers are in memory.
 
+    Args:
+      path: As in `load_base`. Of a directory all files are read that its index names.
+
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
       place: {tensor: the file that holds it}.
+
+    Raises:
+      AdapterFileError: A file is missing, or two files hold the same tensor.
     """
 
     def __init__(self, path: PathLike) -> None:
-        """Read the headers of a file, or of all files that a directory's index names.
-
-        Args:
-          path: As in `load_base`.
-
-        Raises:
-          AdapterFileError: A file is missing, or two files hold the same tensor.
-        """
         path = as_path("path", path)
         folder, listed, files = path.parent, [], [path]
         if path.is_dir():
@@ -125,7 +123,6 @@ def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location
     files = sorted({str(name) for name in names.values()})
     for name in files:  # an index from a stranger may name any file of the machine
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise AdapterFileError(
-                f"{indices[0].name} must name files next to it, got {short(name)}"
-            )
+            rule = f"{indices[0].name} must name files next to it"
+            raise AdapterFileError(f"{rule}, got {short(name)}")
     return [folder / name for name in files]

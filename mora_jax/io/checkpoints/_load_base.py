@@ -89,7 +89,6 @@ def load_base(
     for place, (name, array) in zip(places, arrays.items(), strict=True):
         wanted = _dtype(name, array.dtype, dtype, stacks[name])
         leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
-    # Now that all of them fit, the first tensor is read.
     return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
 
 

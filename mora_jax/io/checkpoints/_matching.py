@@ -1,6 +1,5 @@
 """The tensors of a checkpoint that are a model's leaves, found by names."""
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,8 +55,7 @@ class Part(NamedTuple):
         return array.reshape(self.file.entries[self.name].shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """An array, and {index in its stack: the tensor that holds its numbers there}.
 
     The shape begins with the stack's. A sharding of None is the default device.
@@ -150,7 +148,7 @@ class Source:
 
         The `axes` of a kernel are as in `Bijection.layers`.
         """
-        pairs = self.known.layers(leaf, shape, axes, lambda p: self.named(p.tensor))
+        pairs = self.known.layers(leaf, shape, axes, self.named)
         stack: dict[Shape, Part] = {}
         if not pairs:
             self.missing.append(leaf)
@@ -176,15 +174,15 @@ class Source:
             stack[index] = part
         return stack
 
-    def own_name(self, path: Path, shape: Shape) -> str | None:
-        """The tensor that is named as an array's path is, if one of its shape is."""
+    def own_name(self, path: Path, shape: Shape) -> dict[Shape, Part]:
+        """As `stack`, by a tensor of that shape whose name is the path, or {}."""
         for name in (separator.join(path) for separator in "/."):
             file = self.checkpoint.place.get(name)
             # A bias with axes for heads may have the name of its tensor by chance.
             if file and file.entries[name].shape == shape:
                 self.take(name, "/".join(path))
-                return name
-        return None
+                return {(): Part(file, name, tuple(range(len(shape))), ())}
+        return {}
 
     def named(self, tensor: str) -> str:
         """The name that the files have for a tensor; "" if they lack it."""
@@ -200,9 +198,8 @@ class Source:
         """Note that a leaf has the tensor, which must be floating-point."""
         # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
-            raise AdapterFileError(
-                f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
-            )
+            both = f"{self.taken[tensor]!r} and {leaf!r}"
+            raise AdapterFileError(f"{both} are both {tensor!r} in the base")
         self.checkpoint.place[tensor].dtype(tensor)
         self.taken[tensor] = leaf
 
@@ -253,9 +250,8 @@ class Source:
         return _names.BUFFERS.fullmatch(name) is not None
 
 
-def _tied_to(name: str) -> tuple[str, ...]:
+def _tied_to(tensor: str) -> list[str]:
     """The canonical names of the tensors that may be tied to one."""
-    name = _names.canonical(name)
-    return tuple(
-        twin for pair in _names.TIED if name in pair for twin in pair if twin != name
-    )
+    name = _names.canonical(tensor)
+    pairs = (pair for pair in _names.TIED if name in pair)
+    return [twin for pair in pairs for twin in pair if twin != name]

@@ -7,14 +7,13 @@ and digests.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import Path as TreePath
-from mora_jax._layer.adapter import Adapter
+from mora_jax._common.types import Shape
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax.io import _files
@@ -22,14 +21,11 @@ from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
-from mora_jax.io.native._records import directions_name
+from mora_jax.io.native._records import Arrays, Record
 from mora_jax.operators import Damped
 
-FORMAT, KEY = "mora_jax adapter", "mora_jax"
-"""The format, and the only key of the file's metadata, whose text is the config."""
-
-WHERE = f"the config in {TENSORS}"
-"""The name of the config in messages."""
+FORMAT, KEY, WHERE = "mora_jax adapter", "mora_jax", f"the config in {TENSORS}"
+"""The format, the only key of the metadata, and the config's name in messages."""
 
 MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
 """What a file holds beside the record of its adapters."""
@@ -69,10 +65,10 @@ def load(
       {'fc': {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}}
     """
     path = _files.as_path("directory", directory)
-    leaves = None if params_or_shapes is None else paths.named_leaves(params_or_shapes)
-    limit = _records.room(leaf.shape for _, leaf in (leaves or {}).values())
-    found = paths.Found(_restored(*_content(path), limit))
-    if leaves is not None:
+    leaves = {} if params_or_shapes is None else paths.named_leaves(params_or_shapes)
+    shapes = (leaf.shape for _, leaf in leaves.values())
+    found = _restored(*_content(path), shapes)
+    if leaves:
         try:
             for place, spec in found.specs.items():
                 paths.find_array(leaves, place, spec)
@@ -101,16 +97,10 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    config, _ = _content(_files.as_path("directory", directory))
-    return config["metadata"]
+    return _content(_files.as_path("directory", directory))[0]["metadata"]
 
 
-# --- Content of the file ---
-
-
-def _content(
-    directory: Location, data: bytes | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _content(directory: Location, data: bytes | None = None) -> tuple[Record, Arrays]:
     """The config and the arrays of a file, or of `data`, with its digests checked."""
     # Read at once, since another process may replace the file. An open one stays whole.
     path, hint = directory / TENSORS, "io.load_peft reads PEFT's"
@@ -128,21 +118,17 @@ def _content(
     return config, arrays
 
 
-def _restored(
-    config: dict[str, Any], arrays: dict[str, np.ndarray], limit: int
-) -> dict[TreePath, Adapter]:
+def _restored(config: Record, arrays: Arrays, shapes: Iterable[Shape]) -> paths.Found:
     """The adapters that a file holds, by the paths of the base's arrays."""
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    found = _records.restore(config, WHERE, limit, arrays)
-    if arrays:
-        raise AdapterFileError(
-            f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
-        )
-    return {p: a.replace(m=to_jax("/".join(p), a.m)) for p, a in found.items()}
+    found = _records.restore(config, WHERE, shapes, arrays)
+    for path, adapter in found.items():
+        found[path] = adapter.replace(m=to_jax("/".join(path), adapter.m))
+    return found
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Arrays) -> str:
     """The SHA-256 of all arrays in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -212,7 +198,7 @@ def save(
         arrays[name] = to_numpy(name, adapter.m)
         op = getattr(adapter.spec, "operator", None)
         if isinstance(op, Damped):
-            arrays[directions_name(op.digest)] = np.asarray(op.directions)
+            arrays[_records.directions_name(op.digest)] = np.asarray(op.directions)
             op = op.inner
         if op is not None and op.given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
@@ -221,7 +207,7 @@ def save(
     data = encode(arrays, {KEY: text})
     # Nothing is written that cannot be read.
     shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
-    _restored(*_content(target, data), _records.room(shapes))
+    _restored(*_content(target, data), shapes)
     _files.replace_file(target / TENSORS, data)
 
 

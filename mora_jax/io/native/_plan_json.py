@@ -75,9 +75,8 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     hint = "io.plan_to_json writes it"
     content = _records.parse_record(text, FORMAT, PLAN, WHERE, hint)
     known = {} if like is None else check_plan(like, "like")
-    limit = _records.room(spec.kernel_shape for spec in known.values())
-    found = _records.restore(content, WHERE, limit)
-    parts = {path: adapter.spec for path, adapter in found.items()}
+    shapes = (spec.kernel_shape for spec in known.values())
+    parts = _records.restore(content, WHERE, shapes).specs
     if like is not None:
         try:
             check_alike(parts, like.parts, "the plan")

@@ -31,8 +31,8 @@ from mora_jax._plan.spec import (
     TrainedArray,
     operator_settings,
 )
-from mora_jax._tree.paths import place_of
-from mora_jax.io._files import AdapterFileError
+from mora_jax._tree.paths import Found, place_of
+from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
 from mora_jax.operators import Damped, Operator, Subspace, make_operator
 from mora_jax.operators._pytree import by_layer
@@ -47,6 +47,7 @@ LARGEST_SIZE, DEEPEST = 2**31, 100
 """The end of all sizes and ranks, and the most names in a path."""
 
 Record = Mapping[str, Any]
+Arrays = Mapping[str, np.ndarray]
 
 
 # --- What files hold ---
@@ -62,19 +63,13 @@ def operator_record(op: Operator) -> Record:
 
 def _dtype(adapter: Adapter) -> str:
     """The dtype of M, which may be another one than its spec would give a new M."""
-    m, spec = adapter.m, adapter.spec
-    return jnp.dtype(spec.param_dtype if m is None else m.dtype).name
+    return jnp.dtype(getattr(adapter.m, "dtype", adapter.spec.param_dtype)).name
 
 
-_DEFAULTS = AdapterSettings().to_json()
+_SINCE = {f.name: f.metadata["since"] for f in dataclasses.fields(AdapterSettings)}
 SETTINGS: Fields = {
-    field.name: Field(
-        type(default := _DEFAULTS[field.name]),
-        itemgetter(field.name),
-        default,
-        field.metadata["since"],
-    )
-    for field in dataclasses.fields(AdapterSettings)
+    name: Field(type(default), itemgetter(name), default, _SINCE[name])
+    for name, default in AdapterSettings().to_json().items()
 }
 """The settings of an adapter, whose values are checked by `AdapterSettings`."""
 
@@ -150,20 +145,16 @@ def _signed(content: Record) -> dict[str, Any]:
 # --- What is read in them ---
 
 
-def parse_record(
-    text: str, name: str, more: Fields, where: str, hint: str
-) -> dict[str, Any]:
-    """A record of adapters in the format `name`, with defaults.
+def parse_record(text: str, name: str, more: Fields, where: str, hint: str) -> Record:
+    """A record of adapters in the format `name` with `more` fields, and with defaults.
 
-    It also holds `more` fields. Messages call it `where`, and `hint` says what else to
-    do with others.
+    Messages call it `where`, and `hint` says what else to do with others.
     """
     # Half of a character, which JSON may hold, lacks bytes: it makes another text.
     content = parse(text.encode(errors="replace"), where)
     if not isinstance(content, dict) or content.get("format") != name:
-        raise AdapterFileError(
-            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
-        )
+        rule = f"{where} is not of mora_jax: its format must be {name!r}"
+        raise AdapterFileError(f"{rule}; {hint}")
     written = content.get("format_version")
     if type(written) is not int or written != VERSION:
         raise AdapterFileError(
@@ -178,47 +169,37 @@ def parse_record(
 
 
 class Reading(NamedTuple):
-    """A file that is read, as in `restore`, and the version that wrote it."""
+    """A file that is read: the most numbers in an array, its arrays, its writer."""
 
     limit: int
-    arrays: dict[str, np.ndarray] | None
+    arrays: Arrays | None
     writer: str
-    shared: set[str]
+    taken: set[str]
 
-    def take(self, name: str, *, shared: bool = False) -> np.ndarray | None:
-        """An array of finite numbers, taken out of the file's, unless it is shared."""
+    def take(self, name: str) -> np.ndarray | None:
+        """An array of finite numbers, which is noted as known."""
         if self.arrays is None:
             return None
         if name not in self.arrays:
             raise ValueError(f"the file lacks {name}")
         check_finite(self.arrays[name], name, " in the file")
-        if not shared:
-            return self.arrays.pop(name)
-        self.shared.add(name)
+        self.taken.add(name)
         return self.arrays[name]
 
 
-def room(shapes: Iterable[Shape] = ()) -> int:
-    """The most numbers of an array for a model with arrays of these shapes."""
-    # Its kernels are in memory, or could be.
-    return max([LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes)])
-
-
 def restore(
-    content: Record,
-    where: str,
-    limit: int,
-    arrays: dict[str, np.ndarray] | None = None,
-) -> dict[Path, Adapter]:
-    """{path of its array in the base: adapter} of a record, everything checked.
+    content: Record, where: str, shapes: Iterable[Shape], arrays: Arrays | None = None
+) -> Found:
+    """The adapters of a record, by the paths of the base's arrays, all checked.
 
-    Messages call it `where`, and `limit` is as `room` has it. `arrays` are the file's,
-    until they are taken; without them each adapter has None for its own, as in a plan.
+    Messages call it `where`. The `shapes` of a model's arrays tell how large they may
+    be. `arrays` are the file's; without them adapters have None, as in a plan.
     """
+    # The kernels of a model are in memory, or could be.
+    limit = max([LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes)])
     file = Reading(limit, arrays, content["library_version"], set())
-    found: dict[Path, Adapter] = {}
-    tables = ("layers", LAYER, _kernel_spec), ("trained", TRAINED, _trained_spec)
-    for key, fields, spec_of in tables:
+    found = Found()
+    for key, fields in ("layers", LAYER), ("trained", TRAINED):
         for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
             record = read_record(written, fields, here, file.writer)
@@ -227,23 +208,26 @@ def restore(
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
-                spec = spec_of(record, name, file)
+                if key == "layers":
+                    spec: Spec = _kernel_spec(record, name, file)
+                else:
+                    shape = _shape("shape", record["shape"], least=0)
+                    spec = TrainedArray(shape, record["dtype"], record["base_dtype"])
                 array = file.take("/".join(place_of(path, spec)))
                 if array is not None:
                     check_leaf(array, "M" if key == "layers" else "it", spec.shape)
                 found[path] = Adapter(array, spec)
-                own = record_of((path, found[path]), fields)
-                _check_same(record, own, spec)
+                _check_same(record, record_of((path, found[path]), fields), spec)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
-    for name in file.shared:
-        file.arrays.pop(name)  # type: ignore[union-attr]
     places = sorted(f"{'/'.join(place_of(p, a.spec))}/" for p, a in found.items())
     for one, other in itertools.pairwise(places):
         if other.startswith(one):
-            raise AdapterFileError(
-                f"{where} has {other[:-1]!r} twice, or below {one[:-1]!r}"
-            )
+            one, other = one[:-1], other[:-1]
+            raise AdapterFileError(f"{where} has {other!r} twice, or below {one!r}")
+    if unknown := sorted((arrays or {}).keys() - file.taken):
+        why = "its config knows nothing of it"
+        raise AdapterFileError(f"{TENSORS} holds {short(unknown)}; {why}")
     return found
 
 
@@ -272,14 +256,10 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
     _check_sizes(record["operator"], widths, file)
     if rank is not None:
         _shape("rank", [rank], least=1)
-    return AdapterSpec(
-        _operator(record["operator"], widths, name, file),
-        kernel_shape=shape,
-        axes=axes,
-        base_digest=_digests(record["base_digest"], stack),
-        rank=rank,
-        **read_record(record["settings"], SETTINGS, "settings", file.writer),
-    )
+    operator = _operator(record["operator"], widths, name, file)
+    settings = read_record(record["settings"], SETTINGS, "settings", file.writer)
+    settings |= {"base_digest": _digests(record["base_digest"], stack), "rank": rank}
+    return AdapterSpec(operator, shape, axes, **settings)
 
 
 def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
@@ -317,12 +297,11 @@ def _operator(
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
-        place = name + SUFFIX
-        given: Any = {key: file.take(f"{place}/{key}") for key in Subspace.arrays}
+        given: Any = {k: file.take(f"{name}{SUFFIX}/{k}") for k in Subspace.arrays}
         return Subspace(*widths, **given)
     if settings.get("name") == Damped.name:
         inner = _operator(_inner(record), widths, name, file)
-        v: Any = file.take(directions_name(record.get("digest")), shared=True)
+        v: Any = file.take(directions_name(record.get("digest")))
         return Damped(*widths, inner=inner, directions=v)
     seed = settings.pop("seed", 0)
     try:
@@ -342,25 +321,16 @@ def _inner(record: Record) -> Record:
     if record.get("name") != Damped.name:
         return record
     if not isinstance(inner := record.get("inner"), dict):
-        raise ValueError(
-            f"a damped operator must have an inner one, got {short(inner)}"
-        )
+        rule = "a damped operator must have an inner one"
+        raise ValueError(f"{rule}, got {short(inner)}")
     return inner
-
-
-def _trained_spec(record: Record, name: str, file: Reading) -> TrainedArray:
-    """The meaning of the copy of an array that trains itself."""
-    shape = _shape("shape", record["shape"], least=0)
-    return TrainedArray(shape, record["dtype"], record["base_dtype"])
 
 
 def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
     """Raise unless a record says what the record of its `own` adapter says."""
     if isinstance(spec, AdapterSpec):  # a record may hold all settings
-        own |= {
-            "operator": operator_settings(spec.operator),
-            "settings": spec.to_json(),
-        }
+        own["settings"] = spec.to_json()
+        own["operator"] = operator_settings(spec.operator)
     for key, mine in own.items():
         value = record[key]
         if key == "operator_check":

@@ -6,13 +6,12 @@ import os
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.axes import may_be_conv1d, sizes
+from mora_jax._common.axes import may_be_conv1d
 from mora_jax._common.checks import check_choice, check_number, positive_integer
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import adapters_in
@@ -21,7 +20,7 @@ from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump, read_json
 from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import encode, to_numpy
-from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
+from mora_jax.io.peft._modules import PREFIX, MatrixPair, turned
 from mora_jax.operators import LowRank
 from mora_jax.operators.low_rank import nearest_factors
 
@@ -116,7 +115,7 @@ def export(
     )
     rank = None if rank is None else positive_integer("rank", rank)
     path = check_free("directory", directory, ADAPTER, force)
-    whole = _whole_modules(adapters, names, program)
+    whole = _trained(adapters, names, program)
     matrices, lost = _make_lora(adapters, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
     if program != "peft":
@@ -129,7 +128,9 @@ def export(
         if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
             matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
-    _write(path, matrices, base_model, task_type or _task_of(base_model), whole)
+    task = task_type or _task_of(base_model)
+    of_base = {"base_model_name_or_path": base_model, "task_type": task}
+    _files.write_directory(path, _contents(matrices, whole, of_base))
     return Export(most, lost, _command(program, base_model, most, str(path)))
 
 
@@ -163,16 +164,15 @@ def _make_lora(
     """The modules that `export` writes, and the share of its delta that each loses."""
     matrices, lost, enough = [], {}, 1
     for pair, kernel, spec, m, outputs in _modules(adapters, names):
-        name, table = pair.module, pair.is_table
+        name = pair.module
         a, b, factor, lost[name], own = _factors(spec, m, outputs, rank, max_error)
         enough = max(enough, own)
-        if table:
-            also = "io.merge_checkpoint changes both"
-            a, b = rows_looked_up(kernel, spec.axes, name, a, b, also)
         # Of names with either order the weight is the kernel's transpose.
         either = may_be_conv1d(name) and not isinstance(names, str)
         order = pair.kernel_axes[::-1] if either else pair.axes
-        matrices.append(MatrixPair(name, table, a, b, len(b), factor, order))
+        found = MatrixPair(name, pair.is_table, a, b, len(b), factor, order)
+        also = "io.merge_checkpoint changes both"
+        matrices.append(turned(found, kernel, spec.axes, also))
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
         raise ValueError(
@@ -215,17 +215,10 @@ def _factors(
     return a.astype(np.float32), b.astype(np.float32), factor, lost, enough
 
 
-def _write(
-    path: _files.Location,
-    matrices: Sequence[MatrixPair],
-    base_model: str,
-    task_type: str | None,
-    whole: Mapping[str, np.ndarray],
-) -> None:
-    """Write a directory, its config last.
-
-    `whole` are {tensor: numbers} of modules that were trained themselves.
-    """
+def _contents(
+    matrices: list[MatrixPair], whole: dict[str, np.ndarray], of_base: dict[str, Any]
+) -> _files.Files:
+    """The tensors of modules, and of `whole` by their names, and then the config."""
     # PEFT corrects the order where a module is of the other kind.
     axes = {pair.axes for pair in matrices if not pair.table}
     tensors, ranks, alphas = {}, {}, {}
@@ -245,10 +238,8 @@ def _write(
     bias = "lora_only" if biases <= ranks.keys() else "all"
     # Servers make room for `r`, so it is the largest rank.
     rank, alpha = max(zip(ranks.values(), alphas.values(), strict=True))
-    config = {
+    config = of_base | {
         "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
         "inference_mode": True,
         "target_modules": sorted(ranks),
         "r": rank,
@@ -261,15 +252,14 @@ def _write(
     }
     if saved:
         config["modules_to_save"] = sorted(saved)
-    files = (TENSORS, [encode(tensors, {"format": "pt"})]), (CONFIG, [dump(config)])
-    _files.write_directory(path, files)
+    return (TENSORS, [encode(tensors, {"format": "pt"})]), (CONFIG, [dump(config)])
 
 
 def _modules(
     adapters: Any, names: Names
 ) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
     """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
-    known, items, unknown = bijection(names), [], []
+    known, items = bijection(names), []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -284,39 +274,31 @@ def _modules(
                 "mora_jax.merge merges it"
             )
         found = known.layers(kernel, *_names.stack_first(spec.kernel_shape, spec.axes))
-        stack, m = sizes(spec.kernel_shape, spec.axes, "s"), to_numpy(kernel, adapter.m)
+        stack, m = spec.stack_shape, to_numpy(kernel, adapter.m)
         width = spec.out_features * math.prod(stack) // len(found)
         for number, (index, pair) in enumerate(found.items()):
             if pair is None:
-                unknown.append(_names.join_index(kernel, index))
-                continue
+                place = _names.join_index(kernel, index)
+                what = f"names have no module for the kernel {place!r}"
+                raise ValueError(f"{what}; {_names.TEMPLATES}")
             start = number * width % spec.out_features
             outputs = slice(start, start + width)
             index = index[: len(stack)]
             one = dataclasses.replace(spec, operator=spec.operator.at(index))
             items.append((pair, kernel, one, m[index], outputs))
-    if not items and not unknown:
+    if not items:
         raise ValueError("adapters must hold one of a kernel to write, got none")
-    if unknown:
-        what = f"names have no module for the kernel {unknown[0]!r}"
-        raise ValueError(f"{what}; {_names.TEMPLATES}")
     return items
 
 
-def _whole_modules(
-    adapters: Any, names: Names, program: Program
-) -> dict[str, np.ndarray]:
-    """{tensor: numbers} of the arrays that train themselves, as PyTorch has them.
-
-    PEFT calls them `modules_to_save` and `bias`, and servers take none.
-    """
+def _trained(adapters: Any, names: Names, program: Program) -> dict[str, np.ndarray]:
+    """{tensor: numbers} of the arrays that train themselves, as PyTorch has them."""
     known, whole = bijection(names), {}
     for path, adapter in adapters_in(adapters).trained.items():
         name, shape = "/".join(path), adapter.spec.shape
         if program != "peft":
-            raise ValueError(
-                f"{name} trains itself, which a LoRA for a server cannot hold; {MERGE}"
-            )
+            why = "which a LoRA for a server cannot hold"
+            raise ValueError(f"{name} trains itself, {why}; {MERGE}")
         pair = next(known.of_leaf(name), None)
         # A vector is the same in both, whatever its template says of axes.
         axes = pair.kernel_axes if pair else ""

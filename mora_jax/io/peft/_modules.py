@@ -33,36 +33,32 @@ class MatrixPair(NamedTuple):
     axes: str = "oi"
 
 
-def rows_looked_up(
-    name: str, axes: str, module: str, a: np.ndarray, b: np.ndarray, here: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of an embedding for its kernel, or the other way round.
+def turned(pair: MatrixPair, kernel: str, axes: str, here: str) -> MatrixPair:
+    """A module for its kernel or the other way round: A and B of a table may turn.
 
-    A warning of heads that are tied to it ends with what happens to them `here`.
+    A warning of heads that are tied to a table ends with what happens to them `here`.
     """
+    if not pair.table:
+        return pair
     warn(
-        f"{name}: PEFT and servers adapt the lookup of {module}, and not a head "
+        f"{kernel}: PEFT and servers adapt the lookup of {pair.module}, and not a head "
         f"that is tied to it; {here}"
     )
-    return (b.T, a.T) if axes.strip("s").startswith("o") else (a, b)
+    out_first = axes.strip("s").startswith("o")
+    return pair._replace(a=pair.b.T, b=pair.a.T) if out_first else pair
 
-
-# --- Reading ---
 
 Rule = tuple[str, Callable[[Any], bool]]
 """The rule for the values of a setting, in words, and a check."""
 
 
 def _by_name(rule: Rule) -> Rule:
-    words, is_right = rule
+    words, fits = rule
     # PEFT takes regular expressions; a stranger's may take forever to match.
+    is_name = re.compile(r"[\w.-]+").fullmatch
     return (
         f"names of modules, each with {words}",
-        lambda values: (
-            isinstance(values, dict)
-            and all(re.fullmatch(r"[\w.-]+", key) for key in values)
-            and all(map(is_right, values.values()))
-        ),
+        lambda v: isinstance(v, dict) and all(is_name(k) and fits(v[k]) for k in v),
     )
 
 
@@ -93,12 +89,10 @@ _RULES: dict[str, Rule] = {
         lambda v: not (isinstance(v, str) and _OF_ANOTHER_BASE.fullmatch(v)),
     ),
 }
+_TYPES = *REFERENCE_GROUPS, 6
 _REFERENCE_RULES: dict[str, Rule] = {
     "bias": ("'none'", lambda v: v == "none"),
-    "mora_type": (
-        "1, 2, 3, 4 or 6",
-        lambda v: type(v) is int and v in (*REFERENCE_GROUPS, 6),
-    ),
+    "mora_type": ("1, 2, 3, 4 or 6", lambda v: type(v) is int and v in _TYPES),
 }
 _METHODS = "lora_bias", "layer_replication", "trainable_token_indices", "arrow_config"
 _METHODS += "target_parameters", "alora_invocation_tokens"
@@ -117,11 +111,10 @@ def checked(content: Any) -> dict[str, Any]:
     rules = dict.fromkeys(others, _UNSET) | _RULES
     if config["use_mora"] is True:
         rules |= _REFERENCE_RULES
-    for key, (rule, is_right) in rules.items():
+    for key, (words, is_right) in rules.items():
         if not is_right(value := config.get(key)):
-            raise AdapterFileError(
-                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
-            )
+            rule = f"{key} in {CONFIG} must be {words}"
+            raise AdapterFileError(f"{rule}, got {short(value)}")
     return config
 
 
@@ -140,14 +133,12 @@ def modules_in(
         elif key.startswith(PREFIX) and ".lora_" not in key:
             others.append(key)
         else:
-            raise AdapterFileError(
-                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A, got {short(key)}"
-            )
+            rule = f"tensors in {TENSORS} must be like {PREFIX}*.lora_A"
+            raise AdapterFileError(f"{rule}, got {short(key)}")
     for (name, table), two in found.items():
         if len(two) < 2 or any(array.ndim != 2 for array in two.values()):
-            raise AdapterFileError(
-                f"{TENSORS} must have lora_A and lora_B of {name}, two matrices"
-            )
+            rule = f"{TENSORS} must have lora_A and lora_B of {name}"
+            raise AdapterFileError(f"{rule}, two matrices")
         rank = _own(config, "r", "rank_pattern", name)
         alpha = _own(config, "lora_alpha", "alpha_pattern", name)
         factor = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)

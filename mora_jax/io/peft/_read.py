@@ -24,7 +24,7 @@ from mora_jax.io._names import TEMPLATES, Names, bijection, split_index
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
-from mora_jax.io.peft._modules import MatrixPair, checked, modules_in, rows_looked_up
+from mora_jax.io.peft._modules import MatrixPair, checked, modules_in, turned
 from mora_jax.io.peft._reference import reference_operator
 from mora_jax.operators import LowRank, Operator
 
@@ -98,24 +98,21 @@ def _kernels(
     modules: list[MatrixPair], leaves: Leaves, names: Names
 ) -> dict[str, ByIndex]:
     """The matrices of each kernel, by the names of their modules."""
-    known, unknown = bijection(names), []
+    known = bijection(names)
     paths = [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
     kernels: dict[str, ByIndex] = defaultdict(dict)
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
         if not found:
-            unknown.append(pair.module)
-            continue
+            near = nearest_paths(pair.module.replace(".", "/"), paths)
+            raise AdapterFileError(
+                f"names have no kernel for the module {short(pair.module)}, which "
+                f"{TENSORS} adapts{near}; {TEMPLATES}"
+            )
         path, index = next((one for one in found if one[0] in paths), found[0])
         if index in kernels[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
         kernels[path][index] = pair
-    if unknown:
-        near = nearest_paths(unknown[0].replace(".", "/"), paths)
-        raise AdapterFileError(
-            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts{near}; {TEMPLATES}"
-        )
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
     return kernels
@@ -139,9 +136,8 @@ def _kernel(
     if leaf is None or isinstance(leaf, TrainedArray):
         raise ValueError(f"the model lacks this kernel{nearest_paths(name, leaves)}")
     check_kernel(leaf, name)
-    shape = tuple(leaf.shape)
     arrays = {other: array for other, (_, array) in leaves.items()}
-    return path, {"kernel_shape": shape, "axes": axes_by_name(name, arrays)}
+    return path, {"kernel_shape": tuple(leaf.shape), "axes": axes_by_name(name, arrays)}
 
 
 def _adapter_of(
@@ -160,10 +156,9 @@ def _adapter_of(
         got = short(sorted(by_index))
         raise ValueError(f"the kernel is stacked {stack}, got modules for {got}")
     widths, modules = (features_of[0], features_of[1] // parts), []
-    for pair in (by_index[place] for place in np.ndindex(places)):
-        module, table, a, b, rank, *_ = pair
-        if table:
-            a, b = rows_looked_up(name, axes, module, a, b, "here both change")
+    for index in np.ndindex(places):
+        pair = turned(by_index[index], name, axes, "here both change")
+        module, _, a, b, rank, *_ = pair
         left, right = (widths[0], rank), (rank, widths[1])
         if mora_type:
             left = right = reference_operator(mora_type, *widths, rank).m_shape
@@ -177,7 +172,7 @@ def _adapter_of(
         check_finite(b, module)
         if mora_type and not np.array_equal(a, b):
             raise ValueError(f"lora_A and lora_B of {module} must be the same M")
-        modules.append(pair._replace(a=a, b=b))
+        modules.append(pair)
     if not mora_type:
         alpha, ms = modules[0].factor, _low_rank(modules, parts)
         operator: Operator = LowRank(*features_of, ms[0].shape[1])
