@@ -58,14 +58,21 @@ def is_adapter(node):
 
 def projected(plan, name, gradient):
     """The part of a gradient that is a delta of some M, by least squares in float64."""
-    spec = plan[name]
-    size = int(np.prod(spec.operator.m_shape))
-    units = np.eye(size).reshape(size, *spec.operator.m_shape)
-    unit_delta = jax.jit(jax.vmap(spec.operator.delta_weight))
-    deltas = np.asarray(unit_delta(units.astype("f")))
+    return np.concatenate(
+        [
+            part(plan[name].operator.at(index), gradient[index])
+            for index in np.ndindex(gradient.shape[:-2])
+        ]
+    )
+
+
+def part(op, gradient):
+    size = int(np.prod(op.m_shape))
+    units = np.eye(size).reshape(size, *op.m_shape)
+    deltas = np.asarray(jax.jit(jax.vmap(op.delta_weight))(units.astype("f")))
     deltas = deltas.reshape(size, -1).astype(np.float64)
-    flat = gradient.reshape(-1, deltas.shape[1])
-    return (np.linalg.lstsq(deltas.T, flat.T, rcond=None)[0].T @ deltas).ravel()
+    found = np.linalg.lstsq(deltas.T, gradient.ravel(), rcond=None)[0]
+    return found @ deltas
 
 
 # Those that are no isometry, those that are, with blocks and without.
