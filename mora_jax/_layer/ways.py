@@ -28,6 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
@@ -104,7 +105,7 @@ class _OfLayer(LinearMap):
 
     layer: Layer
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         # JAX transposes what `forward` does with x, which holds nothing but the
         # residuals, so that no activation is kept for it.
         of_x = functools.partial(self.forward, residuals)
@@ -129,7 +130,7 @@ class Adapted(_OfLayer):
             return self
         return Adapted(dataclasses.replace(self.layer, execution="activation"))
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         return self.chosen(residuals).forward(residuals, operand)
 
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
@@ -152,7 +153,7 @@ class Adapted(_OfLayer):
 class Activation(_OfLayer):
     """x W + alpha D(C(x) M)."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         (op, m, kernel), layer = residuals, self.layer
         y = layer.multiply(operand, kernel)
         x = layer.product.to_rows(operand.astype(y.dtype))
@@ -164,16 +165,16 @@ class Activation(_OfLayer):
 class Fold(_OfLayer):
     """x times the folded kernel."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         return self.layer.multiply(operand, self._fold(residuals, operand))
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         # dx = g (W + alpha C M D)^T, with the kernel folded once more.
         layer, kernel = self.layer, self._fold(residuals, cotangent)
         like = layer.x_shape, cotangent, layer.x_dtype
         return transposed(lambda x: layer.multiply(x, kernel), *like)
 
-    def _fold(self, residuals: Any, after: jax.Array) -> jax.Array:
+    def _fold(self, residuals: Any, after: Array) -> Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         (op, m, kernel), layer = residuals, self.layer
         m = m.astype(sum_dtype(m, kernel))
@@ -194,7 +195,7 @@ class Fold(_OfLayer):
         return jax.lax.optimization_barrier((after, folded))[1]
 
 
-def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
+def _scheduled_after(x: Array, m: Array) -> Array:
     """`m` with a dependency on `x`."""
     # Without it nothing that a fold needs depends on the layers before it, so XLA would
     # fold every kernel of a model at its start and keep them all in memory. A barrier
@@ -219,7 +220,7 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
 class Fused(_OfLayer):
     """The same where each device adds its parts of both terms."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         (op, m, kernel), layer = residuals, self.layer
         labels, features = layer.product.claim.einsum, layer.features(kernel.shape)
         assert features is not None
@@ -262,7 +263,7 @@ def adapted_product(
     *,
     dropout_key: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
+) -> Array:
     r"""A layer's product with its adapter: :math:`x W + \alpha\, D(C(x) M)`.
 
     M is (*stack, *m_shape), with the stack axes of `product`. `multiply` is the layer's
@@ -275,7 +276,7 @@ def adapted_product(
     x = jnp.asarray(x)
     shape, axes = spec.seen_by(len(product.axes))
     # A delta can be added to numbers, and a kernel may stand for quantized ones.
-    is_array = isinstance(kernel, jax.Array | np.ndarray)
+    is_array = isinstance(kernel, Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     takes_delta = floating and placement.explicit_sharding(kernel) is None
     if not (takes_delta and joins(product, axes, x, dropout_key is not None)):
@@ -318,15 +319,15 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
 
 
 def add_delta(
-    y: jax.Array,
+    y: Array,
     spec: AdapterSpec,
     m: ArrayLike,
     x: ArrayLike,
     product: Product,
     dropout_key: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
-    factor: jax.Array | None = None,
-) -> jax.Array:
+    factor: Array | None = None,
+) -> Array:
     """A layer's output `y` with its delta, arguments as for `adapted_product`.
 
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
@@ -336,14 +337,14 @@ def add_delta(
         layout = placement.explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
-        def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
+        def add(y: Array, m: Any, x: ArrayLike, key: Any) -> Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return placement.with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, rate = jnp.asarray(x), spec.dropout
 
     @undisturbed
-    def added(x: jax.Array) -> jax.Array:
+    def added(x: Array) -> Array:
         settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
         return product.delta(Delta.of(spec, m, x=x, **settings), x)
 
@@ -355,8 +356,8 @@ def add_delta(
 
 
 def dropped(
-    x: jax.Array, key: PRNGKeyArray | None, rate: float, shape: Shape | None = None
-) -> jax.Array:
+    x: Array, key: PRNGKeyArray | None, rate: float, shape: Shape | None = None
+) -> Array:
     """`x` with a part of it zero, by a mask of `shape`; without a key all of it."""
     if key is None or rate == 0:
         return x

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_algebra import transposed, varying
@@ -29,18 +30,18 @@ from mora_jax.operators.block_diagonal import BlockDiagonal
 
 REPLICATED = PartitionSpec()
 
-Here = Callable[..., jax.Array]
+Here = Callable[..., Array]
 """A function on one device, of the part of an operator there, and of arrays."""
 
 
 def shared(
     here: Here,
     operator: Operator,
-    arrays: Sequence[jax.Array],
+    arrays: Sequence[Array],
     specs: Sequence[PartitionSpec],
     out_spec: PartitionSpec,
     features: FeatureSharding,
-) -> jax.Array:
+) -> Array:
     """`here((part, *others), first)` of arrays on each device that shares features.
 
     It is summed over the axes of `features` that do not split it. Other axes of the
@@ -57,7 +58,7 @@ def shared(
         split = {axis for entry in spec for axis in mesh_axes(entry)}
         return _Sum(tuple(axis for axis in names if axis not in split))
 
-    def local(operator: Operator, starts: Any, *arrays: jax.Array) -> jax.Array:
+    def local(operator: Operator, starts: Any, *arrays: Array) -> Array:
         part = part_of(operator, *(start[0] for start in starts), *sizes)
         first, *others = (
             sum_to(spec)((), array, transposed=True)
@@ -94,7 +95,7 @@ class _Sum(LinearMap):
 
     elementwise = True
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         if not self.axes:
             return operand
         dtype = operand.dtype
@@ -103,7 +104,7 @@ class _Sum(LinearMap):
             operand = operand.astype(jnp.promote_types(dtype, jnp.float32))
         return jax.lax.psum(operand, self.axes).astype(dtype)
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         return varying(cotangent, self.axes)
 
 
@@ -120,77 +121,75 @@ class OnMesh(DeltaMap):
     operator: Operator
     features: FeatureSharding
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
 
-        def here(residuals: Any, x: jax.Array) -> jax.Array:
+        def here(residuals: Any, x: Array) -> Array:
             return residuals[0].enter(x)
 
         specs = [last_axis(axes, x.ndim)]
         return self._shared(here, [x], specs, REPLICATED, out_axes=())
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
 
-        def here(residuals: Any, h: jax.Array) -> jax.Array:
+        def here(residuals: Any, h: Array) -> Array:
             return residuals[0].leave(h)
 
         out_spec = last_axis(axes, h.ndim)
         return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
 
-    def product(self, h: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Any = None) -> Array:
         return self.operator.product(h, m, precision)
 
-    def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Any = None) -> Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)
         return self._in_parts(x, m, precision)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Any = None) -> Any:
         return x, m
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Any = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Any = None) -> Array:
         x, m = kept
         rows = functools.partial(self._in_parts, x, precision=precision)
         return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Any = None, shards: int = 1
+    ) -> Array:
         tangent = functools.partial(self.tangent, kept, precision=precision)
         return transposed(tangent, self.operator.m_shape, g)
 
-    def matrix(self, m: jax.Array, matrix_of: Here) -> jax.Array:
+    def matrix(self, m: Array, matrix_of: Here) -> Array:
         """The rows and columns of the delta that each device has, (in, out)."""
 
-        def here(residuals: Any, m: jax.Array) -> jax.Array:
+        def here(residuals: Any, m: Array) -> Array:
             return matrix_of(*residuals, m)
 
         return self._shared(here, [m], [REPLICATED], self._kernel_spec)
 
-    def added(self, m: jax.Array, kernel: jax.Array, add: Here) -> jax.Array:
+    def added(self, m: Array, kernel: Array, add: Here) -> Array:
         """A kernel with its delta, (in, out), split as the kernel is.
 
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
 
-        def here(residuals: Any, kernel: jax.Array) -> jax.Array:
+        def here(residuals: Any, kernel: Array) -> Array:
             return add(*residuals, kernel)
 
         spec = self._kernel_spec
         return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
 
-    def _in_parts(self, x: jax.Array, m: jax.Array, precision: Any) -> jax.Array:
+    def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
 
-        def here(residuals: Any, x: jax.Array) -> jax.Array:
+        def here(residuals: Any, x: Array) -> Array:
             part, m = residuals
             return part.rows(x, m, precision)
 
@@ -202,7 +201,7 @@ class OnMesh(DeltaMap):
 
     def _shared(
         self, here: Here, arrays: Any, specs: Any, out_spec: PartitionSpec, **axes: Any
-    ) -> jax.Array:
+    ) -> Array:
         """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
         return shared(here, self.operator, arrays, specs, out_spec, features)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
@@ -41,8 +42,8 @@ class OperatorPart(DeltaMap):
     """
 
     operator: Any  # an Operator; subclasses know which
-    in_start: jax.Array
-    out_start: jax.Array
+    in_start: Array
+    out_start: Array
     in_features: int
     out_features: int
 
@@ -53,33 +54,31 @@ class OperatorPart(DeltaMap):
         here = self.in_features, self.out_features
         return here == (op.in_features, op.out_features)
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return self.operator.enter(self.pad_inputs(x))
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return self.take_outputs(self.operator.leave(h))
 
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         return self.operator.product(h, m, precision)
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         """The rows and columns of the delta that are here, (in, out)."""
         return self.take_inputs(self.take_outputs(self.operator.matrix(m)))
 
-    def pad_inputs(self, x: jax.Array) -> jax.Array:
+    def pad_inputs(self, x: Array) -> Array:
         """All inputs, those that are elsewhere zero: (..., whole in_features)."""
         if self.in_features == self.operator.in_features:
             return x
         return _put(x, self.operator.in_features, self.in_start)
 
-    def take_inputs(self, rows: jax.Array) -> jax.Array:
+    def take_inputs(self, rows: Array) -> Array:
         """The rows of the inputs that are here, (whole, ...) -> (in_features, ...)."""
         size = self.in_features
         return jax.lax.dynamic_slice_in_dim(rows, self.in_start, size, axis=0)
 
-    def take_outputs(self, y: jax.Array) -> jax.Array:
+    def take_outputs(self, y: Array) -> Array:
         """The outputs that are here, (..., whole out_features) -> (..., here)."""
         if self.out_features == self.operator.out_features:
             return y
@@ -91,13 +90,13 @@ class OperatorPart(DeltaMap):
 class SharingPart(OperatorPart):
     """The part of sharing; only groups that a device has unequally often take more."""
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         op, q = self.operator, self.operator.square_rank
         if op.compress_groups == "strided" and not self.in_features % q:
             return sum_tiles(x, q) * op._scale("in", x.dtype)
         return super().enter(x)
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         op, outs = self.operator, self.out_features
         if op.decompress_groups == "strided" and not outs % op.square_rank:
             return tile_to(h * op._scale("out", h.dtype), outs)
@@ -108,16 +107,16 @@ class SharingPart(OperatorPart):
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return matmul(x, self._in_basis(x))
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         return matmul(self._in_basis(m), self.leave(m))
 
-    def _in_basis(self, like: jax.Array) -> jax.Array:
+    def _in_basis(self, like: Array) -> Array:
         return self.take_inputs(self.operator.basis("in", like.dtype))
 
 
@@ -132,7 +131,7 @@ class BlockPart(OperatorPart):
     # M multiplies whichever are fewer: the groups from here, or the groups for here.
     # Both orders give the same sum, since M is the same for all blocks of a group.
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         # A part of a block is put in its place among zeros: blocks are rotated as a
         # whole.
         q = self.operator.square_rank
@@ -144,7 +143,7 @@ class BlockPart(OperatorPart):
         h = h.reshape(*x.shape[:-1], self._groups_here, q)
         return self._sum_wanted(h) if self._sums_first else h
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         h = h if self._sums_first else self._sum_wanted(h)
         q, size = h.shape[-1], self.out_features
         y = tile_to(h.reshape(*h.shape[:-2], -1), max(size, q))
@@ -168,7 +167,7 @@ class BlockPart(OperatorPart):
     def _sums_first(self) -> bool:
         return self._groups_here > self._wanted
 
-    def _sum_wanted(self, h: jax.Array) -> jax.Array:
+    def _sum_wanted(self, h: Array) -> Array:
         """Of groups from here the ones that outputs here want: (..., wanted, q)."""
         # The groups of blocks follow each other, and after the last comes the first.
         q = self.operator.square_rank
@@ -185,9 +184,7 @@ class DiagonalPart(OperatorPart):
     the blocks here alone.
     """
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         _, p, s = self.operator.m_shape
         ins, outs = self.in_features // p, self.out_features // s
         first_in, first_out = self.in_start // p, self.out_start // s
@@ -211,9 +208,7 @@ class DampedPart(OperatorPart):
     What inputs have along the directions is summed with all else.
     """
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         op, here = self.operator, (self.in_features, self.out_features)
         inner = part_of(op.inner, self.in_start, self.out_start, *here)
         columns = op.columns(x.dtype)
@@ -253,7 +248,7 @@ part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 
 
-def _put(x: jax.Array, size: int, start: Any) -> jax.Array:
+def _put(x: Array, size: int, start: Any) -> Array:
     """`x` among zeros: (..., k) -> (..., size), from `start` on."""
     zeros = jnp.zeros((*x.shape[:-1], size), x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(zeros, x, start, axis=-1)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.checks import check_concrete, check_finite, positive_integer
 from mora_jax._common.suggestions import alike, shown
@@ -141,7 +142,7 @@ def _moments(
         m = jnp.insert(jnp.asarray(z, jnp.float32), 0, 0, -1)
         sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
 
-    def total(given: Any) -> jax.Array:
+    def total(given: Any) -> Array:
         outputs = map(jnp.asarray, jax.tree.leaves(call(given)))
         real = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
         if not real:
@@ -195,22 +196,18 @@ class _Moments(Operator):
     def m_shape(self) -> Shape:
         return self.in_features, 1 + self.square_rank
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.zeros((*x.shape[:-1], self.out_features), x.dtype)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         return x, m
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         return self.rows(kept[0], tangent)
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
         x, m = (
             array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in kept
         )
@@ -218,7 +215,5 @@ class _Moments(Operator):
         by_columns = rows_product(x, x @ m[:, 1:])
         return jnp.concatenate([jnp.sum(x**2, 0)[:, None], by_columns], -1)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.zeros((*indices.shape, self.out_features), m.dtype)
