@@ -171,9 +171,7 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
     parts = []
     if not isinstance(tangent, ad.Zero):
         parts.append(linear_p.bind(*residuals, tangent, call=call))
-    moving = {
-        k: t for k, t in enumerate(residual_tangents) if not isinstance(t, ad.Zero)
-    }
+    moving = {k: t for k, t in enumerate(residual_tangents) if type(t) is not ad.Zero}
     if moving and (by_hand := call.by_hand) in moving:
         by_second = moving.pop(by_hand)
         if call.batch_axes:

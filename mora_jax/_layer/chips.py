@@ -214,12 +214,10 @@ def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Arra
     p = op.out_features // columns
     ins, outs = min(rows, part.in_features), min(columns, part.out_features)
     starts = part.in_start.astype(jnp.uint32), part.out_start.astype(jnp.uint32)
-    (first_in, row_in_m), (first_out, column_in_m) = map(
-        divide, starts, (rows, columns)
-    )
-    blocks = jax.lax.dynamic_slice(
-        _blocks(op, m), (np.uint32(0), row_in_m, column_in_m), (n, ins, outs)
-    )
+    first_in, row_in_m = divide(starts[0], rows)
+    first_out, column_in_m = divide(starts[1], columns)
+    in_m = np.uint32(0), row_in_m, column_in_m
+    blocks = jax.lax.dynamic_slice(_blocks(op, m), in_m, (n, ins, outs))
     here_in, here_out = part.in_features // ins, part.out_features // outs
 
     def add_copy(k: Array, folded: Array) -> Array:
@@ -238,10 +236,9 @@ def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Arra
         source = kernel if part.is_whole else folded
         block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
         copy = jax.lax.dynamic_index_in_dim(blocks, block_in, keepdims=False)
+        copy = jnp.where(is_here, copy, 0)
         start = starts[0] + row, starts[1] + column
-        block = add_rounded(
-            block, jnp.where(is_here, copy, 0), "io", kernel.dtype, "dither", start
-        )
+        block = add_rounded(block, copy, "io", kernel.dtype, "dither", start)
         return jax.lax.dynamic_update_slice(folded, block, (row, column))
 
     return jax.lax.fori_loop(0, here_in if n >= p else here_out, add_copy, kernel)

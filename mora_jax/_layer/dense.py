@@ -78,9 +78,8 @@ class FrozenDense(AdapterSettings):
           ValueError: `axes` or the rank do not fit the kernel, or `config` has `train`.
         """
         check_kernel(kernel, "kernel")
-        spec = AdapterSpec.from_config(
-            config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
-        )
+        shape, dtype = tuple(kernel.shape), kernel.dtype
+        spec = AdapterSpec.from_config(config, shape, axes, kernel_dtype=dtype)
         settings = {name: getattr(spec, name) for name in SETTINGS}
         return cls(kernel, bias, spec.operator, axes, **settings)
 

@@ -17,7 +17,7 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,26 +110,36 @@ class Delta(KernelDelta):
         precision: jax.lax.PrecisionLike = None,
         x: Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
+        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes.
+
+        With the layer's input `x` its M is on the devices that `x` is on.
+        """
         shape, axes = spec.seen_by(ndim)
         expected = (*sizes(shape, axes, "s"), *spec.operator.m_shape)
         if (got := jnp.shape(m)) != expected:
             many = many_if(got, expected)
             raise ValueError(f"M must have shape {expected}, got {got}{many}")
-        features = spec.layout and spec.layout.for_activations(axes, shape)
-        split = OnMesh(spec.operator, features).m_spec if features else ()
-        m = scaled_m(spec, m, dtype, x, split)
-        return cls(spec.operator, m, shape, axes, precision, spec.layout)
+        op, layout, m = spec.operator, spec.layout, jnp.asarray(m)
+        dtype = m.dtype if dtype is None else dtype
+        # The factor is not rounded where the layer is wider than M.
+        m = op.scaled(m.astype(jnp.promote_types(m.dtype, dtype)), spec.factor)
+        m = m.astype(dtype)
+        if x is not None:
+            features = layout and layout.for_activations(axes, shape)
+            split = OnMesh(op, features).m_spec if features else ()
+            m = placement.gather_m(m, layout, x, len(op.m_shape), split)
+        return cls(op, m, shape, axes, precision, layout)
 
     def rows(self, x: Array) -> Array:
         if self._stack:
             return self._over_stack(Delta.rows, x)
-        op, features = self.operator, self._features
+        op, layout = self.operator, self.layout
+        features = layout and layout.for_activations(self.axes, self.kernel_shape)
         delta = OnMesh(op, features) if features else op
         if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
         kept = op.kept(x, self.m, self.precision)
-        return self._by_m(kept, placement.row_shards(self.layout, x))
+        return self._by_m(kept, placement.row_shards(layout, x))
 
     def _by_m(self, kept: Any, shards: int = 1) -> Array:
         """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
@@ -182,12 +192,6 @@ class Delta(KernelDelta):
         return layout and layout.for_kernel(self.axes, self.kernel_shape)
 
     @property
-    def _features(self) -> FeatureSharding | None:
-        """The mesh axes that split features of inputs and outputs, if any does."""
-        layout = self.layout
-        return layout and layout.for_activations(self.axes, self.kernel_shape)
-
-    @property
     def _stack(self) -> Shape:
         return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
 
@@ -210,26 +214,6 @@ def _matrix(
     if features:
         return OnMesh(op, features).matrix(m, chips.matrix_of)
     return chips.matrix_of(op, m)
-
-
-def scaled_m(
-    spec: AdapterSpec,
-    m: ArrayLike,
-    dtype: DTypeLike | None = None,
-    x: Array | None = None,
-    split: Iterable[Any] = (),
-) -> Array:
-    """The trained array of alpha times the delta, in `dtype` or its own."""
-    # It is replicated over the devices that the layer's input `x` is on, or `split` by
-    # blocks. The factor is not rounded where the layer is wider than M.
-    m = jnp.asarray(m)
-    wide = m.dtype if dtype is None else jnp.promote_types(m.dtype, dtype)
-    scaled = spec.operator.scaled(m.astype(wide), spec.factor)
-    scaled = scaled if dtype is None else scaled.astype(dtype)
-    if x is None:
-        return scaled
-    ndim = len(spec.operator.m_shape)
-    return placement.gather_m(scaled, spec.layout, x, ndim, split)
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> Array:

@@ -9,10 +9,9 @@ RunLoRA (https://arxiv.org/abs/2312.03415) chose among such ways for a LoRA.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
   them. XLA would not join the two sums.
 
-Each is a linear map of x, and its transpose is dx. The derivative by M is the delta of
-M's tangent in every way, computed from x, so that no gradient of a kernel's shape is
-formed. `Adapted` is the map that stands in a program, and has that derivative; it
-becomes one of the three when it is traced for a platform.
+Each is a linear map of x, and its transpose is dx. `Adapted` is the map that stands in
+a program, with the derivative by M that all of them have, `equation.ByM`; it becomes
+one of the three when it is traced for a platform.
 
 On a mesh each device folds the part of the kernel that it holds. If the kernel is split
 over batches (FSDP), it is folded before it is gathered: each device does its share of
@@ -92,8 +91,6 @@ class Layer:
             return False
         if self.gathers and not tuning.folds_gathered:
             return False
-        # A fold moves in * out numbers of the kernel, and activations move in + out for
-        # each row; `fold_from` is the measured factor between the two, see `Tuning`.
         ins, outs = features(kernel.shape, self.axes)
         rows = math.prod(self.x_shape) / ins
         return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
@@ -119,9 +116,8 @@ class Adapted(_OfLayer):
     def chosen(self, residuals: Any) -> LinearMap:
         operator, _, kernel = residuals
         way = self.layer.way(kernel, operator.work, current_tuning())
-        if way == "fused":
-            return Fused(self.layer)
-        return Fold(self.layer) if way == "fold" else Activation(self.layer)
+        ways = {"activation": Activation, "fold": Fold, "fused": Fused}
+        return ways[way](self.layer)
 
     def mapped(self, residuals: Any) -> LinearMap:
         # Each of many M's would make a folded kernel of its own.
@@ -305,11 +301,8 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """
     # With a stack axis it would be a batched product.
     is_matrix = isinstance(product, Contraction) and "s" not in axes
-    if (
-        not is_matrix
-        or product.axes != axes
-        or placement.explicit_sharding(x) is not None
-    ):
+    fits = is_matrix and product.axes == axes
+    if not fits or placement.explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be

@@ -2,10 +2,11 @@
 
 If inputs are split, a device has part of C(x), and the parts are summed: q numbers for
 each row. If outputs are split, the forward pass needs no communication and the backward
-pass one sum of (rows, q). If C(x) is as large as x, the outputs are summed instead; and
-so they are for every operator where the layer's own output is summed with them (see
-`ways.Fused`). The gradient of M is a sum of arrays like M over all axes that split
-anything.
+pass one sum of (rows, q). If C(x) is as large as x, or M is two factors, the outputs
+are summed instead; and so they are for every operator where the layer's own output is
+summed with them (see `ways.Fused`). The derivative by M always is of such parts of the
+output, so that M's gradient needs a sum of arrays like M over all axes that split
+anything, and nothing else. Blocks that one device needs are its own, without a sum.
 """
 
 import dataclasses
@@ -60,16 +61,13 @@ def shared(
 
     def local(operator: Operator, starts: Any, *arrays: Array) -> Array:
         part = part_of(operator, *(start[0] for start in starts), *sizes)
-        first, *others = (
-            sum_to(spec)((), array, transposed=True)
-            for array, spec in zip(arrays, specs, strict=True)
-        )
+        pairs = zip(arrays, specs, strict=True)
+        first, *others = (sum_to(spec)((), x, transposed=True) for x, spec in pairs)
         return sum_to(out_spec)((), here((part, *others), first))
 
     # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
-    starts = [
-        n * np.arange(k, dtype=np.int32) for n, k in zip(sizes, shards, strict=True)
-    ]
+    counts = zip(sizes, shards, strict=True)
+    starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
     in_specs = REPLICATED, [*map(PartitionSpec, both)], *specs
     context = jax.sharding.get_abstract_mesh()
     mapped = jax.shard_map(
@@ -110,13 +108,7 @@ class _Sum(LinearMap):
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh(DeltaMap):
-    """The map of an operator, where devices share features.
-
-    The sums over devices are of C(x), q numbers a row; or of the output, if C(x) is as
-    large as x or M is two factors. The derivative by M always is of such parts of the
-    output, so that M's gradient needs a sum of arrays like M, and nothing else. Blocks
-    that one device needs are its own, without a sum.
-    """
+    """The map of an operator, where devices share features."""
 
     operator: Operator
     features: FeatureSharding
@@ -125,23 +117,15 @@ class OnMesh(DeltaMap):
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
-
-        def here(residuals: Any, x: Array) -> Array:
-            return residuals[0].enter(x)
-
-        specs = [last_axis(axes, x.ndim)]
-        return self._shared(here, [x], specs, REPLICATED, out_axes=())
+        x_spec, here = last_axis(axes, x.ndim), lambda own, x: own[0].enter(x)
+        return self._shared(here, [x], [x_spec], REPLICATED, out_axes=())
 
     def leave(self, h: Array) -> Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
-
-        def here(residuals: Any, h: Array) -> Array:
-            return residuals[0].leave(h)
-
-        out_spec = last_axis(axes, h.ndim)
-        return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
+        y_spec, here = last_axis(axes, h.ndim), lambda own, h: own[0].leave(h)
+        return self._shared(here, [h], [REPLICATED], y_spec, in_axes=())
 
     def product(self, h: Array, m: Array, precision: Any = None) -> Array:
         return self.operator.product(h, m, precision)
@@ -167,11 +151,8 @@ class OnMesh(DeltaMap):
 
     def matrix(self, m: Array, matrix_of: Here) -> Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-
-        def here(residuals: Any, m: Array) -> Array:
-            return matrix_of(*residuals, m)
-
-        return self._shared(here, [m], [REPLICATED], self._kernel_spec)
+        here, spec = lambda own, m: matrix_of(*own, m), self._kernel_spec
+        return self._shared(here, [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
         """A kernel with its delta, (in, out), split as the kernel is.
@@ -179,24 +160,18 @@ class OnMesh(DeltaMap):
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-
-        def here(residuals: Any, kernel: Array) -> Array:
-            return add(*residuals, kernel)
-
-        spec = self._kernel_spec
+        here, spec = lambda own, kernel: add(*own, kernel), self._kernel_spec
         return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
 
     def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
 
-        def here(residuals: Any, x: Array) -> Array:
-            part, m = residuals
+        def here(own: Any, x: Array) -> Array:
+            part, m = own
             return part.rows(x, m, precision)
 
-        x_spec, y_spec = (
-            last_axis(axes, x.ndim)
-            for axes in (self.features.in_axes, self.features.out_axes)
-        )
+        both = self.features.in_axes, self.features.out_axes
+        x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
         return self._shared(here, [x, m], [x_spec, self.m_spec], y_spec)
 
     def _shared(
@@ -213,9 +188,8 @@ class OnMesh(DeltaMap):
         if not isinstance(op, BlockDiagonal) or all(axes) or not op.aligned:
             return REPLICATED
         shards = math.prod(self.features.mesh.shape[a] for a in (*axes[0], *axes[1]))
-        return (
-            REPLICATED if op.m_shape[0] % shards else PartitionSpec(axes[0] or axes[1])
-        )
+        evenly = op.m_shape[0] % shards == 0
+        return PartitionSpec(axes[0] or axes[1]) if evenly else REPLICATED
 
     @property
     def _kernel_spec(self) -> PartitionSpec:

@@ -50,12 +50,14 @@ class OperatorPart(DeltaMap):
     @property
     def is_whole(self) -> bool:
         """True if all features are here."""
-        op = self.operator
-        here = self.in_features, self.out_features
+        op, here = self.operator, (self.in_features, self.out_features)
         return here == (op.in_features, op.out_features)
 
     def enter(self, x: Array) -> Array:
-        return self.operator.enter(self.pad_inputs(x))
+        op = self.operator
+        if self.in_features < op.in_features:
+            x = _put(x, op.in_features, self.in_start)
+        return op.enter(x)
 
     def leave(self, h: Array) -> Array:
         return self.take_outputs(self.operator.leave(h))
@@ -67,16 +69,9 @@ class OperatorPart(DeltaMap):
         """The rows and columns of the delta that are here, (in, out)."""
         return self.take_inputs(self.take_outputs(self.operator.matrix(m)))
 
-    def pad_inputs(self, x: Array) -> Array:
-        """All inputs, those that are elsewhere zero: (..., whole in_features)."""
-        if self.in_features == self.operator.in_features:
-            return x
-        return _put(x, self.operator.in_features, self.in_start)
-
     def take_inputs(self, rows: Array) -> Array:
         """The rows of the inputs that are here, (whole, ...) -> (in_features, ...)."""
-        size = self.in_features
-        return jax.lax.dynamic_slice_in_dim(rows, self.in_start, size, axis=0)
+        return jax.lax.dynamic_slice_in_dim(rows, self.in_start, self.in_features)
 
     def take_outputs(self, y: Array) -> Array:
         """The outputs that are here, (..., whole out_features) -> (..., here)."""
@@ -134,13 +129,13 @@ class BlockPart(OperatorPart):
     def enter(self, x: Array) -> Array:
         # A part of a block is put in its place among zeros: blocks are rotated as a
         # whole.
-        q = self.operator.square_rank
+        q, groups = self.operator.square_rank, self._groups(self.in_features)
         width = max(self.in_features, q)
         h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
         h = h.reshape(*x.shape[:-1], width // q, q)
         h = self.operator.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
-        h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
-        h = h.reshape(*x.shape[:-1], self._groups_here, q)
+        h = sum_tiles(h.reshape(*x.shape[:-1], width), groups * q)
+        h = h.reshape(*x.shape[:-1], groups, q)
         return self._sum_wanted(h) if self._sums_first else h
 
     def leave(self, h: Array) -> Array:
@@ -151,21 +146,14 @@ class BlockPart(OperatorPart):
             return y
         return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 
-    @property
-    def _groups_here(self) -> int:
-        """The number of groups that features here feed."""
-        blocks = max(self.in_features // self.operator.square_rank, 1)
-        return min(self.operator.num_groups, blocks)
-
-    @property
-    def _wanted(self) -> int:
-        """The number of groups that outputs here want."""
-        blocks = max(self.out_features // self.operator.square_rank, 1)
+    def _groups(self, features: int) -> int:
+        """The number of groups that so many inputs here feed, or outputs want."""
+        blocks = max(features // self.operator.square_rank, 1)
         return min(self.operator.num_groups, blocks)
 
     @property
     def _sums_first(self) -> bool:
-        return self._groups_here > self._wanted
+        return self._groups(self.in_features) > self._groups(self.out_features)
 
     def _sum_wanted(self, h: Array) -> Array:
         """Of groups from here the ones that outputs here want: (..., wanted, q)."""
@@ -173,7 +161,8 @@ class BlockPart(OperatorPart):
         q = self.operator.square_rank
         h = pad_to(h, self.operator.num_groups, axis=-2)
         shift = self.in_start // q - self.out_start // q
-        return jnp.roll(h, shift, axis=-2)[..., : self._wanted, :]
+        wanted = self._groups(self.out_features)
+        return jnp.roll(h, shift, axis=-2)[..., :wanted, :]
 
 
 @_part
@@ -218,14 +207,14 @@ class DampedPart(OperatorPart):
 
 
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
-    """The part of blocks with an M each; all else of an `OperatorPart` is `place`."""
+    """The part of blocks with an M each, whose `place` is all else of the record."""
     few, many = sorted(map(operator.truediv, place[2:], op.m_shape[1:]))
     whole = op.aligned and few % 1 == many % few == 0  # and one place in the other
     return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
 
 
 def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:
-    """The part of a block operator, whose `place` is all else of an `OperatorPart`."""
+    """The part of blocks that share an M, whose `place` is all else of the record."""
     # Evenly cut: a device has whole blocks, or blocks are on whole devices.
     q, sizes = op.square_rank, place[2:]
     evenly = op.aligned and all(n % q == 0 or q % n == 0 for n in sizes)

@@ -80,9 +80,8 @@ def _replicate(
     split: Iterable[Any] = (),
 ) -> Array:
     stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
-    own = [*split, *[None] * ndim][:ndim]
-    spec = PartitionSpec(*stack, *own)
-    return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
+    sharding = NamedSharding(mesh, PartitionSpec(*stack, *split))
+    return jax.lax.with_sharding_constraint(m, sharding)
 
 
 # --- Explicit sharding: the type of an array says how a mesh splits it ---

@@ -14,7 +14,7 @@ from mora_jax._common.suggestions import alike, shown
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
-from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._layer.equation import Delta
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
@@ -208,9 +208,7 @@ class _Moments(Operator):
     def gradient(
         self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
     ) -> Array:
-        x, m = (
-            array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in kept
-        )
+        x, m = map(wide, kept)
         x = x.reshape(-1, self.in_features)
         by_columns = rows_product(x, x @ m[:, 1:])
         return jnp.concatenate([jnp.sum(x**2, 0)[:, None], by_columns], -1)

@@ -1,12 +1,8 @@
-r"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
+"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
 
-.. math::
-
-    y = D(C(x) M), \qquad dy = D(C(x)\, dM), \qquad dM = \sum_{rows} C(x)^T D^T(g)
-
-Here g is the gradient of y, and the sum runs over rows. Blocks of C(x) are rows like
-any other, so that it goes over both. An operator is such a map. What computes the same
-otherwise replaces it as a whole: a form for a chip, one device's part, many devices.
+`_layer.equation` has both as equations. Blocks of C(x) are rows like any other. What
+computes the same otherwise replaces the map as a whole: a form for a chip, one device's
+part, many devices.
 """
 
 import dataclasses
@@ -23,12 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._common.checks import check_array, check_seed, positive_integer
-from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._common.types import ArrayLike, Precision, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax.operators._pytree import by_layer
 
-Precision = jax.lax.PrecisionLike
 Side = Literal["in", "out"]
 Work = Literal["products", "sums", "blocks", "factors"]
 """The work: products with C and D, sums and copies, moves of blocks; thin factors."""
@@ -323,9 +318,8 @@ class Operator(DeltaMap):
     def _checked(self, m: ArrayLike) -> Array:
         array = self._fitting("m", m, *self.m_shape)
         if array.ndim != len(self.m_shape):
-            raise ValueError(
-                f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
-            )
+            rule = f"m must have shape {self.m_shape}"
+            raise ValueError(f"{rule}, got {m.shape}; use jax.vmap")
         return array
 
     def _fitting(self, name: str, array: ArrayLike, *end: int) -> Array:

@@ -15,11 +15,6 @@ from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 
 
-def num_blocks(features: int, square_rank: int) -> int:
-    """Number of blocks of q that cover `features`: ceil(features / q)."""
-    return -(-features // square_rank)
-
-
 def block_positions(
     indices: np.ndarray | Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:
@@ -28,7 +23,7 @@ def block_positions(
     A feature that starts over has up to t positions; an offset from q on is for none.
     """
     # NumPy arrays stay such, and are constants of a program.
-    size = num_blocks(features, square_rank) * square_rank
+    size = -(-features // square_rank) * square_rank
     starts = features * np.arange(-(-size // features), dtype=np.uint32)
     at = indices.astype(np.uint32)[..., None] + starts
     block, offset = divide(at, square_rank)
@@ -74,7 +69,7 @@ class Decoupling(Operator):
 
     @property
     def compressed_shape(self) -> Shape:
-        return (num_blocks(self.in_features, self.square_rank), self.square_rank)
+        return -(-self.in_features // self.square_rank), self.square_rank
 
     @property
     def isometry(self) -> bool:
@@ -84,7 +79,7 @@ class Decoupling(Operator):
     @property
     def num_out_blocks(self) -> int:
         """Number p of the blocks that cover the outputs."""
-        return num_blocks(self.out_features, self.square_rank)
+        return -(-self.out_features // self.square_rank)
 
     @property
     def num_groups(self) -> int:

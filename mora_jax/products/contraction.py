@@ -155,9 +155,8 @@ class Contraction(Product):
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
         """Raise unless an input of `x_shape` fits a kernel of `kernel_shape`."""
         size = dict(zip(self.kernel, kernel_shape, strict=True))
-        expected = tuple(
-            size.get(c, n) for c, n in zip(self.inputs, x_shape, strict=True)
-        )
+        pairs = zip(self.inputs, x_shape, strict=True)
+        expected = tuple(size.get(c, n) for c, n in pairs)
         if expected != x_shape:
             raise ValueError(
                 f"x of shape {x_shape} does not fit a kernel of shape {kernel_shape} "
