@@ -51,13 +51,11 @@ def transposed(
     return result
 
 
-# --- Axes of a mesh along which arrays differ, inside of `jax.shard_map` ---
-
 Axes = frozenset[Any]
 
 
 def axes_of(*arrays: Any) -> Axes:
-    """The axes along which any of the arrays differ."""
+    """The axes of a mesh along which arrays differ, inside of `jax.shard_map`."""
     axes: Axes = frozenset()
     for x in arrays:
         kind = jax.typeof(x)

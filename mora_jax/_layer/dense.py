@@ -134,10 +134,8 @@ def mora_apply(
     check_key(key)
     drops = spec.dropout > 0 and not deterministic
     if drops and key is None:
-        raise ValueError(
-            f"dropout={spec.dropout} needs a key, got None; "
-            "pass one, or deterministic=True"
-        )
+        hint = "pass one, or deterministic=True"
+        raise ValueError(f"dropout={spec.dropout} needs a key, got None; {hint}")
     x = as_jax_array("x", x)
     kernel = as_jax_array("kernel", frozen.kernel)
     bias = None if frozen.bias is None else as_jax_array("bias", frozen.bias)
@@ -156,8 +154,7 @@ def mora_apply(
     )
     if bias is None:
         return y
-    stack = sizes(spec.kernel_shape, spec.axes, "s")
-    outs = sizes(spec.kernel_shape, spec.axes, "o")
+    stack, outs = spec.stack_shape, sizes(spec.kernel_shape, spec.axes, "o")
     if tuple(bias.shape) != stack + outs:
         raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
     ones = (1,) * (y.ndim - bias.ndim)  # the batch's axes

@@ -182,8 +182,7 @@ class Delta(KernelDelta):
         """(*stack, in_features, out_features)."""
         if self._stack:
             return self._over_stack(Delta._matrix)
-        features = self._features_of_kernel
-        return _matrix(self.operator, self.m, current_chip(), features)
+        return _matrix(self.operator, self.m, current_chip(), self._features_of_kernel)
 
     @property
     def _features_of_kernel(self) -> FeatureSharding | None:
@@ -226,7 +225,7 @@ def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: Array) -> Array:
     if (sharding := placement.explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
         return placement.with_auto_axes(fold, sharding, m, kernel)
-    dtype = sum_dtype(m, kernel)
+    dtype = jnp.result_type(m, kernel, jnp.float32)
     delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
 
@@ -244,8 +243,3 @@ def _(axes: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
     y = _rounded_sum(axes, *primals)
     kernel, delta = tangents
     return y, kernel + delta.astype(y.dtype)
-
-
-def sum_dtype(m: ArrayLike, kernel: ArrayLike) -> Any:
-    """The dtype of the sum of a kernel and its delta: float32, or a wider one."""
-    return jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)

@@ -38,7 +38,7 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
-from mora_jax._layer.equation import ByM, Delta, sum_dtype
+from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
@@ -173,7 +173,7 @@ class Fold(_OfLayer):
     def _fold(self, residuals: Any, after: Array) -> Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         (op, m, kernel), layer = residuals, self.layer
-        m = m.astype(sum_dtype(m, kernel))
+        m = m.astype(jnp.result_type(m, kernel, jnp.float32))
         # If it is gathered, the fold does not wait for `after`: it is the same in the
         # rematerialised forward pass and in the backward pass, which can share it and
         # its gather.
@@ -244,9 +244,6 @@ class Fused(_OfLayer):
 def _result_dtype(multiply: Callable[..., Any], *arrays: tuple[Shape, Any]) -> Any:
     shapes = [jax.ShapeDtypeStruct(*array) for array in arrays]
     return jax.eval_shape(multiply, *shapes).dtype
-
-
-# --- The layers ---
 
 
 def adapted_product(

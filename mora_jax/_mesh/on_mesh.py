@@ -155,11 +155,7 @@ class OnMesh(DeltaMap):
         return self._shared(here, [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
-        """A kernel with its delta, (in, out), split as the kernel is.
-
-        Each device adds its part of the delta to its part of the kernel. Where the
-        kernel is gathered before it is used, the sum is what is gathered.
-        """
+        """A kernel with its delta, (in, out), split as the kernel is."""
         here, spec = lambda own, kernel: add(*own, kernel), self._kernel_spec
         return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import register_dataclass
 
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
@@ -24,14 +25,8 @@ from mora_jax.operators.damped import Damped
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
-_part = functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["operator", "in_start", "out_start"],
-    meta_fields=["in_features", "out_features"],
-)
 
-
-@_part
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OperatorPart(DeltaMap):
     """The part of any operator for some of its inputs and outputs.
@@ -44,8 +39,8 @@ class OperatorPart(DeltaMap):
     operator: Any  # an Operator; subclasses know which
     in_start: Array
     out_start: Array
-    in_features: int
-    out_features: int
+    in_features: int = dataclasses.field(metadata={"static": True})
+    out_features: int = dataclasses.field(metadata={"static": True})
 
     @property
     def is_whole(self) -> bool:
@@ -81,7 +76,7 @@ class OperatorPart(DeltaMap):
         return jax.lax.dynamic_slice_in_dim(y, self.out_start, size, axis=-1)
 
 
-@_part
+@register_dataclass
 class SharingPart(OperatorPart):
     """The part of sharing; only groups that a device has unequally often take more."""
 
@@ -98,24 +93,22 @@ class SharingPart(OperatorPart):
         return super().leave(h)
 
 
-@_part
+@register_dataclass
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
     def enter(self, x: Array) -> Array:
-        return matmul(x, self._in_basis(x))
+        return matmul(x, self.take_inputs(self.operator.basis("in", x.dtype)))
 
     def leave(self, h: Array) -> Array:
         return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
     def matrix(self, m: Array) -> Array:
-        return matmul(self._in_basis(m), self.leave(m))
-
-    def _in_basis(self, like: Array) -> Array:
-        return self.take_inputs(self.operator.basis("in", like.dtype))
+        c = self.take_inputs(self.operator.basis("in", m.dtype))
+        return matmul(c, self.leave(m))
 
 
-@_part
+@register_dataclass
 class BlockPart(OperatorPart):
     """The part of a block operator that devices cut evenly: see `_blocks_or_all`.
 
@@ -165,7 +158,7 @@ class BlockPart(OperatorPart):
         return jnp.roll(h, shift, axis=-2)[..., :wanted, :]
 
 
-@_part
+@register_dataclass
 class DiagonalPart(OperatorPart):
     """The part of blocks with an M each, where a device has whole blocks.
 
@@ -190,7 +183,7 @@ class DiagonalPart(OperatorPart):
         return y if count == outs else _put(y, outs * s, first * s - self.out_start)
 
 
-@_part
+@register_dataclass
 class DampedPart(OperatorPart):
     """The part of a damped operator, by the part of the inner one.
 

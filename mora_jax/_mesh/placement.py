@@ -26,15 +26,8 @@ def row_shards(layout: KernelLayout | None, x: Array) -> int:
     return math.gcd(x.shape[0], math.prod(mesh.shape[axis] for axis in axes))
 
 
-# --- M, which each device needs whole ---
-
-
 def gather_m(
-    m: Array,
-    layout: KernelLayout | None,
-    x: Array,
-    ndim: int = 2,
-    split: Iterable[Any] = (),
+    m: Array, layout: KernelLayout | None, x: Array, ndim: int, split: Iterable[Any]
 ) -> Array:
     """M and its gradient, replicated or `split`, wherever they are kept.
 
@@ -74,17 +67,11 @@ def mesh_of(x: Array) -> AbstractMesh | None:
 
 
 def _replicate(
-    m: Array,
-    mesh: Mesh | AbstractMesh,
-    ndim: int,
-    split: Iterable[Any] = (),
+    m: Array, mesh: Mesh | AbstractMesh, ndim: int, split: Iterable[Any] = ()
 ) -> Array:
     stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
     sharding = NamedSharding(mesh, PartitionSpec(*stack, *split))
     return jax.lax.with_sharding_constraint(m, sharding)
-
-
-# --- Explicit sharding: the type of an array says how a mesh splits it ---
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:

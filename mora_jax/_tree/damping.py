@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from mora_jax._common.checks import check_concrete, check_finite, positive_integer
-from mora_jax._common.suggestions import alike, shown
+from mora_jax._common.suggestions import patterns
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
@@ -31,14 +31,12 @@ def input_damping(
 ) -> Any:
     r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
-
-    V are the leading directions of the second moments of each layer's inputs in `call`,
-    which is of what should stay as it is: some hundred tokens of any text. Inputs are
-    scaled down along them to what they are in all other directions. Steps of M then
-    lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
-    kernel; V is stored with the adapters, in * `directions` numbers of bfloat16 for
-    each input that layers have.
+    The directions of `operators.Damped` are the leading ones of the second moments of
+    each layer's inputs in `call`, which is of what should stay as it is: some hundred
+    tokens of any text. Inputs are scaled down along them to what they are in all other
+    directions. Steps of M then lean on what ordinary inputs lack. It takes two forward
+    passes and no gradient of a kernel. The adapters store in * `directions` numbers of
+    bfloat16 for each input that layers have.
 
     Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
     (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),
@@ -76,10 +74,9 @@ def input_damping(
         rule = "call must be a function from adapters to outputs"
         raise TypeError(f"{rule}, got {type(call).__name__}")
     found = paths.checked_adapters(adapters).kernels
-    for path, adapter in found.items():
-        _check_new("/".join(path), adapter)
     columns = {}
     for path, adapter in found.items():
+        _check_new("/".join(path), adapter)
         width = adapter.operator.in_features
         shape = width, min(width, 2 * directions + 8)
         columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
@@ -101,9 +98,8 @@ def input_damping(
         new = Damped(*sizes, inner=inner, directions=v)
         spec = dataclasses.replace(adapter.spec, operator=new)
         damped[path] = adapter.replace(spec=spec)
-    left = [("/".join(path), None) for path in found if path not in damped]
-    if left:
-        names = ", ".join(shown(p, len(kind)) for p, kind in alike(left, lambda x: x))
+    if left := ["/".join(path) for path in found if path not in damped]:
+        names = patterns(left)
         warn(f"the inputs of {names} are no rows of numbers, and are not damped")
     return paths.replace_adapters(adapters, damped)
 

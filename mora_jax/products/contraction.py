@@ -71,9 +71,8 @@ class Contraction(Product):
         """
         operands, arrow, outputs = equation.replace(" ", "").partition("->")
         if operands.count(",") != 1:
-            raise ValueError(
-                f"equation must have two operands, input and kernel, got {equation!r}"
-            )
+            rule = "equation must have two operands, input and kernel"
+            raise ValueError(f"{rule}, got {equation!r}")
         inputs, kernel = operands.split(",")
         named = [c for c in inputs + kernel if c != "."]
         if not arrow:  # numpy's rule for a missing right-hand side
@@ -86,10 +85,8 @@ class Contraction(Product):
         hidden = "".join(unused[: max(0, ndim - least)])
         inputs, outputs = (term.replace("...", hidden) for term in (inputs, outputs))
         if len(inputs) != ndim:
-            raise ValueError(
-                f"{equation!r} takes an input of at least {len(inputs)} axes, "
-                f"got {ndim}"
-            )
+            rule = f"{equation!r} takes an input of at least {len(inputs)} axes"
+            raise ValueError(f"{rule}, got {ndim}")
         x, w, y = map(set, terms := (inputs, kernel, outputs))
         if "." in kernel or any(len(set(term)) < len(term) for term in terms):
             raise ValueError(
