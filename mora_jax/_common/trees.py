@@ -72,7 +72,9 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return isinstance(node, WHOLE) or is_boxed(node)
+    if not isinstance(node, nnx.Variable | AxisMetadata):  # as nearly all
+        return isinstance(node, WHOLE)
+    return is_boxed(node)
 
 
 def path_of(keys: Any) -> Path:

@@ -70,12 +70,9 @@ def shared(
     starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
     in_specs = REPLICATED, [*map(PartitionSpec, both)], *specs
     context = jax.sharding.get_abstract_mesh()
+    mesh = features.mesh if context.empty else context
     mapped = jax.shard_map(
-        local,
-        mesh=features.mesh if context.empty else context,
-        in_specs=in_specs,
-        out_specs=out_spec,
-        axis_names=set(names),
+        local, mesh=mesh, in_specs=in_specs, out_specs=out_spec, axis_names=set(names)
     )
     return mapped(operator, starts, *arrays)
 

@@ -89,9 +89,8 @@ class Contraction(Product):
             raise ValueError(f"{rule}, got {ndim}")
         x, w, y = map(set, terms := (inputs, kernel, outputs))
         if "." in kernel or any(len(set(term)) < len(term) for term in terms):
-            raise ValueError(
-                f"{equation!r} must name each axis of the kernel, and each axis once"
-            )
+            rule = "must name each axis of the kernel, and each axis once"
+            raise ValueError(f"{equation!r} {rule}")
         summed = (x | w) - y
         if not (y <= x | w and summed and summed <= x & w and w - x):
             raise ValueError(
