@@ -114,15 +114,15 @@ class OnMesh(DeltaMap):
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
-        x_spec, here = last_axis(axes, x.ndim), lambda own, x: own[0].enter(x)
-        return self._shared(here, [x], [x_spec], REPLICATED, out_axes=())
+        specs = [last_axis(axes, x.ndim)], REPLICATED
+        return self._shared(lambda own, x: own[0].enter(x), [x], *specs, out_axes=())
 
     def leave(self, h: Array) -> Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
-        y_spec, here = last_axis(axes, h.ndim), lambda own, h: own[0].leave(h)
-        return self._shared(here, [h], [REPLICATED], y_spec, in_axes=())
+        specs = [REPLICATED], last_axis(axes, h.ndim)
+        return self._shared(lambda own, h: own[0].leave(h), [h], *specs, in_axes=())
 
     def product(self, h: Array, m: Array, precision: Any = None) -> Array:
         return self.operator.product(h, m, precision)
@@ -148,13 +148,14 @@ class OnMesh(DeltaMap):
 
     def matrix(self, m: Array, matrix_of: Here) -> Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        here, spec = lambda own, m: matrix_of(*own, m), self._kernel_spec
-        return self._shared(here, [m], [REPLICATED], spec)
+        spec = self._kernel_spec
+        return self._shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
         """A kernel with its delta, (in, out), split as the kernel is."""
-        here, spec = lambda own, kernel: add(*own, kernel), self._kernel_spec
-        return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
+        arrays, spec = [kernel, m], self._kernel_spec
+        specs = [spec, REPLICATED], spec
+        return self._shared(lambda own, kernel: add(*own, kernel), arrays, *specs)
 
     def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
