@@ -122,13 +122,13 @@ class Delta(KernelDelta):
         op, layout, m = spec.operator, spec.layout, jnp.asarray(m)
         dtype = m.dtype if dtype is None else dtype
         # The factor is not rounded where the layer is wider than M.
-        m = op.scaled(m.astype(jnp.promote_types(m.dtype, dtype)), spec.factor)
-        m = m.astype(dtype)
+        wide = m.astype(jnp.promote_types(m.dtype, dtype))
+        scaled: Array = op.scaled(wide, spec.factor).astype(dtype)
         if x is not None:
             features = layout and layout.for_activations(axes, shape)
             split = OnMesh(op, features).m_spec if features else ()
-            m = placement.gather_m(m, layout, x, len(op.m_shape), split)
-        return cls(op, m, shape, axes, precision, layout)
+            scaled = placement.gather_m(scaled, layout, x, len(op.m_shape), split)
+        return cls(op, scaled, shape, axes, precision, layout)
 
     def rows(self, x: Array) -> Array:
         if self._stack:
