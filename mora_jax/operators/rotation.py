@@ -1,8 +1,8 @@
 """Rotation: decoupling that tells its blocks apart."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax.operators._pytree import operator
@@ -33,13 +33,13 @@ class Rotation(Decoupling):
     name = "rotation"
     q_multiple_of = 2
 
-    def rotate_rows(self, h: Array, block: Array | None = None) -> Array:
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
         cos, sin = self._tables(h.dtype)
         if block is not None:
             cos, sin = jnp.asarray(cos)[block], jnp.asarray(sin)[block]
         return h * cos + _swap_halves(h, axis=-1) * sin
 
-    def rotate_m(self, m: Array) -> Array:
+    def rotate_m(self, m: jax.Array) -> jax.Array:
         # x R = x * cos + swap(x) * sin, where swap exchanges the halves of a row, so
         # R = diag(cos) + P diag(sin) with the permutation P of swap. Hence
         # R M = cos * M + P (sin * M): here sin is swapped with the rows of M, and the
@@ -56,7 +56,7 @@ class Rotation(Decoupling):
         return tables[0].astype(dtype), tables[1].astype(dtype)
 
 
-def _swap_halves(h: Array, axis: int) -> Array:
+def _swap_halves(h: jax.Array, axis: int) -> jax.Array:
     # The two halves in reverse order; a concatenation of them would need a copy.
     axis %= h.ndim
     halves = (*h.shape[:axis], 2, h.shape[axis] // 2, *h.shape[axis + 1 :])
