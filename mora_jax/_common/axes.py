@@ -65,10 +65,8 @@ def features(shape: Shape, axes: str) -> tuple[int, int]:
     if not isinstance(axes, str) or set(axes) - set("sio"):
         raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
     if len(axes) != len(shape):
-        raise ValueError(
-            f"axes must have one letter for each of the kernel's {len(shape)} axes, "
-            f"got {axes!r}"
-        )
+        rule = f"axes must have one letter for each of the kernel's {len(shape)} axes"
+        raise ValueError(f"{rule}, got {axes!r}")
     if not {"i", "o"} <= set(axes):
         raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
     return math.prod(sizes(shape, axes, "i")), math.prod(sizes(shape, axes, "o"))

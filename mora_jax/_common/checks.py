@@ -164,10 +164,8 @@ def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
     # A structure of qwix has a shape and a dtype as well.
     if hasattr(kernel, "dtype") and not jax.tree_util.all_leaves([kernel]):
-        raise TypeError(
-            f"{name} must be an array, got the structure {type(kernel).__name__}; "
-            f"{remedy()}"
-        )
+        got = f"the structure {type(kernel).__name__}; {remedy()}"
+        raise TypeError(f"{name} must be an array, got {got}")
     check_floating(kernel, name, LEAVE_OUT)
     if len(kernel.shape) < 2 or 0 in kernel.shape:
         raise ValueError(

@@ -8,6 +8,8 @@ ArrayLike = jax.Array | np.ndarray
 
 Shape = tuple[int, ...]
 
+Precision = jax.lax.PrecisionLike
+
 Path = tuple[str, ...]
 """The keys that lead to a leaf of a tree; joined by slashes they are its name."""
 

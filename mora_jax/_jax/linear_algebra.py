@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
-from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._common.types import ArrayLike, Precision, Shape
 
 
-def matmul(
-    a: ArrayLike, b: ArrayLike, precision: jax.lax.PrecisionLike = None
-) -> jax.Array:
+def matmul(a: ArrayLike, b: ArrayLike, precision: Precision = None) -> Array:
     """`a @ b`, (..., k) and (k, n) to (..., n)."""
     # Not `jax.numpy.matmul`, which JAX compiles on its own. It keeps that program, and
     # one that was traced in a quantized model would then be used in a plain model, or
@@ -22,14 +21,12 @@ def matmul(
     return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
 
 
-def last_with_first(a: jax.Array) -> tuple[Any, Any]:
+def last_with_first(a: Array) -> tuple[Any, Any]:
     """The axes that a product of `a` with a matrix sums over, for `dot_general`."""
     return ((a.ndim - 1,), (0,)), ((), ())
 
 
-def rows_product(
-    h: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
-) -> jax.Array:
+def rows_product(h: Array, g: Array, precision: Precision = None) -> Array:
     """Sum of h^T g over all rows: (..., q) and (..., k) to (q, k)."""
     # One product of all rows: the one that JAX derives keeps their axes apart, and
     # XLA's CPU compiler writes h once more for it, in another order.
@@ -38,11 +35,11 @@ def rows_product(
 
 
 def transposed(
-    function: Callable[[jax.Array], jax.Array],
+    function: Callable[[Array], Array],
     shape: Shape,
-    cotangent: jax.Array,
+    cotangent: Array,
     dtype: DTypeLike | None = None,
-) -> jax.Array:
+) -> Array:
     """The transpose of a linear function of an array of `shape`, at `cotangent`."""
     dtype = dtype or cotangent.dtype
     like = jax.ShapeDtypeStruct(shape, dtype)
@@ -54,13 +51,11 @@ def transposed(
     return result
 
 
-# --- Axes of a mesh along which arrays differ, inside of `jax.shard_map` ---
-
 Axes = frozenset[Any]
 
 
 def axes_of(*arrays: Any) -> Axes:
-    """The axes along which any of the arrays differ."""
+    """The axes of a mesh along which arrays differ, inside of `jax.shard_map`."""
     axes: Axes = frozenset()
     for x in arrays:
         kind = jax.typeof(x)
@@ -89,6 +84,6 @@ def alike(*arrays: ArrayLike) -> list[Any]:
     return [varying(x, axes) for x in arrays] if axes else [*arrays]
 
 
-def zeros_for(shape: tuple[int, ...], dtype: DTypeLike, *arrays: Any) -> jax.Array:
+def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Array:
     """Zeros that a loop may add numbers to that are computed from `arrays`."""
     return varying(jnp.zeros(shape, dtype), axes_of(*arrays))

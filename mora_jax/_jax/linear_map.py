@@ -48,10 +48,9 @@ class LinearMap(abc.ABC):
         """A(r)^T y, with the shape and dtype of x."""
 
     def derivative(self, residuals: Any, operand: jax.Array) -> "tuple[LinearMap, Any]":
-        """The derivative by the second residual, where JAX would do more than it must.
+        """The derivative by the second residual, a map of its tangent, with residuals.
 
-        It is a map of that array's tangent, with the residuals of the map. JAX takes
-        the derivative of a map that does not give it.
+        It is given where JAX, which takes it otherwise, would do more than it must.
         """
         raise NotImplementedError
 
@@ -60,10 +59,7 @@ class LinearMap(abc.ABC):
         return self
 
     def mapped(self, residuals: Any) -> "LinearMap":
-        """Map that computes the same where `jax.vmap` maps some residuals.
-
-        `residuals` has for each of their leaves True if it is mapped.
-        """
+        """Map for a `jax.vmap` over the leaves of `residuals` that are True."""
         return self
 
     def __call__(
@@ -140,13 +136,11 @@ class _Call:
         return function
 
 
-# A primitive of our own, because nothing in JAX's public API has all that is needed.
-# `jax.custom_vjp` forbids forward mode, and with it Hessian-vector products.
-# `jax.custom_derivatives.linear_call` is the same idea, but up to JAX 0.12 it lacks a
-# batching rule, and cannot be differentiated by its residuals, which M's own gradient
-# needs when x has one, too. A primitive also has a lowering rule for each platform. So
-# the platform is chosen there, once for a whole layer, and a program for several
-# platforms holds a choice by layer and no more.
+# A primitive of our own, since `jax.custom_vjp` forbids forward mode, and up to JAX
+# 0.12 `jax.custom_derivatives.linear_call` lacks a batching rule, and a derivative by
+# its residuals, which M's own gradient needs when x has one, too. A primitive also has
+# a lowering rule for each platform. So the platform is chosen there, once for a whole
+# layer, and a program for several platforms holds a choice by layer and no more.
 linear_p = Primitive("linear_map")
 _run = jax.jit(_Call.__call__, static_argnums=0)
 
@@ -171,9 +165,7 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
     parts = []
     if not isinstance(tangent, ad.Zero):
         parts.append(linear_p.bind(*residuals, tangent, call=call))
-    moving = {
-        k: t for k, t in enumerate(residual_tangents) if not isinstance(t, ad.Zero)
-    }
+    moving = {k: t for k, t in enumerate(residual_tangents) if type(t) is not ad.Zero}
     if moving and (by_hand := call.by_hand) in moving:
         by_second = moving.pop(by_hand)
         if call.batch_axes:

@@ -32,8 +32,7 @@ def undisturbed(function: F) -> F:
     # qwix's own switch is private, but no public name and nothing in JAX can do the
     # same: qwix decides inside which of the replaced functions act in each thread, and
     # a trace in another thread would lose JAX's settings (mesh, precision, 64 bits).
-    # The switch has had this name and meaning from qwix 0.1.4 to 0.1.8, and this is the
-    # only place that asks for it.
+    # This is the only place that asks for it.
     if "qwix" not in sys.modules or not intercepted():
         return function
     module = sys.modules.get("qwix._src.interception")

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
@@ -87,7 +88,7 @@ class Adapter:
         """C and D."""
         return self._kernel_spec("an operator").operator
 
-    def __call__(self, x: Shaped[ArrayLike, "..."]) -> Float[jax.Array, "..."]:
+    def __call__(self, x: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
         r"""The delta's product with an input, :math:`\alpha s\, D(C(x) M)`.
 
         Args:
@@ -105,7 +106,7 @@ class Adapter:
         delta = Delta.of(spec, self.m, dtype=dtype, x=x)
         return undisturbed(contraction.delta)(delta, x.astype(dtype))
 
-    def delta(self) -> Float[jax.Array, "..."]:
+    def delta(self) -> Float[Array, "..."]:
         r"""The kernel's delta, :math:`\alpha s\, C M D`, with the kernel's shape.
 
         It is in float32, or in float64 where M is.
@@ -116,7 +117,7 @@ class Adapter:
         self._kernel_spec("a delta")
         return delta_of(check_adapter(f"kernel{SUFFIX}", self))
 
-    def of_layer(self, given: Sequence[jax.Array]) -> "Adapter":
+    def of_layer(self, given: Sequence[Array]) -> "Adapter":
         """The adapter of a layer of a stack whose operator has `given` for its arrays.
 
         M is the layer's already.
@@ -169,12 +170,12 @@ def check_adapter(name: str, adapter: Adapter) -> Adapter:
     return adapter if spec is adapter.spec else adapter.replace(spec=spec)
 
 
-def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> jax.Array:
+def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> Array:
     """The delta of a checked adapter in float32, or in float64 where any dtype is."""
     return delta_kernel(adapter.spec, wide(adapter.m, *dtypes))
 
 
-def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+def wide(array: ArrayLike, *dtypes: DTypeLike) -> Array:
     """`array` in float32, or in float64 where it or any of `dtypes` is."""
     array = jnp.asarray(array)
     return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))

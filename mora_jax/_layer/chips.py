@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import matmul, transposed, zeros_for
@@ -63,7 +64,7 @@ def map_of(op: Any) -> Any:
     return op
 
 
-def matrix_of(op: Any, m: jax.Array) -> jax.Array:
+def matrix_of(op: Any, m: Array) -> Array:
     """`op.matrix(m)`."""
     if isinstance(op, Damped):
         return matrix_of(op.inner, m) - matmul(op.columns(m.dtype), op.outputs(m))
@@ -75,7 +76,7 @@ def matrix_of(op: Any, m: jax.Array) -> jax.Array:
     return op.matrix(m)
 
 
-def add(op: Any, m: jax.Array, kernel: jax.Array) -> jax.Array:
+def add(op: Any, m: Array, kernel: Array) -> Array:
     """The sum of a kernel and the delta.
 
     The kernel is (in_features, out_features), or a part of one for a part of an
@@ -110,7 +111,7 @@ def _blocks_shape(op: InBlocks) -> Shape:
     return n // t, t * p, t * s
 
 
-def _blocks(op: InBlocks, m: jax.Array) -> jax.Array:
+def _blocks(op: InBlocks, m: Array) -> Array:
     """The factor of each slice of x: R_k M, or several M's with zeros between."""
     (n, p, s), one = _blocks_shape(op), m.shape[-2:]
     if isinstance(op, Decoupling):
@@ -130,24 +131,20 @@ class BlockMap(DeltaMap):
     # Products of blocks are kept apart by the devices that share the rows of x, until
     # they are rotated back: one array like M is summed over devices, not n.
     op: Any
-    rows_of: Callable[[Any, jax.Array, jax.Array, Precision], jax.Array]
-    products_of: Callable[[Any, jax.Array, jax.Array, int, Precision], jax.Array]
+    rows_of: Callable[[Any, Array, Array, Precision], Array]
+    products_of: Callable[[Any, Array, Array, int, Precision], Array]
 
     block = True
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         return self.rows_of(self.op, x, m, precision)
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         return self.rows(kept, tangent, precision)
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
         products = self.products_of(self.op, kept, g, shards, precision)
         blocks = functools.partial(_blocks, self.op)
         of_m = functools.partial(transposed, blocks, self.op.m_shape)
@@ -155,9 +152,7 @@ class BlockMap(DeltaMap):
         return jax.lax.optimization_barrier(parts).sum(0).astype(g.dtype)
 
 
-def _sliced_rows(
-    op: InBlocks, x: jax.Array, m: jax.Array, precision: Precision
-) -> jax.Array:
+def _sliced_rows(op: InBlocks, x: Array, m: Array, precision: Precision) -> Array:
     """The form for TPUs: a product for each slice of x."""
     factors = _blocks(op, m)
     slices = jax.lax.split(x, factors.shape[1:2] * len(factors), axis=-1)
@@ -169,15 +164,15 @@ def _sliced_rows(
 
 
 def _sliced_products(
-    op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-) -> jax.Array:
+    op: InBlocks, x: Array, g: Array, shards: int, precision: Precision
+) -> Array:
     """The same for products of a slice of x and one of the gradient."""
     n, p, s = _blocks_shape(op)
     groups = getattr(op, "num_groups", n)
     y = sum_tiles(g, groups * s)
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
 
-    def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
+    def put_product(k: Array, products: Array) -> Array:
         # Unsigned, or XLA would not see that the slices are whole tiles.
         k = k.astype(jnp.uint32)
         h = jax.lax.dynamic_slice_in_dim(x, k * p, p, axis=2)
@@ -192,8 +187,8 @@ def _sliced_products(
 
 
 def _batched_products(
-    op: InBlocks, x: jax.Array, g: jax.Array, shards: int, precision: Precision
-) -> jax.Array:
+    op: InBlocks, x: Array, g: Array, shards: int, precision: Precision
+) -> Array:
     """The form for GPUs: one product with an axis of blocks."""
     n, p, s = _blocks_shape(op)
     h, back = x.reshape(shards, -1, n, p), sum_tiles(g, n * s)
@@ -201,9 +196,7 @@ def _batched_products(
     return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
 
-def _products_of_rows(
-    h: jax.Array, g: jax.Array, batch: Any, precision: Precision
-) -> jax.Array:
+def _products_of_rows(h: Array, g: Array, batch: Any, precision: Precision) -> Array:
     """Sums of h^T g over rows, (shards, rows, ..., q) twice, for each of `batch`."""
     axes, dtype = (((1,), (1,)), batch), jnp.promote_types(g.dtype, jnp.float32)
     return jax.lax.dot_general(
@@ -211,9 +204,7 @@ def _products_of_rows(
     )
 
 
-def _add_copies(
-    part: BlockPart | DiagonalPart, m: jax.Array, kernel: jax.Array
-) -> jax.Array:
+def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Array:
     """The kernel with the copies of M added one after another, in place."""
     # The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
     # where the product that follows reads it. A device has whole blocks, or a part of
@@ -223,15 +214,13 @@ def _add_copies(
     p = op.out_features // columns
     ins, outs = min(rows, part.in_features), min(columns, part.out_features)
     starts = part.in_start.astype(jnp.uint32), part.out_start.astype(jnp.uint32)
-    (first_in, row_in_m), (first_out, column_in_m) = map(
-        divide, starts, (rows, columns)
-    )
-    blocks = jax.lax.dynamic_slice(
-        _blocks(op, m), (np.uint32(0), row_in_m, column_in_m), (n, ins, outs)
-    )
+    first_in, row_in_m = divide(starts[0], rows)
+    first_out, column_in_m = divide(starts[1], columns)
+    in_m = np.uint32(0), row_in_m, column_in_m
+    blocks = jax.lax.dynamic_slice(_blocks(op, m), in_m, (n, ins, outs))
     here_in, here_out = part.in_features // ins, part.out_features // outs
 
-    def add_copy(k: jax.Array, folded: jax.Array) -> jax.Array:
+    def add_copy(k: Array, folded: Array) -> Array:
         k = k.astype(jnp.uint32)
         if n >= p:
             block_in = first_in + k
@@ -247,10 +236,9 @@ def _add_copies(
         source = kernel if part.is_whole else folded
         block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
         copy = jax.lax.dynamic_index_in_dim(blocks, block_in, keepdims=False)
+        copy = jnp.where(is_here, copy, 0)
         start = starts[0] + row, starts[1] + column
-        block = add_rounded(
-            block, jnp.where(is_here, copy, 0), "io", kernel.dtype, "dither", start
-        )
+        block = add_rounded(block, copy, "io", kernel.dtype, "dither", start)
         return jax.lax.dynamic_update_slice(folded, block, (row, column))
 
     return jax.lax.fori_loop(0, here_in if n >= p else here_out, add_copy, kernel)

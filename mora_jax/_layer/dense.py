@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
@@ -77,9 +78,8 @@ class FrozenDense(AdapterSettings):
           ValueError: `axes` or the rank do not fit the kernel, or `config` has `train`.
         """
         check_kernel(kernel, "kernel")
-        spec = AdapterSpec.from_config(
-            config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
-        )
+        shape, dtype = tuple(kernel.shape), kernel.dtype
+        spec = AdapterSpec.from_config(config, shape, axes, kernel_dtype=dtype)
         settings = {name: getattr(spec, name) for name in SETTINGS}
         return cls(kernel, bias, spec.operator, axes, **settings)
 
@@ -102,7 +102,7 @@ def mora_apply(
     *,
     key: PRNGKeyArray | None = None,
     deterministic: bool = False,
-) -> Float[jax.Array, "..."]:
+) -> Float[Array, "..."]:
     r"""One adapted dense layer, :math:`y = x W + b + \alpha\, D(C(x) M)`.
 
     Args:
@@ -134,10 +134,8 @@ def mora_apply(
     check_key(key)
     drops = spec.dropout > 0 and not deterministic
     if drops and key is None:
-        raise ValueError(
-            f"dropout={spec.dropout} needs a key, got None; "
-            "pass one, or deterministic=True"
-        )
+        hint = "pass one, or deterministic=True"
+        raise ValueError(f"dropout={spec.dropout} needs a key, got None; {hint}")
     x = as_jax_array("x", x)
     kernel = as_jax_array("kernel", frozen.kernel)
     bias = None if frozen.bias is None else as_jax_array("bias", frozen.bias)
@@ -156,8 +154,7 @@ def mora_apply(
     )
     if bias is None:
         return y
-    stack = sizes(spec.kernel_shape, spec.axes, "s")
-    outs = sizes(spec.kernel_shape, spec.axes, "o")
+    stack, outs = spec.stack_shape, sizes(spec.kernel_shape, spec.axes, "o")
     if tuple(bias.shape) != stack + outs:
         raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
     ones = (1,) * (y.ndim - bias.ndim)  # the batch's axes

@@ -17,11 +17,12 @@ embedding, outputs of a convolution), and where the devices are that compute it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax._common.axes import kernel_from_rows, sizes
@@ -65,14 +66,14 @@ class ByM(LinearMap):
     product: Contraction | None = None
     out_shape: Shape = ()
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         op, kept = residuals
         delta, tangent = self._map(op), operand.astype(self.dtype)
         y = delta.tangent(kept, tangent, self.precision)
         product = self.product
         return y if product is None else product.from_rows(y, self.out_shape)
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         op, kept = residuals
         g = cotangent if self.product is None else self.product.output_rows(cotangent)
         gradient = self._map(op).gradient(kept, g, self.precision, self.shards)
@@ -92,7 +93,7 @@ class Delta(KernelDelta):
     """
 
     operator: Any
-    m: jax.Array
+    m: Array
     kernel_shape: Shape
     axes: str
     precision: jax.lax.PrecisionLike = None
@@ -107,58 +108,68 @@ class Delta(KernelDelta):
         dtype: DTypeLike | None = None,
         ndim: int | None = None,
         precision: jax.lax.PrecisionLike = None,
-        x: jax.Array | None = None,
+        x: Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
+        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes.
+
+        With the layer's input `x` its M is on the devices that `x` is on.
+        """
         shape, axes = spec.seen_by(ndim)
         expected = (*sizes(shape, axes, "s"), *spec.operator.m_shape)
         if (got := jnp.shape(m)) != expected:
             many = many_if(got, expected)
             raise ValueError(f"M must have shape {expected}, got {got}{many}")
-        features = spec.layout and spec.layout.for_activations(axes, shape)
-        split = OnMesh(spec.operator, features).m_spec if features else ()
-        m = scaled_m(spec, m, dtype, x, split)
-        return cls(spec.operator, m, shape, axes, precision, spec.layout)
+        op, layout, m = spec.operator, spec.layout, jnp.asarray(m)
+        dtype = m.dtype if dtype is None else dtype
+        # The factor is not rounded where the layer is wider than M.
+        wide = m.astype(jnp.promote_types(m.dtype, dtype))
+        scaled: Array = op.scaled(wide, spec.factor).astype(dtype)
+        if x is not None:
+            features = layout and layout.for_activations(axes, shape)
+            split = OnMesh(op, features).m_spec if features else ()
+            scaled = placement.gather_m(scaled, layout, x, len(op.m_shape), split)
+        return cls(op, scaled, shape, axes, precision, layout)
 
-    def rows(self, x: jax.Array) -> jax.Array:
+    def rows(self, x: Array) -> Array:
         if self._stack:
             return self._over_stack(Delta.rows, x)
-        op, features = self.operator, self._features
+        op, layout = self.operator, self.layout
+        features = layout and layout.for_activations(self.axes, self.kernel_shape)
         delta = OnMesh(op, features) if features else op
         if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
         kept = op.kept(x, self.m, self.precision)
-        return self._by_m(kept, placement.row_shards(self.layout, x))
+        return self._by_m(kept, placement.row_shards(layout, x))
 
-    def _by_m(self, kept: Any, shards: int = 1) -> jax.Array:
+    def _by_m(self, kept: Any, shards: int = 1) -> Array:
         """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
         by_m = ByM(self.m.dtype, self.m.dtype, self.precision, shards)
         return by_m((self.operator, kept), self.m)
 
-    def transposed_rows(self, y: jax.Array) -> jax.Array:
+    def transposed_rows(self, y: Array) -> Array:
         return transposed(self.rows, (*y.shape[:-1], self.operator.in_features), y)
 
-    def lookup(self, indices: jax.Array) -> jax.Array:
+    def lookup(self, indices: Array) -> Array:
         op = self.operator
         return op.unit_rows(in_range(indices, op.in_features), self.m, self.precision)
 
-    def decompress(self, h: jax.Array) -> jax.Array:
+    def decompress(self, h: Array) -> Array:
         op = getattr(self.operator, "inner", self.operator)  # C damps
         if op.linear:
             return dataclasses.replace(self, operator=op)._by_m(h)
         _, b = self.operator.factors(self.m)
         return self.operator.leave(matmul(h, b, self.precision))
 
-    def compress_kernel(self) -> jax.Array:
+    def compress_kernel(self) -> Array:
         matrix, _ = self.operator.factors(self.m)
         pairs = zip(self.axes, self.kernel_shape, strict=True)
         shape = tuple(matrix.shape[-1] if axis == "o" else n for axis, n in pairs)
         return kernel_from_rows(matrix, shape, self.axes)
 
-    def kernel(self) -> jax.Array:
+    def kernel(self) -> Array:
         return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
 
-    def added_to(self, kernel: jax.Array) -> jax.Array:
+    def added_to(self, kernel: Array) -> Array:
         """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
         if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
@@ -167,12 +178,11 @@ class Delta(KernelDelta):
             return on_mesh.added(self.m, kernel, chips.add)
         return chips.add(self.operator, self.m, kernel)
 
-    def _matrix(self) -> jax.Array:
+    def _matrix(self) -> Array:
         """(*stack, in_features, out_features)."""
         if self._stack:
             return self._over_stack(Delta._matrix)
-        features = self._features_of_kernel
-        return _matrix(self.operator, self.m, current_chip(), features)
+        return _matrix(self.operator, self.m, current_chip(), self._features_of_kernel)
 
     @property
     def _features_of_kernel(self) -> FeatureSharding | None:
@@ -181,22 +191,14 @@ class Delta(KernelDelta):
         return layout and layout.for_kernel(self.axes, self.kernel_shape)
 
     @property
-    def _features(self) -> FeatureSharding | None:
-        """The mesh axes that split features of inputs and outputs, if any does."""
-        layout = self.layout
-        return layout and layout.for_activations(self.axes, self.kernel_shape)
-
-    @property
     def _stack(self) -> Shape:
         return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
 
-    def _over_stack(
-        self, function: Callable[..., jax.Array], *arrays: jax.Array
-    ) -> jax.Array:
+    def _over_stack(self, function: Callable[..., Array], *arrays: Array) -> Array:
         """`function(delta, *arrays)` of each layer along a stack's first axis."""
         given, with_arrays = by_layer(self.operator)
 
-        def of_layer(m: jax.Array, given: Any, *arrays: jax.Array) -> jax.Array:
+        def of_layer(m: Array, given: Any, *arrays: Array) -> Array:
             one = dataclasses.replace(self, m=m, operator=with_arrays(given))
             return function(one, *arrays)
 
@@ -206,50 +208,30 @@ class Delta(KernelDelta):
 # One program for all layers of a shape: `merge` calls it for each kernel.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _matrix(
-    op: Any, m: jax.Array, chip: Chip | None, features: FeatureSharding | None
-) -> jax.Array:
+    op: Any, m: Array, chip: Chip | None, features: FeatureSharding | None
+) -> Array:
     if features:
         return OnMesh(op, features).matrix(m, chips.matrix_of)
     return chips.matrix_of(op, m)
 
 
-def scaled_m(
-    spec: AdapterSpec,
-    m: ArrayLike,
-    dtype: DTypeLike | None = None,
-    x: jax.Array | None = None,
-    split: Iterable[Any] = (),
-) -> jax.Array:
-    """The trained array of alpha times the delta, in `dtype` or its own."""
-    # It is replicated over the devices that the layer's input `x` is on, or `split` by
-    # blocks. The factor is not rounded where the layer is wider than M.
-    m = jnp.asarray(m)
-    wide = m.dtype if dtype is None else jnp.promote_types(m.dtype, dtype)
-    scaled = spec.operator.scaled(m.astype(wide), spec.factor)
-    scaled = scaled if dtype is None else scaled.astype(dtype)
-    if x is None:
-        return scaled
-    ndim = len(spec.operator.m_shape)
-    return placement.gather_m(scaled, spec.layout, x, ndim, split)
-
-
-def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
+def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> Array:
     r"""The delta of an adapter, :math:`\alpha\, C M D`, with the kernel's shape."""
     return undisturbed(Delta.of(spec, m).kernel)()
 
 
-def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
+def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: Array) -> Array:
     """The kernel of a layer that reads it itself, with the delta as `merge` adds it."""
     if (sharding := placement.explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
         return placement.with_auto_axes(fold, sharding, m, kernel)
-    dtype = sum_dtype(m, kernel)
+    dtype = jnp.result_type(m, kernel, jnp.float32)
     delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
+def _rounded_sum(axes: str, kernel: Array, delta: Array) -> Array:
     # Rounding has a derivative of zero nearly everywhere, so the sum gives its own one.
     # Unlike in a dense layer the sum is kept for the backward pass, and M's gradient is
     # taken from its gradient: nothing is known of what the layer computes with it.
@@ -257,12 +239,7 @@ def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 @_rounded_sum.defjvp
-def _(axes: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(axes: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
     y = _rounded_sum(axes, *primals)
     kernel, delta = tangents
     return y, kernel + delta.astype(y.dtype)
-
-
-def sum_dtype(m: ArrayLike, kernel: ArrayLike) -> Any:
-    """The dtype of the sum of a kernel and its delta: float32, or a wider one."""
-    return jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)

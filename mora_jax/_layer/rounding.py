@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.axes import features, kernel_from_rows, sizes
 from mora_jax._common.checks import check_choice
@@ -33,7 +34,7 @@ def add_rounded(
     dtype: jnp.dtype,
     rounding: Rounding,
     start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
-) -> jax.Array:
+) -> Array:
     """`kernel + delta` in `dtype`, computed in the delta's, float32 or float64.
 
     `start` has the first input and the first output feature of a part of a kernel.
@@ -51,12 +52,12 @@ def add_rounded(
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
 def _dithered(
-    total: jax.Array,
-    where: jax.Array,
+    total: Array,
+    where: Array,
     start: tuple[ArrayLike, ArrayLike],
     axes: str,
     dtype: jnp.dtype,
-) -> jax.Array:
+) -> Array:
     """`total` rounded with a dither `where` that is True, and to nearest elsewhere."""
     numbers = _random_numbers(total.shape, start, axes)
     if (total.dtype, dtype) == (jnp.float32, jnp.bfloat16):
@@ -72,7 +73,7 @@ def _dithered(
     return jnp.where(where, dithered, nearest)
 
 
-def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _stepped(total: Array, numbers: Array, dtype: jnp.dtype) -> Array:
     """`total` rounded with a dither, by the step of the grid at each number."""
     grid = jnp.finfo(dtype)
     thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
@@ -85,7 +86,7 @@ def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Arra
 
 def _random_numbers(
     shape: Shape, start: tuple[ArrayLike, ArrayLike], axes: str
-) -> jax.Array:
+) -> Array:
     """Random 32 bits for each number of a kernel, the same in each run."""
     # They are a hash of an input and an output feature. So a merge gives the same
     # numbers if a kernel is stored transposed, or as one index of a stack; a fold in
@@ -108,7 +109,7 @@ def _random_numbers(
 
 # Compiled, so that no array of the kernel's size is made on the way.
 @jax.jit
-def share_lost(change: ArrayLike, delta: ArrayLike) -> jax.Array:
+def share_lost(change: ArrayLike, delta: ArrayLike) -> Array:
     """The share of a delta that a kernel's change, merged - base, lacks along it.
 
     It is 0 for a delta of zeros.

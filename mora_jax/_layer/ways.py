@@ -9,10 +9,9 @@ RunLoRA (https://arxiv.org/abs/2312.03415) chose among such ways for a LoRA.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
   them. XLA would not join the two sums.
 
-Each is a linear map of x, and its transpose is dx. The derivative by M is the delta of
-M's tangent in every way, computed from x, so that no gradient of a kernel's shape is
-formed. `Adapted` is the map that stands in a program, and has that derivative; it
-becomes one of the three when it is traced for a platform.
+Each is a linear map of x, and its transpose is dx. `Adapted` is the map that stands in
+a program, with the derivative by M that all of them have, `equation.ByM`; it becomes
+one of the three when it is traced for a platform.
 
 On a mesh each device folds the part of the kernel that it holds. If the kernel is split
 over batches (FSDP), it is folded before it is gathered: each device does its share of
@@ -28,6 +27,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
@@ -38,7 +38,7 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import current_chip
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
-from mora_jax._layer.equation import ByM, Delta, sum_dtype
+from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
@@ -91,8 +91,6 @@ class Layer:
             return False
         if self.gathers and not tuning.folds_gathered:
             return False
-        # A fold moves in * out numbers of the kernel, and activations move in + out for
-        # each row; `fold_from` is the measured factor between the two, see `Tuning`.
         ins, outs = features(kernel.shape, self.axes)
         rows = math.prod(self.x_shape) / ins
         return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
@@ -104,7 +102,7 @@ class _OfLayer(LinearMap):
 
     layer: Layer
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         # JAX transposes what `forward` does with x, which holds nothing but the
         # residuals, so that no activation is kept for it.
         of_x = functools.partial(self.forward, residuals)
@@ -118,9 +116,8 @@ class Adapted(_OfLayer):
     def chosen(self, residuals: Any) -> LinearMap:
         operator, _, kernel = residuals
         way = self.layer.way(kernel, operator.work, current_tuning())
-        if way == "fused":
-            return Fused(self.layer)
-        return Fold(self.layer) if way == "fold" else Activation(self.layer)
+        ways = {"activation": Activation, "fold": Fold, "fused": Fused}
+        return ways[way](self.layer)
 
     def mapped(self, residuals: Any) -> LinearMap:
         # Each of many M's would make a folded kernel of its own.
@@ -129,7 +126,7 @@ class Adapted(_OfLayer):
             return self
         return Adapted(dataclasses.replace(self.layer, execution="activation"))
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         return self.chosen(residuals).forward(residuals, operand)
 
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
@@ -152,7 +149,7 @@ class Adapted(_OfLayer):
 class Activation(_OfLayer):
     """x W + alpha D(C(x) M)."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         (op, m, kernel), layer = residuals, self.layer
         y = layer.multiply(operand, kernel)
         x = layer.product.to_rows(operand.astype(y.dtype))
@@ -164,19 +161,19 @@ class Activation(_OfLayer):
 class Fold(_OfLayer):
     """x times the folded kernel."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         return self.layer.multiply(operand, self._fold(residuals, operand))
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         # dx = g (W + alpha C M D)^T, with the kernel folded once more.
         layer, kernel = self.layer, self._fold(residuals, cotangent)
         like = layer.x_shape, cotangent, layer.x_dtype
         return transposed(lambda x: layer.multiply(x, kernel), *like)
 
-    def _fold(self, residuals: Any, after: jax.Array) -> jax.Array:
+    def _fold(self, residuals: Any, after: Array) -> Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         (op, m, kernel), layer = residuals, self.layer
-        m = m.astype(sum_dtype(m, kernel))
+        m = m.astype(jnp.result_type(m, kernel, jnp.float32))
         # If it is gathered, the fold does not wait for `after`: it is the same in the
         # rematerialised forward pass and in the backward pass, which can share it and
         # its gather.
@@ -194,7 +191,7 @@ class Fold(_OfLayer):
         return jax.lax.optimization_barrier((after, folded))[1]
 
 
-def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
+def _scheduled_after(x: Array, m: Array) -> Array:
     """`m` with a dependency on `x`."""
     # Without it nothing that a fold needs depends on the layers before it, so XLA would
     # fold every kernel of a model at its start and keep them all in memory. A barrier
@@ -219,7 +216,7 @@ def _scheduled_after(x: jax.Array, m: jax.Array) -> jax.Array:
 class Fused(_OfLayer):
     """The same where each device adds its parts of both terms."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         (op, m, kernel), layer = residuals, self.layer
         labels, features = layer.product.claim.einsum, layer.features(kernel.shape)
         assert features is not None
@@ -249,9 +246,6 @@ def _result_dtype(multiply: Callable[..., Any], *arrays: tuple[Shape, Any]) -> A
     return jax.eval_shape(multiply, *shapes).dtype
 
 
-# --- The layers ---
-
-
 def adapted_product(
     spec: AdapterSpec,
     m: ArrayLike,
@@ -262,7 +256,7 @@ def adapted_product(
     *,
     dropout_key: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
+) -> Array:
     r"""A layer's product with its adapter: :math:`x W + \alpha\, D(C(x) M)`.
 
     M is (*stack, *m_shape), with the stack axes of `product`. `multiply` is the layer's
@@ -275,7 +269,7 @@ def adapted_product(
     x = jnp.asarray(x)
     shape, axes = spec.seen_by(len(product.axes))
     # A delta can be added to numbers, and a kernel may stand for quantized ones.
-    is_array = isinstance(kernel, jax.Array | np.ndarray)
+    is_array = isinstance(kernel, Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     takes_delta = floating and placement.explicit_sharding(kernel) is None
     if not (takes_delta and joins(product, axes, x, dropout_key is not None)):
@@ -304,11 +298,8 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """
     # With a stack axis it would be a batched product.
     is_matrix = isinstance(product, Contraction) and "s" not in axes
-    if (
-        not is_matrix
-        or product.axes != axes
-        or placement.explicit_sharding(x) is not None
-    ):
+    fits = is_matrix and product.axes == axes
+    if not fits or placement.explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
@@ -318,15 +309,15 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
 
 
 def add_delta(
-    y: jax.Array,
+    y: Array,
     spec: AdapterSpec,
     m: ArrayLike,
     x: ArrayLike,
     product: Product,
     dropout_key: PRNGKeyArray | None = None,
     precision: jax.lax.PrecisionLike = None,
-    factor: jax.Array | None = None,
-) -> jax.Array:
+    factor: Array | None = None,
+) -> Array:
     """A layer's output `y` with its delta, arguments as for `adapted_product`.
 
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
@@ -336,14 +327,14 @@ def add_delta(
         layout = placement.explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
-        def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
+        def add(y: Array, m: Any, x: ArrayLike, key: Any) -> Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return placement.with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, rate = jnp.asarray(x), spec.dropout
 
     @undisturbed
-    def added(x: jax.Array) -> jax.Array:
+    def added(x: Array) -> Array:
         settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
         return product.delta(Delta.of(spec, m, x=x, **settings), x)
 
@@ -355,8 +346,8 @@ def add_delta(
 
 
 def dropped(
-    x: jax.Array, key: PRNGKeyArray | None, rate: float, shape: Shape | None = None
-) -> jax.Array:
+    x: Array, key: PRNGKeyArray | None, rate: float, shape: Shape | None = None
+) -> Array:
     """`x` with a part of it zero, by a mask of `shape`; without a key all of it."""
     if key is None or rate == 0:
         return x

@@ -70,10 +70,8 @@ class KernelLayout:
 
     def gathered_sharding(self, ndim: int) -> NamedSharding:
         """Sharding of a kernel while it is used, by a layer that sees `ndim` axes."""
-        kept = (
-            tuple(axis for axis in axes if axis not in self.batch_axes)
-            for axes in reversed(self.mesh_axes[:ndim])
-        )
+        split, batch = reversed(self.mesh_axes[:ndim]), self.batch_axes
+        kept = (tuple(axis for axis in axes if axis not in batch) for axes in split)
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
     def for_activations(self, axes: str, shape: Shape) -> FeatureSharding | None:
@@ -92,11 +90,10 @@ class KernelLayout:
     ) -> FeatureSharding | None:
         def split(letter: str) -> MeshAxes:
             # An axis of one device splits nothing, and XLA fails to sum over it.
+            kernel = zip(reversed(axes), reversed(shape), self.mesh_axes, strict=False)
             *inner, first = [
                 tuple(a for a in split if a not in without and self.mesh.shape[a] > 1)
-                for axis, size, split in zip(
-                    reversed(axes), reversed(shape), self.mesh_axes, strict=False
-                )
+                for axis, size, split in kernel
                 if axis == letter and size > 1
             ] or [()]
             # Of several axes (heads and their features) the first one alone may be

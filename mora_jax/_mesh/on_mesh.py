@@ -2,10 +2,11 @@
 
 If inputs are split, a device has part of C(x), and the parts are summed: q numbers for
 each row. If outputs are split, the forward pass needs no communication and the backward
-pass one sum of (rows, q). If C(x) is as large as x, the outputs are summed instead; and
-so they are for every operator where the layer's own output is summed with them (see
-`ways.Fused`). The gradient of M is a sum of arrays like M over all axes that split
-anything.
+pass one sum of (rows, q). If C(x) is as large as x, or M is two factors, the outputs
+are summed instead; and so they are for every operator where the layer's own output is
+summed with them (see `ways.Fused`). The derivative by M always is of such parts of the
+output, so that M's gradient needs a sum of arrays like M over all axes that split
+anything, and nothing else. Blocks that one device needs are its own, without a sum.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_algebra import transposed, varying
@@ -29,18 +31,18 @@ from mora_jax.operators.block_diagonal import BlockDiagonal
 
 REPLICATED = PartitionSpec()
 
-Here = Callable[..., jax.Array]
+Here = Callable[..., Array]
 """A function on one device, of the part of an operator there, and of arrays."""
 
 
 def shared(
     here: Here,
     operator: Operator,
-    arrays: Sequence[jax.Array],
+    arrays: Sequence[Array],
     specs: Sequence[PartitionSpec],
     out_spec: PartitionSpec,
     features: FeatureSharding,
-) -> jax.Array:
+) -> Array:
     """`here((part, *others), first)` of arrays on each device that shares features.
 
     It is summed over the axes of `features` that do not split it. Other axes of the
@@ -57,26 +59,20 @@ def shared(
         split = {axis for entry in spec for axis in mesh_axes(entry)}
         return _Sum(tuple(axis for axis in names if axis not in split))
 
-    def local(operator: Operator, starts: Any, *arrays: jax.Array) -> jax.Array:
+    def local(operator: Operator, starts: Any, *arrays: Array) -> Array:
         part = part_of(operator, *(start[0] for start in starts), *sizes)
-        first, *others = (
-            sum_to(spec)((), array, transposed=True)
-            for array, spec in zip(arrays, specs, strict=True)
-        )
+        pairs = zip(arrays, specs, strict=True)
+        first, *others = (sum_to(spec)((), x, transposed=True) for x, spec in pairs)
         return sum_to(out_spec)((), here((part, *others), first))
 
     # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
-    starts = [
-        n * np.arange(k, dtype=np.int32) for n, k in zip(sizes, shards, strict=True)
-    ]
+    counts = zip(sizes, shards, strict=True)
+    starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
     in_specs = REPLICATED, [*map(PartitionSpec, both)], *specs
     context = jax.sharding.get_abstract_mesh()
+    mesh = features.mesh if context.empty else context
     mapped = jax.shard_map(
-        local,
-        mesh=features.mesh if context.empty else context,
-        in_specs=in_specs,
-        out_specs=out_spec,
-        axis_names=set(names),
+        local, mesh=mesh, in_specs=in_specs, out_specs=out_spec, axis_names=set(names)
     )
     return mapped(operator, starts, *arrays)
 
@@ -94,7 +90,7 @@ class _Sum(LinearMap):
 
     elementwise = True
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         if not self.axes:
             return operand
         dtype = operand.dtype
@@ -103,106 +99,78 @@ class _Sum(LinearMap):
             operand = operand.astype(jnp.promote_types(dtype, jnp.float32))
         return jax.lax.psum(operand, self.axes).astype(dtype)
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         return varying(cotangent, self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh(DeltaMap):
-    """The map of an operator, where devices share features.
-
-    The sums over devices are of C(x), q numbers a row; or of the output, if C(x) is as
-    large as x or M is two factors. The derivative by M always is of such parts of the
-    output, so that M's gradient needs a sum of arrays like M, and nothing else. Blocks
-    that one device needs are its own, without a sum.
-    """
+    """The map of an operator, where devices share features."""
 
     operator: Operator
     features: FeatureSharding
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         """C(x), the same on all devices."""
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
+        specs = [last_axis(axes, x.ndim)], REPLICATED
+        return self._shared(lambda own, x: own[0].enter(x), [x], *specs, out_axes=())
 
-        def here(residuals: Any, x: jax.Array) -> jax.Array:
-            return residuals[0].enter(x)
-
-        specs = [last_axis(axes, x.ndim)]
-        return self._shared(here, [x], specs, REPLICATED, out_axes=())
-
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
+        specs = [REPLICATED], last_axis(axes, h.ndim)
+        return self._shared(lambda own, h: own[0].leave(h), [h], *specs, in_axes=())
 
-        def here(residuals: Any, h: jax.Array) -> jax.Array:
-            return residuals[0].leave(h)
-
-        out_spec = last_axis(axes, h.ndim)
-        return self._shared(here, [h], [REPLICATED], out_spec, in_axes=())
-
-    def product(self, h: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Any = None) -> Array:
         return self.operator.product(h, m, precision)
 
-    def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Any = None) -> Array:
         if self.operator.linear and not self.operator.block:
             return super().rows(x, m, precision)
         return self._in_parts(x, m, precision)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Any = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Any = None) -> Any:
         return x, m
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Any = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Any = None) -> Array:
         x, m = kept
         rows = functools.partial(self._in_parts, x, precision=precision)
         return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Any = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Any = None, shards: int = 1
+    ) -> Array:
         tangent = functools.partial(self.tangent, kept, precision=precision)
         return transposed(tangent, self.operator.m_shape, g)
 
-    def matrix(self, m: jax.Array, matrix_of: Here) -> jax.Array:
+    def matrix(self, m: Array, matrix_of: Here) -> Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-
-        def here(residuals: Any, m: jax.Array) -> jax.Array:
-            return matrix_of(*residuals, m)
-
-        return self._shared(here, [m], [REPLICATED], self._kernel_spec)
-
-    def added(self, m: jax.Array, kernel: jax.Array, add: Here) -> jax.Array:
-        """A kernel with its delta, (in, out), split as the kernel is.
-
-        Each device adds its part of the delta to its part of the kernel. Where the
-        kernel is gathered before it is used, the sum is what is gathered.
-        """
-
-        def here(residuals: Any, kernel: jax.Array) -> jax.Array:
-            return add(*residuals, kernel)
-
         spec = self._kernel_spec
-        return self._shared(here, [kernel, m], [spec, REPLICATED], spec)
+        return self._shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
 
-    def _in_parts(self, x: jax.Array, m: jax.Array, precision: Any) -> jax.Array:
+    def added(self, m: Array, kernel: Array, add: Here) -> Array:
+        """A kernel with its delta, (in, out), split as the kernel is."""
+        arrays, spec = [kernel, m], self._kernel_spec
+        specs = [spec, REPLICATED], spec
+        return self._shared(lambda own, kernel: add(*own, kernel), arrays, *specs)
+
+    def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
 
-        def here(residuals: Any, x: jax.Array) -> jax.Array:
-            part, m = residuals
+        def here(own: Any, x: Array) -> Array:
+            part, m = own
             return part.rows(x, m, precision)
 
-        x_spec, y_spec = (
-            last_axis(axes, x.ndim)
-            for axes in (self.features.in_axes, self.features.out_axes)
-        )
+        both = self.features.in_axes, self.features.out_axes
+        x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
         return self._shared(here, [x, m], [x_spec, self.m_spec], y_spec)
 
     def _shared(
         self, here: Here, arrays: Any, specs: Any, out_spec: PartitionSpec, **axes: Any
-    ) -> jax.Array:
+    ) -> Array:
         """The array that is `shared` with some other `axes` of the features."""
         features = dataclasses.replace(self.features, **axes)
         return shared(here, self.operator, arrays, specs, out_spec, features)
@@ -214,9 +182,8 @@ class OnMesh(DeltaMap):
         if not isinstance(op, BlockDiagonal) or all(axes) or not op.aligned:
             return REPLICATED
         shards = math.prod(self.features.mesh.shape[a] for a in (*axes[0], *axes[1]))
-        return (
-            REPLICATED if op.m_shape[0] % shards else PartitionSpec(axes[0] or axes[1])
-        )
+        evenly = op.m_shape[0] % shards == 0
+        return PartitionSpec(axes[0] or axes[1]) if evenly else REPLICATED
 
     @property
     def _kernel_spec(self) -> PartitionSpec:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import register_dataclass
 
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
@@ -23,14 +25,8 @@ from mora_jax.operators.damped import Damped
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.sharing import Sharing, SignedSharing
 
-_part = functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["operator", "in_start", "out_start"],
-    meta_fields=["in_features", "out_features"],
-)
 
-
-@_part
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OperatorPart(DeltaMap):
     """The part of any operator for some of its inputs and outputs.
@@ -41,45 +37,38 @@ class OperatorPart(DeltaMap):
     """
 
     operator: Any  # an Operator; subclasses know which
-    in_start: jax.Array
-    out_start: jax.Array
-    in_features: int
-    out_features: int
+    in_start: Array
+    out_start: Array
+    in_features: int = dataclasses.field(metadata={"static": True})
+    out_features: int = dataclasses.field(metadata={"static": True})
 
     @property
     def is_whole(self) -> bool:
         """True if all features are here."""
-        op = self.operator
-        here = self.in_features, self.out_features
+        op, here = self.operator, (self.in_features, self.out_features)
         return here == (op.in_features, op.out_features)
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        return self.operator.enter(self.pad_inputs(x))
+    def enter(self, x: Array) -> Array:
+        op = self.operator
+        if self.in_features < op.in_features:
+            x = _put(x, op.in_features, self.in_start)
+        return op.enter(x)
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return self.take_outputs(self.operator.leave(h))
 
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         return self.operator.product(h, m, precision)
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         """The rows and columns of the delta that are here, (in, out)."""
         return self.take_inputs(self.take_outputs(self.operator.matrix(m)))
 
-    def pad_inputs(self, x: jax.Array) -> jax.Array:
-        """All inputs, those that are elsewhere zero: (..., whole in_features)."""
-        if self.in_features == self.operator.in_features:
-            return x
-        return _put(x, self.operator.in_features, self.in_start)
-
-    def take_inputs(self, rows: jax.Array) -> jax.Array:
+    def take_inputs(self, rows: Array) -> Array:
         """The rows of the inputs that are here, (whole, ...) -> (in_features, ...)."""
-        size = self.in_features
-        return jax.lax.dynamic_slice_in_dim(rows, self.in_start, size, axis=0)
+        return jax.lax.dynamic_slice_in_dim(rows, self.in_start, self.in_features)
 
-    def take_outputs(self, y: jax.Array) -> jax.Array:
+    def take_outputs(self, y: Array) -> Array:
         """The outputs that are here, (..., whole out_features) -> (..., here)."""
         if self.out_features == self.operator.out_features:
             return y
@@ -87,41 +76,39 @@ class OperatorPart(DeltaMap):
         return jax.lax.dynamic_slice_in_dim(y, self.out_start, size, axis=-1)
 
 
-@_part
+@register_dataclass
 class SharingPart(OperatorPart):
     """The part of sharing; only groups that a device has unequally often take more."""
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         op, q = self.operator, self.operator.square_rank
         if op.compress_groups == "strided" and not self.in_features % q:
             return sum_tiles(x, q) * op._scale("in", x.dtype)
         return super().enter(x)
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         op, outs = self.operator, self.out_features
         if op.decompress_groups == "strided" and not outs % op.square_rank:
             return tile_to(h * op._scale("out", h.dtype), outs)
         return super().leave(h)
 
 
-@_part
+@register_dataclass
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
-    def enter(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self._in_basis(x))
+    def enter(self, x: Array) -> Array:
+        return matmul(x, self.take_inputs(self.operator.basis("in", x.dtype)))
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
-    def matrix(self, m: jax.Array) -> jax.Array:
-        return matmul(self._in_basis(m), self.leave(m))
-
-    def _in_basis(self, like: jax.Array) -> jax.Array:
-        return self.take_inputs(self.operator.basis("in", like.dtype))
+    def matrix(self, m: Array) -> Array:
+        c = self.take_inputs(self.operator.basis("in", m.dtype))
+        return matmul(c, self.leave(m))
 
 
-@_part
+@register_dataclass
 class BlockPart(OperatorPart):
     """The part of a block operator that devices cut evenly: see `_blocks_or_all`.
 
@@ -132,19 +119,19 @@ class BlockPart(OperatorPart):
     # M multiplies whichever are fewer: the groups from here, or the groups for here.
     # Both orders give the same sum, since M is the same for all blocks of a group.
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         # A part of a block is put in its place among zeros: blocks are rotated as a
         # whole.
-        q = self.operator.square_rank
+        q, groups = self.operator.square_rank, self._groups(self.in_features)
         width = max(self.in_features, q)
         h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
         h = h.reshape(*x.shape[:-1], width // q, q)
         h = self.operator.rotate_rows(h, self.in_start // q + jnp.arange(width // q))
-        h = sum_tiles(h.reshape(*x.shape[:-1], width), self._groups_here * q)
-        h = h.reshape(*x.shape[:-1], self._groups_here, q)
+        h = sum_tiles(h.reshape(*x.shape[:-1], width), groups * q)
+        h = h.reshape(*x.shape[:-1], groups, q)
         return self._sum_wanted(h) if self._sums_first else h
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         h = h if self._sums_first else self._sum_wanted(h)
         q, size = h.shape[-1], self.out_features
         y = tile_to(h.reshape(*h.shape[:-2], -1), max(size, q))
@@ -152,32 +139,26 @@ class BlockPart(OperatorPart):
             return y
         return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 
-    @property
-    def _groups_here(self) -> int:
-        """The number of groups that features here feed."""
-        blocks = max(self.in_features // self.operator.square_rank, 1)
-        return min(self.operator.num_groups, blocks)
-
-    @property
-    def _wanted(self) -> int:
-        """The number of groups that outputs here want."""
-        blocks = max(self.out_features // self.operator.square_rank, 1)
+    def _groups(self, features: int) -> int:
+        """The number of groups that so many inputs here feed, or outputs want."""
+        blocks = max(features // self.operator.square_rank, 1)
         return min(self.operator.num_groups, blocks)
 
     @property
     def _sums_first(self) -> bool:
-        return self._groups_here > self._wanted
+        return self._groups(self.in_features) > self._groups(self.out_features)
 
-    def _sum_wanted(self, h: jax.Array) -> jax.Array:
+    def _sum_wanted(self, h: Array) -> Array:
         """Of groups from here the ones that outputs here want: (..., wanted, q)."""
         # The groups of blocks follow each other, and after the last comes the first.
         q = self.operator.square_rank
         h = pad_to(h, self.operator.num_groups, axis=-2)
         shift = self.in_start // q - self.out_start // q
-        return jnp.roll(h, shift, axis=-2)[..., : self._wanted, :]
+        wanted = self._groups(self.out_features)
+        return jnp.roll(h, shift, axis=-2)[..., :wanted, :]
 
 
-@_part
+@register_dataclass
 class DiagonalPart(OperatorPart):
     """The part of blocks with an M each, where a device has whole blocks.
 
@@ -185,9 +166,7 @@ class DiagonalPart(OperatorPart):
     the blocks here alone.
     """
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         _, p, s = self.operator.m_shape
         ins, outs = self.in_features // p, self.out_features // s
         first_in, first_out = self.in_start // p, self.out_start // s
@@ -204,16 +183,14 @@ class DiagonalPart(OperatorPart):
         return y if count == outs else _put(y, outs * s, first * s - self.out_start)
 
 
-@_part
+@register_dataclass
 class DampedPart(OperatorPart):
     """The part of a damped operator, by the part of the inner one.
 
     What inputs have along the directions is summed with all else.
     """
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         op, here = self.operator, (self.in_features, self.out_features)
         inner = part_of(op.inner, self.in_start, self.out_start, *here)
         columns = op.columns(x.dtype)
@@ -223,14 +200,14 @@ class DampedPart(OperatorPart):
 
 
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
-    """The part of blocks with an M each; all else of an `OperatorPart` is `place`."""
+    """The part of blocks with an M each, whose `place` is all else of the record."""
     few, many = sorted(map(operator.truediv, place[2:], op.m_shape[1:]))
     whole = op.aligned and few % 1 == many % few == 0  # and one place in the other
     return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
 
 
 def _blocks_or_all(op: Decoupling, *place: Any) -> OperatorPart:
-    """The part of a block operator, whose `place` is all else of an `OperatorPart`."""
+    """The part of blocks that share an M, whose `place` is all else of the record."""
     # Evenly cut: a device has whole blocks, or blocks are on whole devices.
     q, sizes = op.square_rank, place[2:]
     evenly = op.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
@@ -253,7 +230,7 @@ part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 
 
-def _put(x: jax.Array, size: int, start: Any) -> jax.Array:
+def _put(x: Array, size: int, start: Any) -> Array:
     """`x` among zeros: (..., k) -> (..., size), from `start` on."""
     zeros = jnp.zeros((*x.shape[:-1], size), x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(zeros, x, start, axis=-1)

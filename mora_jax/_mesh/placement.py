@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._mesh.layout import KernelLayout, MeshAxes, mesh_axes
 
 
-def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
+def row_shards(layout: KernelLayout | None, x: Array) -> int:
     """The number of shards into which devices may split the rows of a layer's input.
 
     It divides the first axis of x. It is 1 if x is on one device, or one vector. The
@@ -25,16 +26,9 @@ def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
     return math.gcd(x.shape[0], math.prod(mesh.shape[axis] for axis in axes))
 
 
-# --- M, which each device needs whole ---
-
-
 def gather_m(
-    m: jax.Array,
-    layout: KernelLayout | None,
-    x: jax.Array,
-    ndim: int = 2,
-    split: Iterable[Any] = (),
-) -> jax.Array:
+    m: Array, layout: KernelLayout | None, x: Array, ndim: int, split: Iterable[Any]
+) -> Array:
     """M and its gradient, replicated or `split`, wherever they are kept.
 
     M, (*stack, q, q), has `ndim` axes without the stack's. The layer's input is x.
@@ -55,17 +49,17 @@ class _Replicated(LinearMap):
 
     ndim: int
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         # Within a program a type names the mesh; a cotangent that was made outside of
         # one, on one device, has none.
         mesh = mesh_of(operand)
         return operand if mesh is None else _replicate(operand, mesh, self.ndim)
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         return self.forward(residuals, cotangent)
 
 
-def mesh_of(x: jax.Array) -> AbstractMesh | None:
+def mesh_of(x: Array) -> AbstractMesh | None:
     """The mesh that `x` is on, if XLA decides how it splits `x`."""
     mesh = jax.typeof(x).sharding.mesh
     auto = not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}
@@ -73,23 +67,16 @@ def mesh_of(x: jax.Array) -> AbstractMesh | None:
 
 
 def _replicate(
-    m: jax.Array,
-    mesh: Mesh | AbstractMesh,
-    ndim: int,
-    split: Iterable[Any] = (),
-) -> jax.Array:
+    m: Array, mesh: Mesh | AbstractMesh, ndim: int, split: Iterable[Any] = ()
+) -> Array:
     stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
-    own = [*split, *[None] * ndim][:ndim]
-    spec = PartitionSpec(*stack, *own)
-    return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
-
-
-# --- Explicit sharding: the type of an array says how a mesh splits it ---
+    sharding = NamedSharding(mesh, PartitionSpec(*stack, *split))
+    return jax.lax.with_sharding_constraint(m, sharding)
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding in the type of `x`, if JAX holds programs to it."""
-    if not isinstance(x, jax.Array):
+    if not isinstance(x, Array):
         return None
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

@@ -311,9 +311,8 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        return self._overridden(
-            tuple(p for p in self.overrides if re.fullmatch(p, path))
-        )
+        patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
+        return self._overridden(patterns)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (most kernels share a record)
     def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
@@ -330,9 +329,7 @@ class MoRAConfig(KernelConfig):
 
 
 # `__new__` takes anything, so help() is led to the signature of `__init__`.
-functools.update_wrapper(
-    MoRAConfig.__new__, MoRAConfig.__init__, assigned=(), updated=()
-)
+MoRAConfig.__new__.__wrapped__ = MoRAConfig.__init__  # type: ignore[attr-defined]
 
 
 def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:

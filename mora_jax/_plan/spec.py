@@ -78,9 +78,8 @@ class AdapterSpec(AdapterSettings):
         expected = features(self.kernel_shape, self.axes)
         if (widths := (self.in_features, self.out_features)) != expected:
             kernel = f"a kernel of shape {self.kernel_shape} with axes {self.axes!r}"
-            raise ValueError(
-                f"operator must have the features {expected} of {kernel}, got {widths}"
-            )
+            rule = f"operator must have the features {expected} of {kernel}"
+            raise ValueError(f"{rule}, got {widths}")
         for array in by_layer(self.operator)[0]:
             if (stack := tuple(array.shape[:-2])) != self.stack_shape:
                 raise ValueError(

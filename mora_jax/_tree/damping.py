@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.checks import check_concrete, check_finite, positive_integer
-from mora_jax._common.suggestions import alike, shown
+from mora_jax._common.suggestions import patterns
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
-from mora_jax._layer.adapter import Adapter
+from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._layer.equation import Delta
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
@@ -30,14 +31,12 @@ def input_damping(
 ) -> Any:
     r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
-
-    V are the leading directions of the second moments of each layer's inputs in `call`,
-    which is of what should stay as it is: some hundred tokens of any text. Inputs are
-    scaled down along them to what they are in all other directions. Steps of M then
-    lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
-    kernel; V is stored with the adapters, in * `directions` numbers of bfloat16 for
-    each input that layers have.
+    The directions of `operators.Damped` are the leading ones of the second moments of
+    each layer's inputs in `call`, which is of what should stay as it is: some hundred
+    tokens of any text. Inputs are scaled down along them to what they are in all other
+    directions. Steps of M then lean on what ordinary inputs lack. It takes two forward
+    passes and no gradient of a kernel. The adapters store in * `directions` numbers of
+    bfloat16 for each input that layers have.
 
     Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
     (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),
@@ -75,10 +74,9 @@ def input_damping(
         rule = "call must be a function from adapters to outputs"
         raise TypeError(f"{rule}, got {type(call).__name__}")
     found = paths.checked_adapters(adapters).kernels
-    for path, adapter in found.items():
-        _check_new("/".join(path), adapter)
     columns = {}
     for path, adapter in found.items():
+        _check_new("/".join(path), adapter)
         width = adapter.operator.in_features
         shape = width, min(width, 2 * directions + 8)
         columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
@@ -100,9 +98,8 @@ def input_damping(
         new = Damped(*sizes, inner=inner, directions=v)
         spec = dataclasses.replace(adapter.spec, operator=new)
         damped[path] = adapter.replace(spec=spec)
-    left = [("/".join(path), None) for path in found if path not in damped]
-    if left:
-        names = ", ".join(shown(p, len(kind)) for p, kind in alike(left, lambda x: x))
+    if left := ["/".join(path) for path in found if path not in damped]:
+        names = patterns(left)
         warn(f"the inputs of {names} are no rows of numbers, and are not damped")
     return paths.replace_adapters(adapters, damped)
 
@@ -141,7 +138,7 @@ def _moments(
         m = jnp.insert(jnp.asarray(z, jnp.float32), 0, 0, -1)
         sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
 
-    def total(given: Any) -> jax.Array:
+    def total(given: Any) -> Array:
         outputs = map(jnp.asarray, jax.tree.leaves(call(given)))
         real = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
         if not real:
@@ -195,30 +192,22 @@ class _Moments(Operator):
     def m_shape(self) -> Shape:
         return self.in_features, 1 + self.square_rank
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.zeros((*x.shape[:-1], self.out_features), x.dtype)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         return x, m
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         return self.rows(kept[0], tangent)
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
-        x, m = (
-            array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in kept
-        )
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
+        x, m = map(wide, kept)
         x = x.reshape(-1, self.in_features)
         by_columns = rows_product(x, x @ m[:, 1:])
         return jnp.concatenate([jnp.sum(x**2, 0)[:, None], by_columns], -1)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.zeros((*indices.shape, self.out_features), m.dtype)

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from mora_jax._common.checks import above_zero
 from mora_jax._common.suggestions import nearest_paths
@@ -70,9 +70,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
     return adapters.tree()
 
 
-def lora_adapter(
-    spec: AdapterSpec, a: jax.Array, b: jax.Array, alpha: float = 1.0
-) -> Adapter:
+def lora_adapter(spec: AdapterSpec, a: Array, b: Array, alpha: float = 1.0) -> Adapter:
     """The adapter of a kernel with the factors (*stack, in, r) and (*stack, r, out)."""
     operator = LowRank(spec.in_features, spec.out_features, a.shape[-1])
     m = operator.joined(a, b)

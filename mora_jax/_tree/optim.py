@@ -42,9 +42,8 @@ def trainable_mask(params: Any) -> Any:
         for path, leaf in trees.located_leaves(params).items()
     ]
     if not any(trained):
-        raise ValueError(
-            f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
-        )
+        hint = "pass combine(params, adapters)"
+        raise ValueError(f"params hold no '*{SUFFIX}' leaf: {hint}")
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=trees.is_end), trained)
 
 

@@ -43,9 +43,8 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
             rule = "give the base alone, as split(params)[0]"
             raise ValueError(f"{what} hold the adapter {name}: {rule}")
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"{what} must hold arrays only, got {type(leaf).__name__} at {name!r}"
-            )
+            kind = type(leaf).__name__
+            raise TypeError(f"{what} must hold arrays only, got {kind} at {name!r}")
         leaves[name] = path, leaf
     if not leaves:
         raise ValueError(f"{what} holds no array")

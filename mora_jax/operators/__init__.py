@@ -18,18 +18,6 @@ from mora_jax.operators.subspace import Subspace as Subspace
 from mora_jax.operators.truncation import Truncation as Truncation
 
 # In the order in which messages list them; `Subspace` and `Damped` are made, not named.
-OPERATORS.update(
-    (cls.name, cls)
-    for cls in (
-        Truncation,
-        Sharing,
-        SignedSharing,
-        Decoupling,
-        SignedDecoupling,
-        Rotation,
-        Orthogonal,
-        Hadamard,
-        BlockDiagonal,
-        LowRank,
-    )
-)
+_NAMED = [Truncation, Sharing, SignedSharing, Decoupling, SignedDecoupling, Rotation]
+_NAMED += [Orthogonal, Hadamard, BlockDiagonal, LowRank]
+OPERATORS.update((cls.name, cls) for cls in _NAMED)

@@ -1,12 +1,8 @@
-r"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
+"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
 
-.. math::
-
-    y = D(C(x) M), \qquad dy = D(C(x)\, dM), \qquad dM = \sum_{rows} C(x)^T D^T(g)
-
-Here g is the gradient of y, and the sum runs over rows. Blocks of C(x) are rows like
-any other, so that it goes over both. An operator is such a map. What computes the same
-otherwise replaces it as a whole: a form for a chip, one device's part, many devices.
+`_layer.equation` has both as equations. Blocks of C(x) are rows like any other. What
+computes the same otherwise replaces the map as a whole: a form for a chip, one device's
+part, many devices.
 """
 
 import dataclasses
@@ -18,16 +14,16 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._common.checks import check_array, check_seed, positive_integer
-from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._common.types import ArrayLike, Precision, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax.operators._pytree import by_layer
 
-Precision = jax.lax.PrecisionLike
 Side = Literal["in", "out"]
 Work = Literal["products", "sums", "blocks", "factors"]
 """The work: products with C and D, sums and copies, moves of blocks; thin factors."""
@@ -50,48 +46,40 @@ class DeltaMap:
         """Shape of M."""
         raise NotImplementedError
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         """C(x), or a sum of its blocks where M may multiply the sum."""
         raise NotImplementedError
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         """D, of what M has made of `enter(x)`."""
         raise NotImplementedError
 
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         """The rows of h times M."""
         return jax.lax.dot_general(h, m, last_with_first(h), precision=precision)
 
-    def product_by_m(
-        self, h: jax.Array, g: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product_by_m(self, h: Array, g: Array, precision: Precision = None) -> Array:
         """The transpose of `product` by M: the sum of h^T g over rows."""
         return rows_product(h, g, precision)
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         """D(C(x) M), row by row: (..., in_features) -> (..., out_features)."""
         return self.leave(self.product(self.enter(x), m, precision))
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         """The part of x that the derivative needs: C(x), unless it is as large as x."""
         # Of blocks x itself is kept: layers that read the same x (queries, keys,
         # values) keep it once.
         return x if self.block else self.enter(x)
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         """The derivative dy = D(C(x) dM) of `rows` by M."""
         h = self.enter(kept) if self.block else kept
         return self.leave(self.product(h, tangent, precision))
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
         """dM, the transpose of `tangent`. So many `shards` may split the first axis."""
         h = self.enter(kept) if self.block else kept
         back = transposed(self.leave, (*h.shape[:-1], self.m_shape[-1]), g)
@@ -246,7 +234,7 @@ class Operator(DeltaMap):
 
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
-    ) -> jax.Array:
+    ) -> Array:
         """Trained array at its start, (*stack, *m_shape): see `MoRAConfig.init`."""
         shape = (*stack, *self.m_shape)
         if init != "gaussian":
@@ -259,91 +247,88 @@ class Operator(DeltaMap):
         """Trained array that stands for `factor` times the delta of `m`."""
         return factor * m
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         """C: (..., in_features) -> (..., *compressed_shape)."""
         raise NotImplementedError
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         """D: (..., *compressed_shape) -> (..., out_features)."""
         raise NotImplementedError
 
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: Array, dtype: DTypeLike) -> Array:
         """C of unit vectors by their numbers: (...) -> (..., *compressed_shape)."""
         # Subclasses need not make `in_features` numbers for each.
         return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return self._compress(x)
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return self._decompress(h)
 
-    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def factors(self, m: Array) -> tuple[Array, Array]:
         """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
 
         The delta is their product.
         """
         return self.compress_matrix(m.dtype), self._decompress(m)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         """Rows of the delta by their numbers: (...) -> (..., out_features)."""
         h = self._compress_units(indices, m.dtype)
         return self._decompress(self.product(h, m, precision))
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features)."""
         # Of one block, D is applied to the rows of M, and the transpose of C to the
         # columns of the result. Of several, each unit vector is multiplied.
         if self.block or not self.linear:
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
 
-        def column(column: jax.Array) -> jax.Array:
+        def column(column: Array) -> Array:
             return transposed(self._compress, (self.in_features,), column)
 
         return jax.vmap(column, in_axes=-1, out_axes=-1)(self._decompress(m))
 
-    def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
+    def compress(self, x: Inputs) -> Float[Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
         return self._compress(self._fitting("x", x, self.in_features))
 
-    def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
+    def decompress(self, h: Float[ArrayLike, "..."]) -> Float[Array, "*batch out"]:
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
         blocks = self.compressed_shape[:-1]
         return self._decompress(self._fitting("h", h, *blocks, self.m_shape[-1]))
 
-    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
         rows = self._compress_units(jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
         self, m: Trained, x: Inputs, *, precision: Precision = None
-    ) -> Float[jax.Array, "*batch outs"]:
+    ) -> Float[Array, "*batch outs"]:
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
         x = self._fitting("x", x, self.in_features)
         return undisturbed(self.rows)(x, self._checked(m), precision)
 
-    def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
+    def delta_weight(self, m: Trained) -> Float[Array, "ins out"]:
         r"""The delta :math:`C (I_n \otimes M) D`, (in, out): `apply` is its product."""
         return undisturbed(self.matrix)(self._checked(m))
 
-    def _checked(self, m: ArrayLike) -> jax.Array:
+    def _checked(self, m: ArrayLike) -> Array:
         array = self._fitting("m", m, *self.m_shape)
         if array.ndim != len(self.m_shape):
-            raise ValueError(
-                f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
-            )
+            rule = f"m must have shape {self.m_shape}"
+            raise ValueError(f"{rule}, got {m.shape}; use jax.vmap")
         return array
 
-    def _fitting(self, name: str, array: ArrayLike, *end: int) -> jax.Array:
+    def _fitting(self, name: str, array: ArrayLike, *end: int) -> Array:
         if by_layer(self)[0]:
             raise ValueError(f"{self.name} differs from layer to layer: take at(index)")
         return check_array(name, array, end)
 
 
-def in_range(indices: ArrayLike, size: int) -> jax.Array:
+def in_range(indices: ArrayLike, size: int) -> Array:
     """Rows of an array at `indices`, from 0 on, as JAX's indexing takes them."""
     # Wide, or a vocabulary beyond the range of a small type would wrap around.
     dtype = jnp.result_type(indices.dtype, jnp.int32)

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._jax.tiles import pad_to
 
 
-def cut(x: jax.Array, n: int) -> jax.Array:
+def cut(x: Array, n: int) -> Array:
     """(..., features) -> (..., n, width): neighbours, and zeros in shorter blocks."""
     *batch, features = x.shape
     width = -(-features // n)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax._jax.linear_algebra import matmul
@@ -20,18 +21,18 @@ class Projection(Operator):
     def isometry(self) -> bool:
         return True
 
-    def basis(self, side: Side, dtype: DTypeLike) -> jax.Array:
+    def basis(self, side: Side, dtype: DTypeLike) -> Array:
         """C, (in_features, q), or the transpose of D, (out_features, q)."""
         basis: Any = getattr(self, f"{side}_basis")
         return jnp.asarray(basis).astype(dtype)
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         return matmul(x, self.basis("in", x.dtype))
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         return _times_transpose(h, self.basis("out", h.dtype))
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         # The product with the narrower side comes first: it is the smaller one. On TPUs
         # XLA would compute it again for each tile of the second without a barrier.
         c, d = self.basis("in", m.dtype), self.basis("out", m.dtype)
@@ -39,11 +40,11 @@ class Projection(Operator):
             return _times_transpose(jax.lax.optimization_barrier(matmul(c, m)), d)
         return matmul(c, jax.lax.optimization_barrier(_times_transpose(m, d)))
 
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: Array, dtype: DTypeLike) -> Array:
         return self.basis("in", dtype)[indices]
 
 
-def _times_transpose(h: jax.Array, basis: jax.Array) -> jax.Array:
+def _times_transpose(h: Array, basis: Array) -> Array:
     """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
     # Not by a transpose: if the basis is a constant, XLA would compute its transpose
     # while it compiles, once for each layer.

@@ -5,9 +5,9 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
@@ -116,28 +116,22 @@ class BlockDiagonal(Operator):
         """1 each, since C and D move numbers."""
         return 1.0, 1.0
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         if self.in_order is not None:
             x = _Reorder()((self.in_order, self.in_inverse), x)
         return cut(x, self.square_rank)
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         y, orders = join(h, self.out_features), (self.out_order, self.out_inverse)
         return y if self.out_order is None else _Reorder()(orders, y, transposed=True)
 
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.einsum("...np,nps->...ns", h, m, precision=precision)
 
-    def product_by_m(
-        self, h: jax.Array, g: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product_by_m(self, h: Array, g: Array, precision: Precision = None) -> Array:
         return jnp.einsum("...np,...ns->nps", h, g, precision=precision)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         # A row of M, among zeros for the outputs of other blocks.
         n, p, s = self.m_shape
         if self.in_inverse is not None:
@@ -147,7 +141,7 @@ class BlockDiagonal(Operator):
         rows = m.reshape(n * p, s)[at]
         return self._decompress(jnp.where(here[..., None], rows[..., None, :], 0))
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         return self.unit_rows(jnp.arange(self.in_features), m)
 
 
@@ -155,10 +149,10 @@ class BlockDiagonal(Operator):
 class _Reorder(LinearMap):
     """x[..., order]; JAX would transpose it to a scatter, and the inverse is known."""
 
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: Array) -> Array:
         # Each index of a permutation is in bounds, and unique.
         known: Any = {"mode": "promise_in_bounds", "unique_indices": True}
         return operand.at[..., residuals[0]].get(**known)
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: Any, cotangent: Array) -> Array:
         return self.forward(residuals[::-1], cotangent)

@@ -4,9 +4,9 @@ import copy
 import operator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_concrete
@@ -78,60 +78,56 @@ class Damped(Operator):
         """The inner operator's name, and the number of directions."""
         return f"{self.inner.name}, damped ({self.directions.shape[-1]})"
 
-    def along(self, x: jax.Array) -> jax.Array:
+    def along(self, x: Array) -> Array:
         """Coordinates of inputs along V, (..., k)."""
         return matmul(x, self.columns(x.dtype))
 
-    def damped(self, x: jax.Array) -> jax.Array:
+    def damped(self, x: Array) -> Array:
         """P x: (..., in_features) to the same."""
         return x - matmul(self.along(x), self.columns(x.dtype).T)
 
-    def columns(self, dtype: DTypeLike) -> jax.Array:
+    def columns(self, dtype: DTypeLike) -> Array:
         """V, (in_features, k)."""
         return jnp.asarray(self.directions).astype(dtype)
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         return self.inner._compress(self.damped(x))
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return self.inner.enter(self.damped(x))
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         y = self.inner.rows(x, m, precision)
         return y - matmul(self.along(x), self.outputs(m, precision))
 
-    def outputs(self, m: jax.Array, precision: Precision = None) -> jax.Array:
+    def outputs(self, m: Array, precision: Precision = None) -> Array:
         """V^T C M D, (k, out_features)."""
         return self.inner.rows(self.columns(m.dtype).T, m, precision)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         columns = self.columns(x.dtype).T
         kept = self.inner.kept(x, m, precision), self.inner.kept(columns, m, precision)
         return *kept, self.along(x)
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         of_x, of_columns, along = kept
         y = self.inner.tangent(of_x, tangent, precision)
         outputs = self.inner.tangent(of_columns, tangent, precision)
         return y - matmul(along, outputs, precision)
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
         of_x, of_columns, along = kept
         by_outputs = rows_product(along, g, precision)
         less = self.inner.gradient(of_columns, by_outputs, precision)
         return self.inner.gradient(of_x, g, precision, shards) - less
 
-    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def factors(self, m: Array) -> tuple[Array, Array]:
         c, d = self.inner.factors(m)
         return self.damped(c.T).T, d
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
 
 

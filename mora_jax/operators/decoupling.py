@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
@@ -14,27 +15,22 @@ from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 
 
-def num_blocks(features: int, square_rank: int) -> int:
-    """Number of blocks of q that cover `features`: ceil(features / q)."""
-    return -(-features // square_rank)
-
-
 def block_positions(
-    indices: np.ndarray | jax.Array, features: int, square_rank: int
+    indices: np.ndarray | Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:
     """Places where single features come to lie: blocks and offsets, (..., t).
 
     A feature that starts over has up to t positions; an offset from q on is for none.
     """
     # NumPy arrays stay such, and are constants of a program.
-    size = num_blocks(features, square_rank) * square_rank
+    size = -(-features // square_rank) * square_rank
     starts = features * np.arange(-(-size // features), dtype=np.uint32)
     at = indices.astype(np.uint32)[..., None] + starts
     block, offset = divide(at, square_rank)
     return block, offset + np.uint32(square_rank) * (at >= size)
 
 
-def divide(indices: np.ndarray | jax.Array, by: int) -> tuple[Any, Any]:
+def divide(indices: np.ndarray | Array, by: int) -> tuple[Any, Any]:
     """Quotients and remainders of indices, which are not negative."""
     # Unsigned, or XLA would compile a dozen more operations that look at the sign.
     indices = indices.astype(np.uint32)
@@ -73,7 +69,7 @@ class Decoupling(Operator):
 
     @property
     def compressed_shape(self) -> Shape:
-        return (num_blocks(self.in_features, self.square_rank), self.square_rank)
+        return -(-self.in_features // self.square_rank), self.square_rank
 
     @property
     def isometry(self) -> bool:
@@ -83,7 +79,7 @@ class Decoupling(Operator):
     @property
     def num_out_blocks(self) -> int:
         """Number p of the blocks that cover the outputs."""
-        return num_blocks(self.out_features, self.square_rank)
+        return -(-self.out_features // self.square_rank)
 
     @property
     def num_groups(self) -> int:
@@ -96,15 +92,15 @@ class Decoupling(Operator):
         # Their changes have either sign, so that the squares of the changes add up.
         return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         n, q = self.compressed_shape
         blocks = tile_to(x, n * q)
         return self.rotate_rows(blocks.reshape(*x.shape[:-1], n, q))
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         return self.leave(self.sum_groups(h))
 
-    def sum_groups(self, h: jax.Array) -> jax.Array:
+    def sum_groups(self, h: Array) -> Array:
         """(..., n, q) -> (..., groups, q): the sum of the blocks in each group."""
         *batch, n, q = h.shape
         if n <= self.num_out_blocks:
@@ -117,17 +113,15 @@ class Decoupling(Operator):
     # D sums the blocks of a group. M multiplies them all, so it may multiply the sum
     # instead: n blocks become min(n, p).
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return self.sum_groups(self._compress(x))
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
         *batch, groups, q = h.shape
         return tile_to(h.reshape(*batch, groups * q), self.out_features)
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         # A unit vector is in t blocks of the n, so that M multiplies t rows.
         block, offset = block_positions(indices, self.in_features, self.square_rank)
         unit = jax.nn.one_hot(offset, self.square_rank, dtype=m.dtype)
@@ -137,7 +131,7 @@ class Decoupling(Operator):
         h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
         return self.leave(h)
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         # In whole rows, which compilers vectorise; in tiles of q columns it took four
         # times as long.
         (n, q), outs = self.compressed_shape, self.out_features
@@ -149,13 +143,13 @@ class Decoupling(Operator):
         # Rows past the end are added to the first ones.
         return sum_tiles(rows.reshape(n * q, outs).T, self.in_features).T
 
-    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+    def rotate_rows(self, h: Array, block: Array | None = None) -> Array:
         """Rows h of the blocks k times R_k: (..., q) and (...), or all, (..., n, q)."""
         # R_k is a fixed matrix for block k, which subclasses give here and in
         # `rotate_m`: since (x_k R_k) M = x_k (R_k M), M may be multiplied instead.
         return h
 
-    def rotate_m(self, m: jax.Array) -> jax.Array:
+    def rotate_m(self, m: Array) -> Array:
         """R_k M for all blocks: (q, c) -> (n, q, c), or (1, q, c) if all are alike."""
         return m[None]
 
@@ -204,9 +198,9 @@ class SignedDecoupling(Decoupling):
 
     name = "signed_decoupling"
 
-    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+    def rotate_rows(self, h: Array, block: Array | None = None) -> Array:
         signs = jnp.asarray(self.in_signs, h.dtype)
         return h * (signs if block is None else signs[block])
 
-    def rotate_m(self, m: jax.Array) -> jax.Array:
+    def rotate_m(self, m: Array) -> Array:
         return m * jnp.asarray(self.in_signs, m.dtype)[..., None]

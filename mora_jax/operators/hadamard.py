@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
@@ -44,7 +45,7 @@ class Hadamard(Projection):
 
     name = "hadamard"
 
-    def basis(self, side: Side, dtype: DTypeLike) -> jax.Array:
+    def basis(self, side: Side, dtype: DTypeLike) -> Array:
         arrays = self.in_arrays if side == "in" else self.out_arrays
         signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
         size = len(signs) // len(odd)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -69,18 +70,18 @@ class LowRank(Operator):
         """1: LoRA has learning rates of its own, see docs/learning-rates.md."""
         return 1.0
 
-    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def factors(self, m: Array) -> tuple[Array, Array]:
         """A, (..., in, r), and B, (..., r, out), of a trained array."""
         a, b = m[..., : self.in_features, :], m[..., self.in_features :, :]
         return a, jnp.swapaxes(b, -2, -1)
 
-    def joined(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def joined(self, a: Array, b: Array) -> Array:
         """The trained array of A, (..., in, r), and B, (..., r, out)."""
         return jnp.concatenate([a, jnp.swapaxes(b, -2, -1)], axis=-2)
 
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
-    ) -> jax.Array:
+    ) -> Array:
         """A as PEFT draws it, and B: zeros, or as `super().start` draws an M.
 
         With init="embedding" A is zero, so that tokens which are not trained keep what
@@ -96,7 +97,7 @@ class LowRank(Operator):
             a, b = jnp.zeros_like(a), jax.random.normal(keys[1], b.shape, dtype)
         return jnp.concatenate([a, b], axis=-2)
 
-    def scaled(self, m: Any, factor: Any) -> jax.Array:
+    def scaled(self, m: Any, factor: Any) -> Array:
         # B alone, or the delta would be multiplied by the square.
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
@@ -105,44 +106,38 @@ class LowRank(Operator):
     # h = x A kept for it, the derivative is dy = (x dA) B + h dB, so that dA = x^T (g
     # B^T) and dB = h^T g.
 
-    def enter(self, x: jax.Array) -> jax.Array:
+    def enter(self, x: Array) -> Array:
         return x
 
-    def leave(self, h: jax.Array) -> jax.Array:
+    def leave(self, h: Array) -> Array:
         return h
 
-    def product(
-        self, h: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         a, b = self.factors(m)
         h = jax.lax.dot_general(h, a, last_with_first(h), precision=precision)
         return jax.lax.dot_general(h, b, last_with_first(h), precision=precision)
 
-    def kept(self, x: jax.Array, m: jax.Array, precision: Precision = None) -> Any:
+    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         a, b = self.factors(m)
         return x, matmul(x, a, precision), b
 
-    def tangent(
-        self, kept: Any, tangent: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         (x, h, b), (by_a, by_b) = kept, self.factors(tangent)
         through_a = matmul(matmul(x, by_a, precision), b, precision)
         return through_a + matmul(h, by_b, precision)
 
     def gradient(
-        self, kept: Any, g: jax.Array, precision: Precision = None, shards: int = 1
-    ) -> jax.Array:
+        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
+    ) -> Array:
         x, h, b = kept
         by_a = rows_product(x, matmul(g, b.T, precision), precision)
         return self.joined(by_a, rows_product(h, g, precision))
 
-    def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         a, b = self.factors(m)
         return matmul(a[indices], b, precision)
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: Array) -> Array:
         a, b = self.factors(m)
         return matmul(a, b)
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_choice
@@ -78,12 +79,12 @@ class Sharing(Operator):
         c_scale, d_scale = (float(self._scale(s, np.float64)) for s in ("in", "out"))
         return math.sqrt(group) * c_scale, d_scale
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         q, strided = self.square_rank, self.compress_groups == "strided"
         sums = _sum_strided(x, q) if strided else cut(x, q).sum(-1)
         return sums * self._scale("in", x.dtype)
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
         if self.decompress_groups == "strided":
             return tile_to(h, self.out_features)
@@ -91,7 +92,7 @@ class Sharing(Operator):
         repeated = jnp.broadcast_to(h[..., None], (*h.shape, repeats))
         return join(repeated, self.out_features)
 
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: Array, dtype: DTypeLike) -> Array:
         width, features = self.square_rank, self.in_features
         if self.compress_groups == "contiguous":
             at = jnp.asarray(places(features, width))[indices]
@@ -131,19 +132,19 @@ class SignedSharing(Sharing):
 
     name = "signed_sharing"
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         y = super()._decompress(h)
         return y * jnp.asarray(self.out_signs, y.dtype)
 
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _compress_units(self, indices: Array, dtype: DTypeLike) -> Array:
         signs = jnp.asarray(self.in_signs, dtype)[indices]
         return super()._compress_units(indices, dtype) * signs[..., None]
 
 
-def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
+def _sum_strided(x: Array, groups: int) -> Array:
     """(..., features) -> (..., groups): the last ones have the first features, too."""
     features = x.shape[-1]
     if groups >= features:

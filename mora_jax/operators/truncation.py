@@ -1,6 +1,6 @@
 """Truncation: the first q features."""
 
-import jax
+from jax import Array
 
 from mora_jax._jax.tiles import pad_to
 from mora_jax.operators._base import Operator
@@ -35,8 +35,8 @@ class Truncation(Operator):
         """1 each, of the inputs and outputs that are kept."""
         return 1.0, 1.0
 
-    def _compress(self, x: jax.Array) -> jax.Array:
+    def _compress(self, x: Array) -> Array:
         return x[..., : self.square_rank]
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
+    def _decompress(self, h: Array) -> Array:
         return pad_to(h, self.out_features)

@@ -71,9 +71,8 @@ class Contraction(Product):
         """
         operands, arrow, outputs = equation.replace(" ", "").partition("->")
         if operands.count(",") != 1:
-            raise ValueError(
-                f"equation must have two operands, input and kernel, got {equation!r}"
-            )
+            rule = "equation must have two operands, input and kernel"
+            raise ValueError(f"{rule}, got {equation!r}")
         inputs, kernel = operands.split(",")
         named = [c for c in inputs + kernel if c != "."]
         if not arrow:  # numpy's rule for a missing right-hand side
@@ -86,15 +85,12 @@ class Contraction(Product):
         hidden = "".join(unused[: max(0, ndim - least)])
         inputs, outputs = (term.replace("...", hidden) for term in (inputs, outputs))
         if len(inputs) != ndim:
-            raise ValueError(
-                f"{equation!r} takes an input of at least {len(inputs)} axes, "
-                f"got {ndim}"
-            )
+            rule = f"{equation!r} takes an input of at least {len(inputs)} axes"
+            raise ValueError(f"{rule}, got {ndim}")
         x, w, y = map(set, terms := (inputs, kernel, outputs))
         if "." in kernel or any(len(set(term)) < len(term) for term in terms):
-            raise ValueError(
-                f"{equation!r} must name each axis of the kernel, and each axis once"
-            )
+            rule = "must name each axis of the kernel, and each axis once"
+            raise ValueError(f"{equation!r} {rule}")
         summed = (x | w) - y
         if not (y <= x | w and summed and summed <= x & w and w - x):
             raise ValueError(
@@ -155,9 +151,8 @@ class Contraction(Product):
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
         """Raise unless an input of `x_shape` fits a kernel of `kernel_shape`."""
         size = dict(zip(self.kernel, kernel_shape, strict=True))
-        expected = tuple(
-            size.get(c, n) for c, n in zip(self.inputs, x_shape, strict=True)
-        )
+        pairs = zip(self.inputs, x_shape, strict=True)
+        expected = tuple(size.get(c, n) for c, n in pairs)
         if expected != x_shape:
             raise ValueError(
                 f"x of shape {x_shape} does not fit a kernel of shape {kernel_shape} "
