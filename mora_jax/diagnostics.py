@@ -54,9 +54,8 @@ def merge_loss(
     check_rounding(rounding)
     found, loss = checked_adapters(adapters).kernels, {}
     for path, (_, kernel) in found.in_base(params).items():
-        adapter = found[path]
-        merged = merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
-        delta = delta_of(adapter)
+        merged = merged_kernel(found[path], kernel, dtype=dtype, rounding=rounding)
+        delta = delta_of(found[path])
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
         loss["/".join(path)] = float(share_lost(change, delta))
     return loss

@@ -83,9 +83,8 @@ def weighted_sum(
         got = f"got {len(weights)} for {len(found)}"
         raise ValueError(f"weights must be one for each adapter, {got}")
     factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
-    found[0].refuse_nonlinear(
-        "so that sums of adapters are not sums of deltas: merge one after another"
-    )
+    why = "so that sums of adapters are not sums of deltas: merge one after another"
+    found[0].refuse_nonlinear(why)
     found[0].refuse_trained(NO_DELTA)
     sums = paths.Found()
     for path, adapter in found[0].items():

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
@@ -104,8 +105,7 @@ def restart(
     """
     check_transformation(tx)
     found = checked_adapters(adapters)
-    old = found.kernels
-    following = {}
+    old, following = found.kernels, {}
     for path, spec in old.specs.items():
         # On the merged kernel it starts with a delta of zero.
         init = "zeros" if spec.init == "gradient" else spec.init
@@ -182,7 +182,7 @@ def learned(
     return made.tree(), lost
 
 
-def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
+def _started(path: Path, spec: AdapterSpec, old: Array) -> Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
     # Path and operator determine what is random, so that resumed runs are the same.
     init = "zeros" if spec.init == "gaussian" else spec.init
@@ -202,20 +202,16 @@ def _next_operator(name: str, op: Operator) -> Operator:
     if isinstance(op, Sharing):
         types = list(REFERENCE_GROUPS.values())
         at = types.index((op.compress_groups, op.decompress_groups))
-        names = "compress_groups", "decompress_groups"
-        groups = dict(zip(names, types[(at + 1) % len(types)], strict=True))
-        return dataclasses.replace(op, **groups)
-    raise ValueError(
-        f"{name}: {op.name} has the same maps after each restart, so that the rank of "
-        "what is learned would not grow; plan with 'block_diagonal', "
-        "'signed_decoupling' or 'sharing', or give restart(grads=...)"
-    )
+        ins, outs = types[(at + 1) % len(types)]
+        return dataclasses.replace(op, compress_groups=ins, decompress_groups=outs)
+    same = f"{op.name} has the same maps after each restart"
+    why = "so that the rank of what is learned would not grow"
+    remedy = "plan with 'block_diagonal', 'signed_decoupling' or 'sharing'"
+    raise ValueError(f"{name}: {same}, {why}; {remedy}, or give restart(grads=...)")
 
 
 @jax.jit
-def _dithered(
-    spec: AdapterSpec, m: jax.Array, kernel: jax.Array, shift: Any
-) -> jax.Array:
+def _dithered(spec: AdapterSpec, m: Array, kernel: Array, shift: Any) -> Array:
     """The kernel plus the delta, rounded with the dither that starts at `shift`."""
     start = shift, shift
     return merged_kernel(Adapter(m, spec), kernel, rounding="dither", start=start)

@@ -73,9 +73,8 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
     found[0].refuse_trained(why)
     number = checks.positive_integer("slots", len(found) if slots is None else slots)
     if number < len(found):
-        raise ValueError(
-            f"slots must be at least the number of adapters, {len(found)}, got {slots}"
-        )
+        rule = f"slots must be at least the number of adapters, {len(found)}"
+        raise ValueError(f"{rule}, got {slots}")
     stacked = Found()
     for path, adapter in found[0].items():
         ms = [one[path].m for one in found]

@@ -78,11 +78,9 @@ class LayerCall:
         call, argument = self._bound()
         x = call.arguments[argument]
         if not hasattr(x, "shape"):
-            raise TypeError(
-                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
-                f"be the input, an array, got {x!r}; see argument= of "
-                "mora_jax.register_layer"
-            )
+            method = f"{type(self.module).__name__}.{self.rule.method}"
+            rule = f"{argument!r} of {method} must be the input, an array, got {x!r}"
+            raise TypeError(f"{rule}; see argument= of mora_jax.register_layer")
         return self.rule.of_call(jnp.ndim(x), self.module, *self.args, **self.kwargs), x
 
     def with_input(self, x: Any) -> "LayerCall":

@@ -136,10 +136,9 @@ def register_layer(
     own = RULES.setdefault(cls, [])  # from here rules by its name do not hold
     _registered.cache_clear()
     if rules_of(cls) if rule.folded else folded_kernels(cls):
-        raise ValueError(
-            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
-            f"for none, got {equation!r} for {kernel!r}"
-        )
+        which = f"for all kernels of {cls.__name__} or for none"
+        got = f"got {equation!r} for {kernel!r}"
+        raise ValueError(f"equation must be a products.Folded {which}, {got}")
     own.append(rule)
     _registered.cache_clear()
 
@@ -164,18 +163,15 @@ def check_rule(cls: type, rule: LayerRule) -> None:
             Contraction.parse(equation, None)
         except ValueError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
-    names = list(inspect.signature(getattr(cls, method)).parameters)
-    if rule.argument is not None and rule.argument not in names[1:]:
-        raise TypeError(
-            f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
-            f"got {rule.argument!r}"
-        )
+    names = list(inspect.signature(getattr(cls, method)).parameters)[1:]
+    if rule.argument is not None and rule.argument not in names:
+        known = f"{names} of {cls.__name__}.{method}"
+        raise TypeError(f"argument must be one of {known}, got {rule.argument!r}")
     if rule.folded and issubclass(cls, nn.Module):
         raise TypeError(f"products.Folded is for NNX, got {cls.__name__} of Linen")
     if rule.folded and not isinstance(kernel, str):
-        raise TypeError(
-            f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
-        )
+        must = "kernel must be a parameter's name with products.Folded"
+        raise TypeError(f"{must}, got {kernel!r}")
 
 
 @functools.cache  # a trace asks for every module, again and again
@@ -222,7 +218,6 @@ def unknown_use(name: str, cls: type, method: str) -> TypeError:
     """The error for an adapted kernel that a method uses, perhaps, without a rule."""
     rules = [f"{rule.kernel!r} in {rule.method!r}" for rule in rules_of(cls).values()]
     known = f"only {' and '.join(rules)}" if rules else "nothing"
-    return TypeError(
-        f"{name}: {cls.__name__}.{method} may use this adapted kernel, but {known} "
-        "is known of its class; see mora_jax.register_layer"
-    )
+    use = f"{cls.__name__}.{method} may use this adapted kernel"
+    why = f"{known} is known of its class; see mora_jax.register_layer"
+    return TypeError(f"{name}: {use}, but {why}")

@@ -56,10 +56,8 @@ def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
     return Convolution("i" * len(window) + features, convolve, plain, masked)
 
 
-for api, dense, general in (
-    (nn, nn.Dense, nn.DenseGeneral),
-    (nnx, nnx.Linear, nnx.LinearGeneral),
-):
+_APIS = (nn, nn.Dense, nn.DenseGeneral), (nnx, nnx.Linear, nnx.LinearGeneral)
+for api, dense, general in _APIS:
     register_layer(dense, equation=DENSE, dot_general=True)
     register_layer(general, equation=_general, dot_general=True)
     register_layer(api.Einsum, equation=_einsum)
@@ -93,7 +91,6 @@ _EMBEDDER = [LayerRule(Lookup(), _TABLE, "encode"), _DECODE]
 _EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
 # Gemma scales what it looks up, so that each call adds its whole table to its delta.
 _SCALED_TABLE = _folded(_LEFT_OUT, _TABLE)
-_PER_LAYER = Folded("ioo", adapted_by_default=False)
 _EINSUM = LayerRule(_einsum, "w")
 _QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
 _TUNIX = {
@@ -102,7 +99,7 @@ _TUNIX = {
     **{f"{model}.model.Embedder": _SCALED_TABLE for model in _GEMMA},
     "gemma4.model.Einsum": [LayerRule(_einsum, "w", scale=lambda own: own.w_scale)],
     "gemma4.model.Embedder": _SCALED_TABLE
-    + _folded(_PER_LAYER, "per_layer_input_embedding"),
+    + _folded(Folded("ioo", adapted_by_default=False), "per_layer_input_embedding"),
     "qwen3.model.MoELayer": _folded(_EXPERTS, "gate_proj", "up_proj", "down_proj"),
     "gemma4.moe.MoERagged": _folded(Folded("sooi"), "gating_einsum")
     + _folded(_EXPERTS, "linear")

@@ -69,10 +69,8 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     for pattern, own in config.overrides.items():
         extra = sorted(own.keys() - {"param_dtype"})
         if extra and not any(re.fullmatch(pattern, name) for name in targets):
-            raise ValueError(
-                f"overrides[{pattern!r}] matches arrays that train themselves "
-                f"alone, whose only setting is param_dtype, got {extra}"
-            )
+            what = f"overrides[{pattern!r}] matches arrays that train themselves alone"
+            raise ValueError(f"{what}, whose only setting is param_dtype, got {extra}")
     owners: dict[int, list[str]] = defaultdict(list)
     for name, (_, leaf) in leaves.items():
         if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
@@ -83,11 +81,8 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
     surprising = [str(kind) for kind in left_out if kind.multiplied]
     if surprising and model.by_default:
         # Whoever named no targets may not know of them.
-        warn(
-            f"arrays that multiply inputs get no adapter: {'; '.join(surprising)}. "
-            "Name them in exclude if that is meant",
-            LeftOutWarning,
-        )
+        told = f"arrays that multiply inputs get no adapter: {'; '.join(surprising)}"
+        warn(f"{told}. Name them in exclude if that is meant", LeftOutWarning)
     unproven = () if survey.by_names else survey.unproven(targets)
     if idle := [name for name, why in unproven if why == NOT_USED]:
         warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
@@ -120,7 +115,6 @@ class Candidates:
 
     @functools.cached_property
     def excluded(self) -> set[str]:
-        """The names that `config.exclude` matches."""
         return matching("exclude", self.config.exclude, self.leaves)
 
     def targets(self) -> list[str]:
@@ -137,11 +131,9 @@ class Candidates:
             if not self.survey.by_names and (left_out := self.left_out(())):
                 why = "; ".join(map(str, left_out))
             elif self.arrays:
-                why = (
-                    "it is arrays that are called 'kernel' and are no head or "
-                    f"embedding, got {patterns(kernels)!r}; name yours, as in "
-                    "targets='.*/w'"
-                )
+                named = "arrays that are called 'kernel' and are no head or embedding"
+                remedy = "name yours, as in targets='.*/w'"
+                why = f"it is {named}, got {patterns(kernels)!r}; {remedy}"
             told = "targets: the default matches no path of a kernel that can be "
             raise ValueError(f"{told}adapted: {why}")
         names -= self.excluded
@@ -192,14 +184,12 @@ class Candidates:
         return "s" * (len(self.arrays[name].shape) - len(axes)) + axes
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
-        """The arrays that `config.train` names."""
         names, found = matching("train", self.config.train, self.leaves), {}
         for name in filter(names.__contains__, self.leaves):
             if name in targets:
-                raise ValueError(
-                    f"train: {name!r} also gets an adapter; say exclude={name!r} to "
-                    "train the array itself, or take it out of train"
-                )
+                both = f"train: {name!r} also gets an adapter"
+                remedy = f"say exclude={name!r} to train the array itself"
+                raise ValueError(f"{both}; {remedy}, or take it out of train")
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
             dtype = self.config.settings(name)[0].param_dtype
@@ -215,10 +205,8 @@ class Candidates:
         reasons = [(name, *self._why_left_out(name)) for name in names]
         held = survey.no_params.items()
         reasons += [(n, f"held by a {cls}, not an nnx.Param", False) for n, cls in held]
-        return tuple(
-            LeftOut(pattern, len(kind), *kind[0][1:])
-            for pattern, kind in alike(reasons, lambda reason: reason)
-        )
+        kinds = alike(reasons, lambda reason: reason)
+        return tuple(LeftOut(paths, len(kind), *kind[0][1:]) for paths, kind in kinds)
 
     def _why_left_out(self, name: str) -> tuple[str, bool]:
         """The reason why an array gets no adapter, and if it multiplies inputs."""
@@ -257,7 +245,6 @@ def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> N
         for array in arrays:
             inside = (array == name or array.startswith(f"{name}/") for name in names)
             if len(names) > 1 and any(inside):
-                raise ValueError(
-                    f"{array} is shared: the model holds {names[0]!r} also as "
-                    f"{names[1]!r}; exclude it, take it out of train, or copy it"
-                )
+                both = f"the model holds {names[0]!r} also as {names[1]!r}"
+                remedy = "exclude it, take it out of train, or copy it"
+                raise ValueError(f"{array} is shared: {both}; {remedy}")

@@ -78,10 +78,9 @@ class Survey:
         if (kernel := rule.kernel_of(module)) is not None:
             shape, whole = tuple(kernel.shape), tuple(self.leaves[name].shape)
             if whole[len(whole) - len(shape) :] != shape:
-                raise ValueError(
-                    f"{name} of shape {whole} is used as {shape}: stacked axes must "
-                    "come first (variable_axes={'params': 0}, nnx.StateAxes({...: 0}))"
-                )
+                used = f"{name} of shape {whole} is used as {shape}"
+                how = "(variable_axes={'params': 0}, nnx.StateAxes({...: 0}))"
+                raise ValueError(f"{used}: stacked axes must come first {how}")
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
         # Of several methods with one kernel (an embedding and its tied head) the first
@@ -132,11 +131,10 @@ class Survey:
                 raise
             programs(None)  # raises what is wrong with the model or its inputs
             kernels = "its kernels" if plan is None else patterns(plan)
-            raise ValueError(
-                f"the model fails with an M beside {kernels}: {type(error).__name__}: "
-                f"{error}; exclude kernels whose params code takes apart, as "
-                "nn.WeightNorm and nn.map_variables do"
-            ) from error
+            told = f"the model fails with an M beside {kernels}: {type(error).__name__}"
+            remedy = "exclude kernels whose params code takes apart"
+            which = "as nn.WeightNorm and nn.map_variables do"
+            raise ValueError(f"{told}: {error}; {remedy}, {which}") from error
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
         for name, spec in () if plan is None else plan.items():
             axes[name + SUFFIX] = range(len(spec.operator.m_shape))  # without a stack's
@@ -151,10 +149,9 @@ class Survey:
             table = name in self.products and self.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
-            told = (
-                f"the model also reads this {kind} outside of its layer's known methods"
-                f"{tied}{by}, where the adapter would have no effect; exclude it"
-            )
+            where = f"outside of its layer's known methods{tied}{by}"
+            remedy = "where the adapter would have no effect; exclude it"
+            told = f"the model also reads this {kind} {where}, {remedy}"
             if name in uses.called:
                 return told
             cls, is_known = self._class(name)
@@ -163,10 +160,9 @@ class Survey:
         if fault := uses.faults.get(name):
             stacked = self.leaves[name].ndim > len(self.products[name].axes)
             hint = "; the axes of a stack must come first" if stacked else ""
-            return (
-                f"{fault}, so that adapted and merged model would differ; exclude it, "
-                f"or teach its class by register_layer (scale= if it is scaled){hint}"
-            )
+            told = f"{fault}, so that adapted and merged model would differ"
+            teach = "teach its class by register_layer (scale= if it is scaled)"
+            return f"{told}; exclude it, or {teach}{hint}"
         read = f"the model reads the M beside this kernel, by {uses.outside.get(m)}"
         return f"{read}; exclude it" if m in uses.outside else ""
 
@@ -199,10 +195,8 @@ class Survey:
         if self.traced and is_known:
             return f"its layer, a{cls}, gets it alone: {REBUILT}, or exclude it"
         calls = "" if self.traced else ", and plan with inputs of a call"
-        return (
-            f"it is not known how a layer uses it: teach its class{cls} with "
-            f"mora_jax.register_layer{calls}"
-        )
+        teach = f"teach its class{cls} with mora_jax.register_layer{calls}"
+        return f"it is not known how a layer uses it: {teach}"
 
     def _class(self, name: str) -> tuple[str, bool]:
         """The class of an array's layer, for a message, and if it has rules."""
@@ -225,10 +219,8 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> s
         base = programs(None)
     except Exception as error:
         # Python needs numbers, such as of a loop that stops at a token.
-        return (
-            f"this call of the model cannot be traced ({type(error).__name__}), so it "
-            "is not proven what it does with adapted kernels"
-        )
+        told = f"this call of the model cannot be traced ({type(error).__name__})"
+        return f"{told}, so it is not proven what it does with adapted kernels"
     plan, survey = plan_of(), Survey()
     ms, adapted = {name + SUFFIX for name in plan}, survey.trace(programs, plan)
     if survey.intercepted:  # by a Linen model itself, which then quantizes its products
@@ -237,11 +229,10 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> s
         if fault := survey.fault(name):
             raise ValueError(f"{name}: {fault}")
     if found := difference(base, adapted, [name in ms for name in survey.leaves]):
-        raise ValueError(
-            "the model computes something else with an M beside its kernels, even if "
-            f"M = 0: {found}. Code that counts the arrays of a module or asks for the "
-            "type of a layer does so; exclude the kernels of such modules"
-        )
+        told = "the model computes something else with an M beside its kernels"
+        code = "Code that counts the arrays of a module or asks for the type of a layer"
+        remedy = "exclude the kernels of such modules"
+        raise ValueError(f"{told}, even if M = 0: {found}. {code} does so; {remedy}")
     new = {*survey.unproven(plan)} - {*plan.unproven}  # the user knows these
     if new := sorted(pair for pair in new if main or pair[1] != NOT_USED):
         told = "; ".join(f"{name}: {why}" for name, why in new)

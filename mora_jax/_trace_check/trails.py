@@ -49,7 +49,6 @@ class Trail(NamedTuple):
     is_companion: bool = False
 
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
-        """The trail with its axes moved."""
         return self._replace(view=None if self.view is None else move(self.view))
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
@@ -69,7 +68,6 @@ Value = Mapping[Start, Trail]
 
 
 def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:
-    """The value with each of its trails changed."""
     return {start: change(trail) for start, trail in value.items()}
 
 
@@ -241,15 +239,12 @@ def _fault_of_rows(eqn: Any, call: MarkedCall, function: Any) -> str:
         places = places.clip(0, size - 1)
     # A row that is filled with NaN stays so, whatever is added to it.
     seen = (places >= 0) & (places < size) | (fill is not None and fill == fill)
-    fits = [
-        rule
-        for rule, rows in call.claim.rows
-        if (places == rows(indices, size))[seen].all()
-    ]
-    if (claimed := call.claim.rows[0][0]) in fits:
+    known = call.claim.rows
+    fits = [rule for rule, rows in known if (places == rows(indices, size))[seen].all()]
+    if (claimed := known[0][0]) in fits:
         return ""
-    mends = [f"; say equation={rule}" for rule in fits]
-    return f"takes other rows than {claimed}" + "".join(mends[:1])
+    mend = f"; say equation={fits[0]}" if fits else ""
+    return f"takes other rows than {claimed}{mend}"
 
 
 def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:

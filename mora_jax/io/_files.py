@@ -47,12 +47,24 @@ def as_path(argument: str, value: object) -> Location:
         return Path(text).expanduser()
     if local := re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text):
         return Path(url2pathname(local[1]))
-    if url[1] == "file" or len(url[2]) == 1:
-        raise ValueError(
-            f"{argument} must be like 'file:///folder/name' or 'gs://bucket/name', as "
-            f"text because pathlib takes one '/' out of URLs, got {text!r}"
-        )
-    return _remote(argument, text, url[1])
+    scheme, slashes = url.groups()
+    if scheme == "file" or len(slashes) == 1:
+        rule = f"{argument} must be like 'file:///folder/name' or 'gs://bucket/name'"
+        why = "as text because pathlib takes one '/' out of URLs"
+        raise ValueError(f"{rule}, {why}, got {text!r}")
+    from etils import epath
+
+    try:
+        if scheme == "hf":  # each file that is written there would make a commit
+            raise KeyError(scheme)
+        path = epath.Path(text)
+    except KeyError:
+        advice = "; download it first" * (scheme in ("http", "https", "hf"))
+        known = "gs://, s3://, az:// or of a scheme that is registered with epath"
+        rule = f"{argument} must be a local path or a URL of {known}"
+        raise ValueError(f"{rule}, got {text!r}{advice}") from None
+    path.exists()  # raises if the package that opens such URLs is missing
+    return path
 
 
 def is_local(path: Location) -> TypeGuard[Path]:
@@ -63,23 +75,6 @@ def holds(directory: Location, path: Location) -> bool:
     """True if `path` is `directory` or lies in it, by the names that lead to both."""
     outer, inner = (p.resolve() if is_local(p) else p for p in (directory, path))
     return is_local(outer) == is_local(inner) and inner.is_relative_to(outer)
-
-
-def _remote(argument: str, text: str, scheme: str) -> Location:
-    from etils import epath
-
-    try:
-        if scheme == "hf":  # each file that is written there would make a commit
-            raise KeyError(scheme)
-        path = epath.Path(text)
-    except KeyError:
-        advice = "; download it first" * (scheme in ("http", "https", "hf"))
-        raise ValueError(
-            f"{argument} must be a local path or a URL of gs://, s3://, az:// or of a "
-            f"scheme that is registered with epath, got {text!r}{advice}"
-        ) from None
-    path.exists()  # raises if the package that opens such URLs is missing
-    return path
 
 
 ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -146,11 +141,10 @@ def check_free(
     foreign = sorted(there - set(names))
     tensors = [name for name in there if name.endswith(".safetensors")]
     if there and (not force or foreign or not tensors):
-        raise FileExistsError(
-            f"{argument} must be new or empty, got {path} with "
-            f"{foreign[:3] or sorted(there)[:3]}; force=True replaces a directory that "
-            "holds a *.safetensors, and nothing but what this writes"
-        )
+        found = foreign[:3] or sorted(there)[:3]
+        rule = f"{argument} must be new or empty, got {path} with {found}"
+        remedy = "force=True replaces a directory that holds a *.safetensors"
+        raise FileExistsError(f"{rule}; {remedy}, and nothing but what this writes")
     return path
 
 

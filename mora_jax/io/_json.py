@@ -94,10 +94,9 @@ def read_record(
         raise AdapterFileError(f"{where} must be an object, got {short(content)}")
     if unknown := sorted(content.keys() - fields.keys()):
         by = f"mora_jax {short(writer)}, which wrote it, or " if writer else ""
-        raise AdapterFileError(
-            f"{where} must not hold {short(unknown)}, unknown to this version: {by}"
-            "a newer version is needed, or the file is damaged"
-        )
+        rule = f"{where} must not hold {short(unknown)}, unknown to this version"
+        remedy = f"{by}a newer version is needed, or the file is damaged"
+        raise AdapterFileError(f"{rule}: {remedy}")
     values = {}
     for key, field in fields.items():
         value = values[key] = content.get(key, field.default)

@@ -148,10 +148,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     """A regular expression for texts that a template becomes, with its fields."""
     parts = re.split(FIELD, template)
     if not all(map(str.isidentifier, parts[1::2])) or set("{}") & set("".join(parts)):
-        raise ValueError(
-            "names must have braces around the names of fields alone, as in {n}, "
-            f"got {template!r}"
-        )
+        rule = "names must have braces around the names of fields alone, as in {n}"
+        raise ValueError(f"{rule}, got {template!r}")
     parts[::2] = map(re.escape, parts[::2])
     parts[1::2] = [rf"(?P<{field}>[^./\[\],]+)" for field in parts[1::2]]
     return re.compile("".join(parts))
@@ -173,10 +171,8 @@ def bijection(names: Names) -> Bijection:
     for module, kernel in names.items():
         fields, others = (sorted(re.findall(FIELD, t)) for t in (module, kernel))
         if fields != others or len(set(fields)) < len(fields):
-            raise ValueError(
-                f"names must have the same {{fields}} on both sides, once each, "
-                f"got {module!r} and {kernel!r}"
-            )
+            rule = "names must have the same {fields} on both sides, once each"
+            raise ValueError(f"{rule}, got {module!r} and {kernel!r}")
     return Bijection(Pair(*pair) for pair in names.items())
 
 
@@ -187,10 +183,8 @@ def _known(names: str | None) -> Bijection:
     known = FAMILIES | LIBRARIES
     family = names if names in known else names.rstrip("0123456789")  # qwen3
     if family not in known:
-        raise ValueError(
-            f"names must be one of {list(known)} or a mapping, got {names!r}"
-            + did_you_mean(names, known)
-        )
+        rule = f"names must be one of {list(known)} or a mapping"
+        raise ValueError(f"{rule}, got {names!r}{did_you_mean(names, known)}")
     return Bijection(known[family])
 
 

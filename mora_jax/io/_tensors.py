@@ -28,9 +28,7 @@ DTYPES = {
 }
 """The dtypes of tensors that can be an M or a kernel."""
 
-KNOWN = re.compile(
-    r"BOOL|[UI](8|16|32|64)|B?F(16)|F(32|64)|C(64)|F(4)|F([68])_[A-Z0-9]+"
-)
+KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F(16)|F(4|32|64)|C(64)|F([68])_[A-Z0-9]+")
 """All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
 ENTRY = {"dtype": Field(str), "shape": Field(list), "data_offsets": Field(list)}
@@ -138,10 +136,8 @@ class TensorFile:
         """The dtype of a tensor, which must be floating-point."""
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
-            raise AdapterFileError(
-                f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}, got "
-                f"{dtype}: dequantise it first"
-            )
+            rule = f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}"
+            raise AdapterFileError(f"{rule}, got {dtype}: dequantise it first")
         return DTYPES[dtype]
 
 

@@ -260,11 +260,9 @@ def wrap(
             raise TypeError(f"{rule}: the call is wrap(model, plan)")
         return AdaptedApply(model, config_or_plan)
     if variables is None:
-        check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
-        raise TypeError(
-            "variables must be given with a config, got None: the call is "
-            "wrap(model, config, variables, *inputs), or wrap(model, plan)"
-        )
+        check_config(config_or_plan, call := "wrap(model, config, variables, *inputs)")
+        rule = "variables must be given with a config, got None"
+        raise TypeError(f"{rule}: the call is {call}, or wrap(model, plan)")
     chosen = plan(model, variables, config_or_plan, *args, calls=calls, **kwargs)
     return AdaptedApply(model, chosen)
 

@@ -174,10 +174,8 @@ def hold_dropout(module: nnx.Module, spec: Any, seed: int) -> bool:
 def refuse_dropout(module: nnx.Module, name: str, spec: Any) -> None:
     """Raise if the kernel `name` has dropout, and methods of its module read it."""
     if getattr(spec, "dropout", 0) and folded_kernels(type(module)):
-        raise ValueError(
-            f"{name}: dropout must be 0 for a kernel that methods read "
-            f"(products.Folded), got {spec.dropout}; say so in overrides"
-        )
+        rule = "dropout must be 0 for a kernel that methods read (products.Folded)"
+        raise ValueError(f"{name}: {rule}, got {spec.dropout}; say so in overrides")
 
 
 def dropout_key(
@@ -300,10 +298,8 @@ def set_adapters(
         hold_given(module, path[-1].removesuffix(SUFFIX), adapter.spec)
         begins_to_drop |= hold_dropout(module, adapter.spec, seed)
     if begins_to_drop:
-        warn(
-            "the new adapters have dropout, which the old ones lacked: the model drops "
-            "until model.eval()"
-        )
+        told = "the new adapters have dropout, which the old ones lacked"
+        warn(f"{told}: the model drops until model.eval()")
 
 
 def _fitting(

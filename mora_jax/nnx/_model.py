@@ -193,9 +193,8 @@ def wrap(
         spec = adapter.spec
         shape = tuple(variable.shape) if isinstance(variable, nnx.Variable) else None
         if module is None or shape != spec.kernel_shape:
-            raise ValueError(
-                f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
-            )
+            planned = f"plan has {spec.kernel_shape} at {name!r}"
+            raise ValueError(f"{planned}, the model has {shape}")
         if (rule := planning_rules(module).get(own)) is None:
             raise unknown_use(name, plain_class(module), "__call__")
         if (product := rule.product(module)) is not None:
@@ -213,10 +212,9 @@ def wrap(
 def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
     """Replace the base's variable by a trained copy."""
     if not isinstance(variable, nnx.Variable):
-        raise ValueError(
-            f"{name}: nnx.wrap trains variables that are attributes of a module, and "
-            "this one is in a container; take it out of train"
-        )
+        rule = "nnx.wrap trains variables that are attributes of a module"
+        remedy = "take it out of train"
+        raise ValueError(f"{name}: {rule}, and this one is in a container; {remedy}")
     spec = adapter.spec
     metadata = {**variable.get_metadata(), "spec": spec, "base_type": type(variable)}
     copy = _held.TrainedParam.from_metadata(adapter.m, metadata)
@@ -237,10 +235,8 @@ def unwrap(model: Model) -> Model:
       ValueError: The model lacks adapters; or it trains arrays of the base, whose old
         values only the model that `wrap` was given has.
     """
-    adapters_in(_held.adapters(model)).refuse_trained(
-        "in place of the base's: use the model that nnx.wrap was given, or "
-        "nnx.merge_adapters"
-    )
+    remedy = "use the model that nnx.wrap was given, or nnx.merge_adapters"
+    _held.held_adapters(model).refuse_trained(f"in place of the base's: {remedy}")
     return _held.detached(model)
 
 

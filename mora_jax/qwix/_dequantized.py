@@ -44,17 +44,14 @@ def dequantize(params: Any) -> Any:
         _private.forget(model := nnx.clone(params))
         return nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
-        raise TypeError(
-            f"params must be a tree of arrays, got {type(params).__name__}: give "
-            "variables['params'], or an NNX model"
-        )
+        rule = f"params must be a tree of arrays, got {type(params).__name__}"
+        raise TypeError(f"{rule}: give variables['params'], or an NNX model")
     named, structure = _private.parameters_in(params)
     for name in named:
         if name.endswith("/array/qvalue"):
-            raise TypeError(
-                f"params hold parts of the quantized kernel {name[:-13]!r}, which do "
-                "not say how it is quantized: write dequantize(model)"
-            )
+            parts = f"parts of the quantized kernel {name[:-13]!r}"
+            why = "which do not say how it is quantized"
+            raise TypeError(f"params hold {parts}, {why}: write dequantize(model)")
     return structure.unflatten(map(_private.dequantized, named.values()))
 
 

@@ -21,9 +21,8 @@ try:
     from qwix._src.providers.ptq import WithAux as WithAux
     from qwix._src.providers.ptq import flax_util
 except ImportError as error:
-    raise ImportError(
-        f"mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]' ({error})"
-    ) from error
+    remedy = "mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]'"
+    raise ImportError(f"{remedy} ({error})") from error
 
 
 module_of_call = flax_util.get_current_module

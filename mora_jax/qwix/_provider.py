@@ -69,16 +69,12 @@ def check_rules(rules: Any) -> None:
     """Raise unless a provider can go by these rules."""
     is_list = isinstance(rules, Sequence)
     if not is_list or not all(isinstance(r, qwix.QuantizationRule) for r in rules):
-        raise TypeError(
-            "rules must be a list of qwix.QuantizationRules, as in "
-            f"MoRAProvider([rule]), got {rules!r:.80}"
-        )
+        must = "rules must be a list of qwix.QuantizationRules"
+        raise TypeError(f"{must}, as in MoRAProvider([rule]), got {rules!r:.80}")
     for pattern in (rule.module_path for rule in rules):
         if not isinstance(pattern, str):
-            raise TypeError(
-                f"module_path must be a regular expression, got {pattern!r}; for "
-                "several modules write '.*(q_proj|v_proj)'"
-            )
+            must = f"module_path must be a regular expression, got {pattern!r}"
+            raise TypeError(f"{must}; for several modules write '.*(q_proj|v_proj)'")
         patterns_of("module_path", pattern)
     if not any(isinstance(rule, MoRARule) for rule in rules):
         raise ValueError(f"rules must hold a MoRARule, got {rules}")
@@ -163,11 +159,9 @@ class MoRAProvider(qwix.PtqProvider):
             if "bias" not in name.rpartition("/")[2]
         ]
         if left:
-            warn(
-                f"{', '.join(left)}: no product that qwix sees multiplies by it, so "
-                "that it has no adapter; leave its module out of module_path",
-                LeftOutWarning,
-            )
+            told = f"{', '.join(left)}: no product that qwix sees multiplies by it"
+            remedy = "leave its module out of module_path"
+            warn(f"{told}, so that it has no adapter; {remedy}", LeftOutWarning)
 
     def _rule_of(self, name: str) -> qwix.QuantizationRule | None:
         """The first rule that matches the module of a parameter."""
@@ -231,10 +225,9 @@ def _adapter(
         return None
     m = module.get_variable("params", name + SUFFIX)
     if not isinstance(m, Adapter | None):
-        raise TypeError(
-            f"{place}{SUFFIX} in params must be an adapter, got {type(m).__name__}: "
-            "plan_of(model, ...).adapters(tree) makes them of plain arrays"
-        )
+        must = f"{place}{SUFFIX} in params must be an adapter, got {type(m).__name__}"
+        remedy = "plan_of(model, ...).adapters(tree) makes them of plain arrays"
+        raise TypeError(f"{must}: {remedy}")
     return running_adapter(module, name, new() if m is None else m.spec)
 
 
@@ -245,15 +238,13 @@ def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
         module, name, place = modules[path[:-1]], path[-1], "/".join(path)
         kernel = getattr(module, name)
         if hasattr(module, name + SUFFIX):
-            raise ValueError(
-                f"{place}: model has an M there already: give qwix a model without "
-                "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
-            )
+            other = "the base or what mora_jax.qwix.merge_adapters makes"
+            remedy = f"give qwix a model without adapters, such as {other}"
+            raise ValueError(f"{place}: model has an M there already: {remedy}")
         if tuple(kernel.shape) != spec.kernel_shape:
-            raise ValueError(
-                f"{place} of shape {kernel.shape} is used as {spec.kernel_shape}: "
-                "qwix knows no nnx.scan and nnx.vmap; leave it out of module_path"
-            )
+            used = f"{place} of shape {kernel.shape} is used as {spec.kernel_shape}"
+            why = "qwix knows no nnx.scan and nnx.vmap"
+            raise ValueError(f"{used}: {why}; leave it out of module_path")
         key = rngs.params() if rngs and spec.init == "gaussian" else None
         hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
 

@@ -82,10 +82,9 @@ class Checkpoint:
         order = order_by_c_attn({n: file.entries[n] for n, file in self.place.items()})
         if order := order or ORDERS.get(str(self.config.get("model_type"))):
             return order
-        raise AdapterFileError(
-            f"names must tell if {tensor!r} is a Conv1D's or a Linear's, by 'gpt2' or "
-            f"'gpt_neo', since no c_attn and no model_type of {[*ORDERS]} there does"
-        )
+        rule = f"names must tell if {tensor!r} is a Conv1D's or a Linear's"
+        why = f"since no c_attn and no model_type of {[*ORDERS]} there does"
+        raise AdapterFileError(f"{rule}, by 'gpt2' or 'gpt_neo', {why}")
 
     def shapes(self, names: Names = None) -> dict[str, Any]:
         """The shapes (in_features, out_features) of kernels, as a params tree.
@@ -112,10 +111,9 @@ def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location
     """The files that a directory's index names, or else all safetensors."""
     indices = [entry for entry in listed if entry.name.endswith(INDEX)]
     if not indices:
-        files = [entry for entry in listed if entry.name.endswith(".safetensors")]
-        if not files:
-            raise AdapterFileError(f"there is no *.safetensors in {folder}")
-        return files
+        if files := [file for file in listed if file.name.endswith(".safetensors")]:
+            return files
+        raise AdapterFileError(f"there is no *.safetensors in {folder}")
     index = read_json(indices[0])
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:

@@ -70,10 +70,8 @@ def load_base(
       {'fc': {'kernel': (2, 3)}}
     """
     if any(isinstance(a, Tracer) for a in (jnp.zeros(()), *jax.tree.leaves(like))):
-        raise TypeError(
-            "load_base must be called outside of jit, grad and eval_shape, since it "
-            "reads files; give it the shapes as like"
-        )
+        rule = "load_base must be called outside of jit, grad and eval_shape"
+        raise TypeError(f"{rule}, since it reads files; give it the shapes as like")
     refuse_variables(like, "like")
     places = located_leaves(like, "like")
     # Linen's `unbox` would add constraints.
@@ -99,10 +97,9 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
     for part in stack.values():
         stored = part.file.dtype(part.name)
         if stored != dtype and asked is None:
-            raise AdapterFileError(
-                f"{part.name!r} in the base is {stored}, and {name!r} in like is "
-                f"{dtype}: dtype='like' or dtype='{stored}' converts"
-            )
+            base = f"{part.name!r} in the base is {stored}"
+            remedy = f"dtype='like' or dtype='{stored}' converts"
+            raise AdapterFileError(f"{base}, and {name!r} in like is {dtype}: {remedy}")
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         rule = "set jax_enable_x64, or give another dtype"
         raise AdapterFileError(f"{name!r} would be float64: {rule}")

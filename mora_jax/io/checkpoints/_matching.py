@@ -166,11 +166,10 @@ class Source:
             part = Part.of(file, tensor, pair, own)
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                raise AdapterFileError(
-                    f"the leaf {leaf!r} of shape {shape} does not fit {tensor!r} of "
-                    f"shape {file.entries[tensor].shape}"
-                    f"{' transposed' * pair.transposed} in {file.path.name}"
-                )
+                told = f"the leaf {leaf!r} of shape {shape} does not fit {tensor!r}"
+                turned = " transposed" * pair.transposed
+                stored = f"of shape {file.entries[tensor].shape}{turned}"
+                raise AdapterFileError(f"{told} {stored} in {file.path.name}")
             stack[index] = part
         return stack
 
@@ -230,11 +229,10 @@ class Source:
         left = [name for name in place if not (name in settled or self._is_idle(name))]
         if left:
             others = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise AdapterFileError(
-                f"like has no leaf for {short(left[0])}{others} in the base"
-                f"{nearest_paths(left[0].replace('.', '/'), leaves)}; "
-                "skip=[...] leaves out tensors whose names it matches"
-            )
+            near = nearest_paths(left[0].replace(".", "/"), leaves)
+            lacks = f"like has no leaf for {short(left[0])}{others} in the base{near}"
+            hint = "skip=[...] leaves out tensors whose names it matches"
+            raise AdapterFileError(f"{lacks}; {hint}")
 
     def _is_idle(self, name: str) -> bool:
         """True for a buffer, and if a taken tensor that is tied is the same."""

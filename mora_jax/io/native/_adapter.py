@@ -107,10 +107,8 @@ def _content(directory: Location, data: bytes | None = None) -> tuple[Record, Ar
     file = TensorFile(path, _files.read_bytes(path) if data is None else data)
     texts = file.metadata
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
-        raise AdapterFileError(
-            f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
-            f"{short(sorted(texts))}; {hint}"
-        )
+        rule = f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone"
+        raise AdapterFileError(f"{rule}, got {short(sorted(texts))}; {hint}")
     config = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
     arrays = file.arrays()
     if config["tensors_sha256"] != _digest(arrays):
@@ -176,12 +174,14 @@ def save(
       True
     """
     target = _files.as_path("directory", directory)
-    if foreign := _foreign(target):
-        raise FileExistsError(
-            "directory must not hold an adapter of another format, got "
-            f"{target}, whose {foreign} is not mora_jax's; save to another one, or "
-            "delete that"
-        )
+    foreign = CONFIG * (target / CONFIG).exists()
+    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
+        if not foreign and KEY not in TensorFile(target / TENSORS).metadata:
+            foreign = TENSORS
+    if foreign:
+        rule = "directory must not hold an adapter of another format"
+        got = f"got {target}, whose {foreign} is not mora_jax's"
+        raise FileExistsError(f"{rule}, {got}; save to another one, or delete that")
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
@@ -209,12 +209,3 @@ def save(
     shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
     _restored(*_content(target, data), shapes)
     _files.replace_file(target / TENSORS, data)
-
-
-def _foreign(directory: Location) -> str:
-    """The name of a file of another format that `save` must not touch, or ""."""
-    if (directory / CONFIG).exists():
-        return CONFIG
-    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
-        return TENSORS * (KEY not in TensorFile(directory / TENSORS).metadata)
-    return ""

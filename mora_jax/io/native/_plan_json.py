@@ -38,10 +38,8 @@ def plan_to_json(plan: Plan) -> str:
     """
     for name, spec in check_plan(plan).items():
         if spec.operator.given:
-            raise ValueError(
-                f"{name}: JSON cannot hold the directions of a {spec.operator.name}; "
-                "keep its adapters with mora_jax.save"
-            )
+            why = f"JSON cannot hold the directions of a {spec.operator.name}"
+            raise ValueError(f"{name}: {why}; keep its adapters with mora_jax.save")
     parts = {path: Adapter(None, spec) for path, spec in plan.parts.items()}
     return _records.text_of(parts, {"format": FORMAT} | record_of(plan, PLAN))
 

@@ -48,6 +48,7 @@ LARGEST_SIZE, DEEPEST = 2**31, 100
 
 Record = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
+Widths = tuple[int, int, int]  # of a kernel and its M: in, out and q
 
 
 # --- What files hold ---
@@ -157,10 +158,9 @@ def parse_record(text: str, name: str, more: Fields, where: str, hint: str) -> R
         raise AdapterFileError(f"{rule}; {hint}")
     written = content.get("format_version")
     if type(written) is not int or written != VERSION:
-        raise AdapterFileError(
-            f"format_version of {where} must be {VERSION}, got {short(written)}: "
-            "another mora_jax is needed for other versions, such as a newer one"
-        )
+        rule = f"format_version of {where} must be {VERSION}, got {short(written)}"
+        remedy = "another mora_jax is needed for other versions, such as a newer one"
+        raise AdapterFileError(f"{rule}: {remedy}")
     fields = {"format": Field(str), **PARTS, **more, "sha256": Field(str)}
     record = read_record(content, fields, where, content.get("library_version"))
     if content != _signed(content):
@@ -262,7 +262,7 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
     return AdapterSpec(operator, shape, axes, **settings)
 
 
-def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) -> None:
+def _check_sizes(settings: Record, widths: Widths, file: Reading) -> None:
     """Raise if a file asks for arrays that are larger than any model has."""
     ins, outs, q = widths
     kind = OPERATORS.get(str(_inner(settings).get("name")), Operator)
@@ -274,10 +274,9 @@ def _check_sizes(settings: Record, widths: tuple[int, int, int], file: Reading) 
         wide = q if kind.square else block if kind.linear else ins + outs
         numbers = max(numbers, 4 * q * wide)
     if numbers > file.limit:
-        raise ValueError(
-            f"a kernel of {ins} -> {outs} features with q = {q} takes too much memory "
-            "for a file alone to ask for; give the model's params or plan"
-        )
+        kernel = f"a kernel of {ins} -> {outs} features with q = {q}"
+        why = "takes too much memory for a file alone to ask for"
+        raise ValueError(f"{kernel} {why}; give the model's params or plan")
 
 
 def _digests(digests: list[Any] | None, stack: int) -> tuple[str, ...] | None:
@@ -291,9 +290,7 @@ def _digests(digests: list[Any] | None, stack: int) -> tuple[str, ...] | None:
     return tuple(digests)
 
 
-def _operator(
-    record: Record, widths: tuple[int, int, int], name: str, file: Reading
-) -> Operator:
+def _operator(record: Record, widths: Widths, name: str, file: Reading) -> Operator:
     """The operator of (in, out, q) of the kernel `name`."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
@@ -337,10 +334,9 @@ def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
             right = len(value) == len(mine) and all(type(x) is float for x in value)
             # Chips round differently; other random numbers differ by more.
             if not right or not np.allclose(mine, value, 1e-3, 1e-3):
-                raise ValueError(
-                    f"{own['operator']['name']} is another operator here than where "
-                    f"the file was made: its check gives {mine}, got {short(value)}"
-                )
+                name = own["operator"]["name"]
+                told = f"{name} is another operator here than where the file was made"
+                raise ValueError(f"{told}: its check gives {mine}, got {short(value)}")
             continue
         if isinstance(mine, dict):  # of settings, which may be absent
             mine = {name: mine[name] for name in value if name in mine}

@@ -40,10 +40,8 @@ def turned(pair: MatrixPair, kernel: str, axes: str, here: str) -> MatrixPair:
     """
     if not pair.table:
         return pair
-    warn(
-        f"{kernel}: PEFT and servers adapt the lookup of {pair.module}, and not a head "
-        f"that is tied to it; {here}"
-    )
+    lookup = f"the lookup of {pair.module}, and not a head that is tied to it"
+    warn(f"{kernel}: PEFT and servers adapt {lookup}; {here}")
     out_first = axes.strip("s").startswith("o")
     return pair._replace(a=pair.b.T, b=pair.a.T) if out_first else pair
 

@@ -105,10 +105,8 @@ def _kernels(
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
         if not found:
             near = nearest_paths(pair.module.replace(".", "/"), paths)
-            raise AdapterFileError(
-                f"names have no kernel for the module {short(pair.module)}, which "
-                f"{TENSORS} adapts{near}; {TEMPLATES}"
-            )
+            module = f"the module {short(pair.module)}, which {TENSORS} adapts{near}"
+            raise AdapterFileError(f"names have no kernel for {module}; {TEMPLATES}")
         path, index = next((one for one in found if one[0] in paths), found[0])
         if index in kernels[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
@@ -163,11 +161,10 @@ def _adapter_of(
         if mora_type:
             left = right = reference_operator(mora_type, *widths, rank).m_shape
         if (a.shape, b.shape) != (left, right):
-            raise ValueError(
-                f"lora_A and lora_B of {module} must be of shape {left[::-1]} and "
-                f"{right[::-1]} for a kernel of {widths[0]} -> {widths[1]} features, "
-                f"got {a.T.shape} and {b.T.shape}"
-            )
+            shapes = f"{left[::-1]} and {right[::-1]}"
+            rule = f"lora_A and lora_B of {module} must be of shape {shapes}"
+            kernel = f"a kernel of {widths[0]} -> {widths[1]} features"
+            raise ValueError(f"{rule} for {kernel}, got {a.T.shape} and {b.T.shape}")
         check_finite(a, module)
         check_finite(b, module)
         if mora_type and not np.array_equal(a, b):
@@ -217,8 +214,7 @@ def _trained(
         spec = TrainedArray(shape, dtype, getattr(leaf, "base_dtype", leaf.dtype))
         yield path, Adapter(Leaf(shape, dtype, None, stack).read(), spec)
     if left := [name for name in tensors if name not in source.taken]:
-        raise AdapterFileError(
-            f"{TENSORS} has {short(left[0])}, an array that was trained whole, and the "
-            f"model has none of this name{nearest_paths(left[0], leaves)}; give the "
-            "model's params, or a plan with train= for it"
-        )
+        whole = f"{TENSORS} has {short(left[0])}, an array that was trained whole"
+        lacks = f"the model has none of this name{nearest_paths(left[0], leaves)}"
+        remedy = "give the model's params, or a plan with train= for it"
+        raise AdapterFileError(f"{whole}, and {lacks}; {remedy}")
