@@ -93,11 +93,6 @@ def add(op: Any, m: Array, kernel: Array) -> Array:
     return add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
 
 
-def folds_in_place(op: Any) -> bool:
-    """True if `add` changes blocks of the kernel, and copies the rest of it."""
-    return current_chip() == "tpu" and isinstance(op, InBlocks) and op.aligned
-
-
 def _blocks_shape(op: InBlocks) -> Shape:
     """Shape of `_blocks`."""
     if isinstance(op, Decoupling):

@@ -108,8 +108,7 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     if isinstance(old, Damped):  # the inner operator is to follow P G
         v = old.columns(rows.dtype)
         rows -= v @ (v.mT @ rows)
-    features = spec.in_features, spec.out_features
-    q = old.square_rank
+    q, features = old.square_rank, (spec.in_features, spec.out_features)
     if not old.square:  # a square of the same budget
         rank = spec.rank or max(1, round(spec.lora_rank))
         q = square_rank(rank, *features, "orthogonal")
