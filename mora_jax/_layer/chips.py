@@ -194,9 +194,7 @@ def _batched_products(
 def _products_of_rows(h: Array, g: Array, batch: Any, precision: Precision) -> Array:
     """Sums of h^T g over rows, (shards, rows, ..., q) twice, for each of `batch`."""
     axes, dtype = (((1,), (1,)), batch), jnp.promote_types(g.dtype, jnp.float32)
-    return jax.lax.dot_general(
-        h, g, axes, precision=precision, preferred_element_type=dtype
-    )
+    return jax.lax.dot_general(h, g, axes, precision, dtype)
 
 
 def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Array:
