@@ -118,10 +118,8 @@ def on_mesh(
         spec, kernel = adapter.spec, sharding_of(path, adapter.spec)
         for axis in batch:
             if axis not in kernel.mesh.shape:
-                raise ValueError(
-                    f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}, "
-                    f"got {axis!r}"
-                )
+                rule = f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}"
+                raise ValueError(f"{rule}, got {axis!r}")
         axes = tuple(reversed(mesh_axes_of(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
@@ -139,9 +137,8 @@ def on_mesh(
     return replace_adapters(adapters, found)
 
 
-def _found(plan_or_adapters: Any) -> Found:
+def _found(given: Any) -> Found:
     """The adapters, or the shapes of a plan's."""
-    given = plan_or_adapters
     return given.shapes if isinstance(given, Plan) else adapters_in(given)
 
 
@@ -166,10 +163,8 @@ def _shardings(
             sharding = NamedSharding(devices, PartitionSpec(*axes))
             sharding.shard_shape(shape)
         except Exception as error:  # some of JAX's errors are not ValueErrors
-            raise ValueError(
-                f"{name} must be split evenly by axes of the mesh, each used once: "
-                f"{error}"
-            ) from error
+            rule = f"{name} must be split evenly by axes of the mesh, each used once"
+            raise ValueError(f"{rule}: {error}") from error
         return sharding
 
     return sharding_of

@@ -67,9 +67,8 @@ def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(
-                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
-            ) from error
+            got = f"{pattern!r}, which is not a regular expression"
+            raise ValueError(f"{field} holds {got}: {error}") from error
     return patterns
 
 
@@ -147,10 +146,9 @@ def check_concrete(array: Any, name: str, shape: Shape) -> None:
     if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a concrete array, got {type(array).__name__}")
     if isinstance(array, jax.Array) and array.is_deleted():
-        raise ValueError(
-            f"{name} must hold numbers, got an array that was donated to a compiled "
-            "function: take the one which that function returned"
-        )
+        got = "an array that was donated to a compiled function"
+        hint = "take the one which that function returned"
+        raise ValueError(f"{name} must hold numbers, got {got}: {hint}")
     check_leaf(array, name, shape)
 
 
@@ -168,10 +166,8 @@ def check_kernel(kernel: Any, name: str) -> None:
         raise TypeError(f"{name} must be an array, got {got}")
     check_floating(kernel, name, LEAVE_OUT)
     if len(kernel.shape) < 2 or 0 in kernel.shape:
-        raise ValueError(
-            f"{name} must have at least two axes, none of them empty, "
-            f"got shape {tuple(kernel.shape)}"
-        )
+        rule = f"{name} must have at least two axes, none of them empty"
+        raise ValueError(f"{rule}, got shape {tuple(kernel.shape)}")
 
 
 def check_key(key: Any) -> None:
@@ -180,7 +176,6 @@ def check_key(key: Any) -> None:
         if key is not None:
             jax.eval_shape(jax.random.bits, key)
     except Exception as error:  # of a wrong type, dtype or shape
-        raise TypeError(
-            "key must be one JAX PRNG key, such as jax.random.key(42), got "
-            f"{key if isinstance(key, int) else type(key).__name__}: {error}"
-        ) from error
+        rule = "key must be one JAX PRNG key, such as jax.random.key(42)"
+        got = key if isinstance(key, int) else type(key).__name__
+        raise TypeError(f"{rule}, got {got}: {error}") from error

@@ -33,10 +33,8 @@ def refuse_variables(params: Any, what: str = "params") -> None:
     """Raise if `params`, the argument `what`, are all variables of a Linen model."""
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         if not isinstance(params, nnx.State):  # a model may have an attribute `params`
-            raise ValueError(
-                f"{what} must not hold 'params' at its top, got {sorted(params)}: "
-                "pass variables['params'], not all variables"
-            )
+            rule = f"{what} must not hold 'params' at its top, got {sorted(params)}"
+            raise ValueError(f"{rule}: pass variables['params'], not all variables")
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -72,9 +70,8 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    if not isinstance(node, nnx.Variable | AxisMetadata):  # as nearly all
-        return isinstance(node, WHOLE)
-    return is_boxed(node)
+    may_be_box = isinstance(node, nnx.Variable | AxisMetadata)  # as few are
+    return is_boxed(node) if may_be_box else isinstance(node, WHOLE)
 
 
 def path_of(keys: Any) -> Path:

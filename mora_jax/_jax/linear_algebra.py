@@ -47,18 +47,13 @@ def transposed(
     # that a shape differs.
     if axes_of(cotangent):
         like = zeros_for(shape, dtype, cotangent)
-    (result,) = jax.linear_transpose(function, like)(cotangent)
-    return result
+    return jax.linear_transpose(function, like)(cotangent)[0]
 
 
-Axes = frozenset[Any]
-
-
-def axes_of(*arrays: Any) -> Axes:
+def axes_of(*arrays: Any) -> frozenset[Any]:
     """The axes of a mesh along which arrays differ, inside of `jax.shard_map`."""
-    axes: Axes = frozenset()
-    for x in arrays:
-        kind = jax.typeof(x)
+    axes: frozenset[Any] = frozenset()
+    for kind in map(jax.typeof, arrays):
         if hasattr(kind, "manual_axis_type"):  # since JAX 0.10; `vma` before
             axes |= kind.manual_axis_type.varying
         else:

@@ -113,8 +113,7 @@ class _Call:
     def derivative(self, args: Sequence[Any]) -> tuple[list[Any], "_Call"]:
         """That derivative of a plain call: the residuals' leaves, and its own call."""
         residuals = jax.tree.unflatten(self.treedef, args[:-1])
-        derivative = undisturbed(self.map.derivative)
-        by_second, residuals = derivative(residuals, args[-1])
+        by_second, residuals = undisturbed(self.map.derivative)(residuals, args[-1])
         leaves, treedef = jax.tree.flatten(residuals)
         return leaves, _Call(by_second, treedef, chosen_platform.get())
 
@@ -153,8 +152,7 @@ def _impl(*args: Any, call: _Call) -> jax.Array:
 @linear_p.def_abstract_eval
 def _abstract(*args: Any, call: _Call) -> Any:
     # JAX keeps the trace: a model's layers ask the same again and again.
-    (result,) = _run.trace(call, *args).jaxpr.out_avals
-    return result
+    return _run.trace(call, *args).jaxpr.out_avals[0]
 
 
 def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
@@ -221,8 +219,7 @@ def _batch(args: Any, axes: Any, *, call: _Call) -> Any:
         args[-1] = jnp.broadcast_to(args[-1], (size, *args[-1].shape))
     front = (*(None if k is None else 0 for k in axes[:-1]), 0)
     mapped = jax.tree.unflatten(call.treedef, [k is not None for k in axes[:-1]])
-    linear_map = call.map.mapped(mapped)
-    batch_axes = (front, *call.batch_axes)
+    linear_map, batch_axes = call.map.mapped(mapped), (front, *call.batch_axes)
     call = dataclasses.replace(call, map=linear_map, batch_axes=batch_axes)
     return linear_p.bind(*args, call=call), 0
 

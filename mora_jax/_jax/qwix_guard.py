@@ -38,8 +38,7 @@ def undisturbed(function: F) -> F:
     module = sys.modules.get("qwix._src.interception")
     switch: Any = getattr(module, "disable_interceptions", None)
     if switch is None:
-        raise RuntimeError(
-            f"mora_jax does not know how to keep qwix {version('qwix')} off the "
-            "adapter's own products: install one of qwix 0.1.4 to 0.1.8"
-        )
+        what = f"keep qwix {version('qwix')} off the adapter's own products"
+        hint = "install one of qwix 0.1.4 to 0.1.8"
+        raise RuntimeError(f"mora_jax does not know how to {what}: {hint}")
     return switch(function)

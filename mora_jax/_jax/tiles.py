@@ -48,11 +48,9 @@ class _Tile(LinearMap):
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         whole, rest = divmod(self.features, self.width)
-        if not whole:
-            return operand[..., :rest]
-        if whole == 1:
-            parts = [operand, operand[..., :rest]] if rest else [operand]
-            return jnp.concatenate(parts, axis=-1)
+        if whole < 2:
+            first = operand[..., :rest]
+            return jnp.concatenate([operand, first], axis=-1) if whole else first
         rows = operand.shape[-2] if operand.ndim > 1 else 1
         whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
         if whole_tiles and current_chip() == "tpu":

@@ -93,11 +93,6 @@ def add(op: Any, m: Array, kernel: Array) -> Array:
     return add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
 
 
-def folds_in_place(op: Any) -> bool:
-    """True if `add` changes blocks of the kernel, and copies the rest of it."""
-    return current_chip() == "tpu" and isinstance(op, InBlocks) and op.aligned
-
-
 def _blocks_shape(op: InBlocks) -> Shape:
     """Shape of `_blocks`."""
     if isinstance(op, Decoupling):
@@ -199,9 +194,7 @@ def _batched_products(
 def _products_of_rows(h: Array, g: Array, batch: Any, precision: Precision) -> Array:
     """Sums of h^T g over rows, (shards, rows, ..., q) twice, for each of `batch`."""
     axes, dtype = (((1,), (1,)), batch), jnp.promote_types(g.dtype, jnp.float32)
-    return jax.lax.dot_general(
-        h, g, axes, precision=precision, preferred_element_type=dtype
-    )
+    return jax.lax.dot_general(h, g, axes, precision, dtype)
 
 
 def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Array:

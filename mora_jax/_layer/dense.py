@@ -142,16 +142,10 @@ def mora_apply(
     contraction = Contraction.from_axes(spec.axes, x.ndim)
     contraction.check_input(tuple(x.shape), spec.kernel_shape)
     dtype = jnp.result_type(x, kernel, *([] if bias is None else [bias]))
-    y = adapted_product(
-        spec,
-        m,
-        x.astype(dtype),
-        kernel.astype(dtype),
-        contraction,
-        static(jnp.einsum, contraction.equation, precision=frozen.precision),
-        dropout_key=key if drops else None,
-        precision=frozen.precision,
-    )
+    precision, dropout_key = frozen.precision, key if drops else None
+    multiply = static(jnp.einsum, contraction.equation, precision=precision)
+    inputs = x.astype(dtype), kernel.astype(dtype), contraction, multiply
+    y = adapted_product(spec, m, *inputs, dropout_key=dropout_key, precision=precision)
     if bias is None:
         return y
     stack, outs = spec.stack_shape, sizes(spec.kernel_shape, spec.axes, "o")

@@ -37,7 +37,6 @@ from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._plan.spec import AdapterSpec, many_if
-from mora_jax.operators._base import in_range
 from mora_jax.operators._pytree import by_layer
 from mora_jax.products._product import KernelDelta
 from mora_jax.products.contraction import Contraction
@@ -68,10 +67,8 @@ class ByM(LinearMap):
 
     def forward(self, residuals: Any, operand: Array) -> Array:
         op, kept = residuals
-        delta, tangent = self._map(op), operand.astype(self.dtype)
-        y = delta.tangent(kept, tangent, self.precision)
-        product = self.product
-        return y if product is None else product.from_rows(y, self.out_shape)
+        y = self._map(op).tangent(kept, operand.astype(self.dtype), self.precision)
+        return y if self.product is None else self.product.from_rows(y, self.out_shape)
 
     def backward(self, residuals: Any, cotangent: Array) -> Array:
         op, kept = residuals
@@ -150,8 +147,12 @@ class Delta(KernelDelta):
         return transposed(self.rows, (*y.shape[:-1], self.operator.in_features), y)
 
     def lookup(self, indices: Array) -> Array:
-        op = self.operator
-        return op.unit_rows(in_range(indices, op.in_features), self.m, self.precision)
+        # As JAX's indexing takes them, from 0 on. They are wide, or a vocabulary beyond
+        # the range of a small type would wrap around.
+        op, size = self.operator, self.operator.in_features
+        indices = jnp.asarray(indices, jnp.result_type(indices.dtype, jnp.int32))
+        indices = jnp.where(indices < 0, indices + size, indices).clip(0, size - 1)
+        return op.unit_rows(indices, self.m, self.precision)
 
     def decompress(self, h: Array) -> Array:
         op = getattr(self.operator, "inner", self.operator)  # C damps

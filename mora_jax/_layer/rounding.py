@@ -66,22 +66,17 @@ def _dithered(
         bits = (bits + (numbers >> np.uint32(16))) & np.uint32(0xFFFF0000)
         dithered = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
     else:
-        dithered = _stepped(total, numbers, dtype)
+        grid = jnp.finfo(dtype)
+        thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
+        # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.
+        exponent = jnp.maximum(jnp.frexp(total)[1] - 1, grid.minexp) - grid.nmant
+        step = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent, -126))
+        steps = jnp.floor(jnp.abs(total) / step + thresholds)
+        dithered = jnp.copysign(steps * step, total).astype(dtype)
     nearest = total.astype(dtype)
     where &= jnp.isfinite(nearest) & jnp.isfinite(dithered)
     where &= nearest.astype(total.dtype) != total
     return jnp.where(where, dithered, nearest)
-
-
-def _stepped(total: Array, numbers: Array, dtype: jnp.dtype) -> Array:
-    """`total` rounded with a dither, by the step of the grid at each number."""
-    grid = jnp.finfo(dtype)
-    thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
-    # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.
-    exponent = jnp.maximum(jnp.frexp(total)[1] - 1, grid.minexp) - grid.nmant
-    step = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent, -126))
-    steps = jnp.floor(jnp.abs(total) / step + thresholds)
-    return jnp.copysign(steps * step, total).astype(dtype)
 
 
 def _random_numbers(
@@ -94,11 +89,9 @@ def _random_numbers(
     # kernel twice, so the hash is a short one: a sum of two products, each bit of it
     # then mixed into all others twice.
     ins, outs = features(shape, axes)
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, (ins, outs))
     first_in, first_out = (jnp.asarray(k).astype(jnp.uint32) for k in start)
-    rows, columns = (
-        first + jax.lax.broadcasted_iota(jnp.uint32, (ins, outs), axis)
-        for axis, first in enumerate((first_in, first_out))
-    )
+    rows, columns = first_in + iota(0), first_out + iota(1)
     bits = rows * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)

@@ -42,7 +42,7 @@ from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh import placement
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
-from mora_jax._mesh.on_mesh import OnMesh, shared
+from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
 from mora_jax.products._product import Product
@@ -81,15 +81,11 @@ class Layer:
         layout = self.layout
         return layout and layout.for_activations(self.axes, kernel_shape)
 
-    @property
-    def gathers(self) -> bool:
-        return self.layout is not None and self.layout.gathers
-
     def _fold_pays(self, kernel: Any, work: Work, tuning: Tuning) -> bool:
         bits = jnp.finfo(kernel.dtype).bits
         if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
             return False
-        if self.gathers and not tuning.folds_gathered:
+        if self.layout and self.layout.gathers and not tuning.folds_gathered:
             return False
         ins, outs = features(kernel.shape, self.axes)
         rows = math.prod(self.x_shape) / ins
@@ -154,8 +150,7 @@ class Activation(_OfLayer):
         y = layer.multiply(operand, kernel)
         x = layer.product.to_rows(operand.astype(y.dtype))
         rows = chips.map_of(op).rows(x, m.astype(y.dtype), layer.precision)
-        outs = sizes(kernel.shape, layer.axes, "o")
-        return y + layer.product.from_rows(rows, outs)
+        return y + layer.product.from_rows(rows, sizes(kernel.shape, layer.axes, "o"))
 
 
 class Fold(_OfLayer):
@@ -173,19 +168,20 @@ class Fold(_OfLayer):
     def _fold(self, residuals: Any, after: Array) -> Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         (op, m, kernel), layer = residuals, self.layer
-        m = m.astype(jnp.result_type(m, kernel, jnp.float32))
+        m, layout = m.astype(jnp.result_type(m, kernel, jnp.float32)), layer.layout
+        gathers = layout is not None and layout.gathers
         # If it is gathered, the fold does not wait for `after`: it is the same in the
         # rematerialised forward pass and in the backward pass, which can share it and
         # its gather.
-        m = m if layer.gathers else _scheduled_after(after, m)
-        delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layer.layout)
+        m = m if gathers else _scheduled_after(after, m)
+        delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layout)
         folded = delta.added_to(kernel)
-        if layer.layout is not None and layer.gathers:
-            sharding = layer.layout.gathered_sharding(kernel.ndim)
+        if layout and gathers:
+            sharding = layout.gathered_sharding(kernel.ndim)
             folded = jax.lax.with_sharding_constraint(folded, sharding)
-        elif chips.folds_in_place(op):
-            return folded
-        if current_chip() != "tpu":
+        # Of aligned blocks the fold changes some in place, and copies the rest.
+        in_place = isinstance(op, chips.InBlocks) and op.aligned and not gathers
+        if in_place or current_chip() != "tpu":
             return folded
         # Each part of a product would form a folded kernel once more.
         return jax.lax.optimization_barrier((after, folded))[1]
@@ -235,9 +231,9 @@ class Fused(_OfLayer):
         place = NamedSharding(features.mesh, kernel_spec)
         arrays = operand, m, jax.lax.with_sharding_constraint(kernel, place)
         on_one = Activation(dataclasses.replace(layer, layout=None))
-
-        specs = x_spec, OnMesh(op, features).m_spec, kernel_spec
-        return shared(on_one.forward, op, arrays, specs, y_spec, features)
+        on_mesh = OnMesh(op, features)
+        specs = x_spec, on_mesh.m_spec, kernel_spec
+        return on_mesh.shared(on_one.forward, arrays, specs, y_spec)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
@@ -297,8 +293,7 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     `axes` are the kernel's, as the plan has them.
     """
     # With a stack axis it would be a batched product.
-    is_matrix = isinstance(product, Contraction) and "s" not in axes
-    fits = is_matrix and product.axes == axes
+    fits = isinstance(product, Contraction) and product.axes == axes and "s" not in axes
     if not fits or placement.explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways

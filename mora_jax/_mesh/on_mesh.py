@@ -12,7 +12,7 @@ anything, and nothing else. Blocks that one device needs are its own, without a 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,48 +33,6 @@ REPLICATED = PartitionSpec()
 
 Here = Callable[..., Array]
 """A function on one device, of the part of an operator there, and of arrays."""
-
-
-def shared(
-    here: Here,
-    operator: Operator,
-    arrays: Sequence[Array],
-    specs: Sequence[PartitionSpec],
-    out_spec: PartitionSpec,
-    features: FeatureSharding,
-) -> Array:
-    """`here((part, *others), first)` of arrays on each device that shares features.
-
-    It is summed over the axes of `features` that do not split it. Other axes of the
-    mesh, such as those that split a batch, are left to XLA. The arrays are split as in
-    `specs`, and the result as in `out_spec`.
-    """
-    both = features.in_axes, features.out_axes
-    names = (*features.in_axes, *features.out_axes)
-    widths = operator.in_features, operator.out_features
-    shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
-    sizes = [width // n for width, n in zip(widths, shards, strict=True)]
-
-    def sum_to(spec: PartitionSpec) -> _Sum:
-        split = {axis for entry in spec for axis in mesh_axes(entry)}
-        return _Sum(tuple(axis for axis in names if axis not in split))
-
-    def local(operator: Operator, starts: Any, *arrays: Array) -> Array:
-        part = part_of(operator, *(start[0] for start in starts), *sizes)
-        pairs = zip(arrays, specs, strict=True)
-        first, *others = (sum_to(spec)((), x, transposed=True) for x, spec in pairs)
-        return sum_to(out_spec)((), here((part, *others), first))
-
-    # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
-    counts = zip(sizes, shards, strict=True)
-    starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
-    in_specs = REPLICATED, [*map(PartitionSpec, both)], *specs
-    context = jax.sharding.get_abstract_mesh()
-    mesh = features.mesh if context.empty else context
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=in_specs, out_specs=out_spec, axis_names=set(names)
-    )
-    return mapped(operator, starts, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +73,14 @@ class OnMesh(DeltaMap):
         if not (axes := self.features.in_axes):
             return self.operator.enter(x)
         specs = [last_axis(axes, x.ndim)], REPLICATED
-        return self._shared(lambda own, x: own[0].enter(x), [x], *specs, out_axes=())
+        return self.shared(lambda own, x: own[0].enter(x), [x], *specs, out_axes=())
 
     def leave(self, h: Array) -> Array:
         """D(h) in parts."""
         if not (axes := self.features.out_axes):
             return self.operator.leave(h)
         specs = [REPLICATED], last_axis(axes, h.ndim)
-        return self._shared(lambda own, h: own[0].leave(h), [h], *specs, in_axes=())
+        return self.shared(lambda own, h: own[0].leave(h), [h], *specs, in_axes=())
 
     def product(self, h: Array, m: Array, precision: Any = None) -> Array:
         return self.operator.product(h, m, precision)
@@ -149,31 +107,63 @@ class OnMesh(DeltaMap):
     def matrix(self, m: Array, matrix_of: Here) -> Array:
         """The rows and columns of the delta that each device has, (in, out)."""
         spec = self._kernel_spec
-        return self._shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
+        return self.shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
         """A kernel with its delta, (in, out), split as the kernel is."""
         arrays, spec = [kernel, m], self._kernel_spec
         specs = [spec, REPLICATED], spec
-        return self._shared(lambda own, kernel: add(*own, kernel), arrays, *specs)
+        return self.shared(lambda own, kernel: add(*own, kernel), arrays, *specs)
 
     def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
 
         def here(own: Any, x: Array) -> Array:
-            part, m = own
-            return part.rows(x, m, precision)
+            return own[0].rows(x, own[1], precision)
 
         both = self.features.in_axes, self.features.out_axes
         x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
-        return self._shared(here, [x, m], [x_spec, self.m_spec], y_spec)
+        return self.shared(here, [x, m], [x_spec, self.m_spec], y_spec)
 
-    def _shared(
+    def shared(
         self, here: Here, arrays: Any, specs: Any, out_spec: PartitionSpec, **axes: Any
     ) -> Array:
-        """The array that is `shared` with some other `axes` of the features."""
-        features = dataclasses.replace(self.features, **axes)
-        return shared(here, self.operator, arrays, specs, out_spec, features)
+        """`here((part, *others), first)` of arrays on each device that shares features.
+
+        It is summed over the axes of the features that do not split it, where some may
+        be given as other `axes`. Other axes of the mesh, such as those that split a
+        batch, are left to XLA. The arrays are split as in `specs`, and the result as in
+        `out_spec`.
+        """
+        op, features = self.operator, dataclasses.replace(self.features, **axes)
+        both, mesh = (features.in_axes, features.out_axes), features.mesh
+        names = (*both[0], *both[1])
+        shards = [math.prod(mesh.shape[a] for a in axes) for axes in both]
+        widths = zip((op.in_features, op.out_features), shards, strict=True)
+        sizes = [width // n for width, n in widths]
+
+        def sum_to(spec: PartitionSpec) -> _Sum:
+            split = {axis for entry in spec for axis in mesh_axes(entry)}
+            return _Sum(tuple(axis for axis in names if axis not in split))
+
+        def local(operator: Operator, starts: Any, *arrays: Array) -> Array:
+            part = part_of(operator, *(start[0] for start in starts), *sizes)
+            pairs = zip(arrays, specs, strict=True)
+            first, *others = (sum_to(spec)((), x, transposed=True) for x, spec in pairs)
+            return sum_to(out_spec)((), here((part, *others), first))
+
+        # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
+        counts = zip(sizes, shards, strict=True)
+        starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
+        context = jax.sharding.get_abstract_mesh()
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh if context.empty else context,
+            in_specs=(REPLICATED, [*map(PartitionSpec, both)], *specs),
+            out_specs=out_spec,
+            axis_names=set(names),
+        )
+        return mapped(op, starts, *arrays)
 
     @property
     def m_spec(self) -> PartitionSpec:

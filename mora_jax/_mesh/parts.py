@@ -70,9 +70,8 @@ class OperatorPart(DeltaMap):
 
     def take_outputs(self, y: Array) -> Array:
         """The outputs that are here, (..., whole out_features) -> (..., here)."""
-        if self.out_features == self.operator.out_features:
+        if (size := self.out_features) == self.operator.out_features:
             return y
-        size = self.out_features
         return jax.lax.dynamic_slice_in_dim(y, self.out_start, size, axis=-1)
 
 

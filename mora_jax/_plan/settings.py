@@ -144,10 +144,9 @@ class KernelConfig:
         check_settings(self)
         # The default rank may be one that nobody chose, so it counts as none.
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
-            raise ValueError(
-                f"rank and square_rank exclude each other, got rank={self.rank} and "
-                f"square_rank={self.square_rank}: a budget for q, and q itself"
-            )
+            rule = "rank and square_rank exclude each other"
+            got = f"rank={self.rank} and square_rank={self.square_rank}"
+            raise ValueError(f"{rule}, got {got}: a budget for q, and q itself")
 
 
 def default_targets(leaf: str) -> str:
@@ -295,10 +294,9 @@ class MoRAConfig(KernelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "all-linear" in self.targets:
-            raise ValueError(
-                "targets must be regular expressions, got 'all-linear': leave targets "
-                "out, since all dense layers are the default"
-            )
+            rule = "targets must be regular expressions, got 'all-linear'"
+            hint = "leave targets out, since all dense layers are the default"
+            raise ValueError(f"{rule}: {hint}")
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]

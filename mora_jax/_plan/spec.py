@@ -247,10 +247,8 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
         name = _registry.resolve_auto(name, config.rank)
         q = _registry.square_rank(config.rank, ins, outs, name, config.multiple_of)
     elif q > min(ins, outs) and _registry.OPERATORS.get(kind, Operator).square:
-        raise ValueError(
-            "square_rank must be at most min(in_features, out_features) = "
-            f"{min(ins, outs)}, got {q}"
-        )
+        rule = "square_rank must be at most min(in_features, out_features)"
+        raise ValueError(f"{rule} = {min(ins, outs)}, got {q}")
     return _registry.make_operator(name, ins, outs, q, seed=config.seed)
 
 
@@ -259,9 +257,8 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     # Arrays that the settings determine are not compared.
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
-    arrays = [getattr(operator, name) for name in operator.arrays]
     # Nothing is known of the numbers of arguments of a function under jit.
-    traced = any(isinstance(array, Tracer) for array in arrays)
+    traced = any(isinstance(getattr(operator, k), Tracer) for k in operator.arrays)
     fields |= {"digest"} if operator.given and not traced else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     for name, value in values.items():
@@ -272,14 +269,11 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 
 def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
     """Raise unless an M of the kernel `name` that is right for one is for the other."""
-    made, used, differing = made_for.meaning, used_with.meaning, []
+    made, used = made_for.meaning, used_with.meaning
     # If an operator lacks a setting of the other one, their names differ already.
-    for key in filter(used.__contains__, made):
-        if made[key] != used[key]:
-            differing.append(f"{key} {made[key]!r}, not {used[key]!r}")
-    if differing:
-        settings = " and ".join(differing)
-        raise ValueError(f"{name}{SUFFIX} was made for {settings}")
+    keys = [key for key in made if key in used and made[key] != used[key]]
+    if differing := [f"{key} {made[key]!r}, not {used[key]!r}" for key in keys]:
+        raise ValueError(f"{name}{SUFFIX} was made for {' and '.join(differing)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,14 +341,11 @@ def check_alike(
             shapes = [getattr(spec, "kernel_shape", ()) for spec in (own, other)]
             message = f"adapters have {array} at {name!r}, {whose} {planned}"
             raise ValueError(message + many_if(*shapes))
-        if not meaning or not isinstance(own, AdapterSpec):
-            continue
-        assert isinstance(other, AdapterSpec)
-        check_same(name, own, other)
-        digests = {own.base_digest, other.base_digest} - {None}  # which few know
-        if len(digests) > 1:
-            rule = "adapters must be of one base"
-            raise ValueError(f"{rule}, got different weights of {name!r}")
+        if meaning and isinstance(own, AdapterSpec) and isinstance(other, AdapterSpec):
+            check_same(name, own, other)
+            if len({own.base_digest, other.base_digest} - {None}) > 1:  # which few know
+                rule = "adapters must be of one base"
+                raise ValueError(f"{rule}, got different weights of {name!r}")
 
 
 def _array_of(spec: Spec | None) -> str:

@@ -52,10 +52,8 @@ def init(
        'bias': Adapter(trained, float32[8])}
     """
     if isinstance(key, Mapping):
-        raise TypeError(
-            f"key must be a JAX PRNG key, got {type(key).__name__}: if these are the "
-            "base's params, write init(plan, params=params)"
-        )
+        hint = "if these are the base's params, write init(plan, params=params)"
+        raise TypeError(f"key must be a JAX PRNG key, got {type(key).__name__}: {hint}")
     check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
         spec = plan_or_frozen.spec
@@ -83,9 +81,8 @@ def init(
 
 def _restored(adapter: Adapter, state: Any) -> Adapter:
     m: Any = serialization.from_state_dict(adapter.m, state)
-    shapes = [getattr(array, "shape", None) for array in (m, adapter.m)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"the state of {adapter} must have its shape, got {shapes[0]}")
+    if (got := getattr(m, "shape", None)) != getattr(adapter.m, "shape", None):
+        raise ValueError(f"the state of {adapter} must have its shape, got {got}")
     return adapter.replace(m=m)
 
 

@@ -19,10 +19,9 @@ from mora_jax._plan.spec import AdapterSpec
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes."""
     if not readable(kernel):
-        raise ValueError(
-            "params must hold arrays that this process can read in full, got one of "
-            f"shape {kernel.shape} with parts on other processes"
-        )
+        rule = "params must hold arrays that this process can read in full"
+        got = f"one of shape {kernel.shape} with parts on other processes"
+        raise ValueError(f"{rule}, got {got}")
     # Only these rows are copied to the host, from the first to the last one.
     axes, stack = spec.axes, spec.stack_shape
     ins = sizes(spec.kernel_shape, axes, "i")
@@ -67,9 +66,8 @@ def check_base(
     """
     for path, spec in specs.items():
         name = "/".join(path)
-        if getattr(spec, "base_digest", None) is None or name not in leaves:
-            continue
-        kernel = leaves[name][1]
+        known = getattr(spec, "base_digest", None) is not None
+        kernel: Any = leaves[name][1] if known and name in leaves else None
         if readable(kernel) and kernel.shape == spec.kernel_shape:  # others are refused
             check_digests(name, spec, kernel_digests(spec, kernel))
 

@@ -113,10 +113,9 @@ def _check_new(name: str, adapter: Adapter) -> None:
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
     x = jnp.broadcast_to(x, (*spec.stack_shape, *x.shape))
     if Delta.of(spec, adapter.m).rows(x).any():
-        raise ValueError(
-            f"{name}: the delta of an adapter must be zero, since damping changes it; "
-            "damp inputs before training, as of init(plan)"
-        )
+        rule = "the delta of an adapter must be zero, since damping changes it"
+        hint = "damp inputs before training, as of init(plan)"
+        raise ValueError(f"{name}: {rule}; {hint}")
 
 
 def _moments(

@@ -56,7 +56,6 @@ class Found(dict[Path, Adapter]):
 
     @property
     def kernels(self) -> "Found":
-        """The adapters of kernels."""
         return Found({p: self[p] for p in self if self[p].of_kernel})
 
     @property
@@ -66,7 +65,6 @@ class Found(dict[Path, Adapter]):
 
     @property
     def specs(self) -> dict[Path, Any]:
-        """{path: spec}."""
         return {path: adapter.spec for path, adapter in self.items()}
 
     @property
@@ -106,11 +104,9 @@ class Found(dict[Path, Adapter]):
     def refuse_nonlinear(self, why: str) -> None:
         """Raise if a delta is not linear in what is trained; `why` it has to be."""
         for path, adapter in self.kernels.items():
-            if not adapter.operator.linear:
-                raise ValueError(
-                    f"{'/'.join(path)}: the delta of {adapter.operator.name!r} is not "
-                    f"linear in what is trained, {why}"
-                )
+            if not (op := adapter.operator).linear:
+                delta = f"the delta of {op.name!r} is not linear in what is trained"
+                raise ValueError(f"{'/'.join(path)}: {delta}, {why}")
 
 
 def adapters_in(tree: Any) -> Found:
@@ -126,10 +122,8 @@ def adapters_in(tree: Any) -> Found:
         adapter = check_adapter(name, adapter)
         path = (*place[:-1], place[-1].removesuffix(SUFFIX))
         if place != place_of(path, adapter.spec):
-            raise ValueError(
-                f"adapters hold one of a kernel at {name!r}: its name must end with "
-                f"{SUFFIX!r}"
-            )
+            rule = f"its name must end with {SUFFIX!r}"
+            raise ValueError(f"adapters hold one of a kernel at {name!r}: {rule}")
         found[path] = adapter
     if not found:
         raise ValueError("adapters hold no adapter")

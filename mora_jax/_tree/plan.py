@@ -180,10 +180,8 @@ trees.REFUSED[Plan] = "the {}: adapters are init(plan)"
 def check_plan(plan: Any, name: str = "plan") -> Plan:
     """Return `plan`, if it is a plan; `name` stands for it in the error message."""
     if not isinstance(plan, Plan):
-        raise TypeError(
-            f"{name} must be a Plan, got {type(plan).__name__}: make one with "
-            "mora_jax.plan, mora_jax.linen.plan or mora_jax.nnx.plan"
-        )
+        hint = "make one with mora_jax.plan, mora_jax.linen.plan or mora_jax.nnx.plan"
+        raise TypeError(f"{name} must be a Plan, got {type(plan).__name__}: {hint}")
     return plan
 
 

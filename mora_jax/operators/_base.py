@@ -145,16 +145,13 @@ class Operator(DeltaMap):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
         if self.bounded and q > limit:
-            raise ValueError(
-                f"square_rank of {self.name} must be at most "
-                f"min(in_features, out_features) = {limit}, got {q}"
-            )
+            rule = f"square_rank of {self.name} must be at most"
+            least = f"min(in_features, out_features) = {limit}"
+            raise ValueError(f"{rule} {least}, got {q}")
         step = self.q_multiple_of
         if q % step:
-            raise ValueError(
-                f"square_rank of {self.name} must be a multiple of {step}, "
-                f"got {q}; the nearest is {q + step - q % step}"
-            )
+            rule = f"square_rank of {self.name} must be a multiple of {step}"
+            raise ValueError(f"{rule}, got {q}; the nearest is {q + step - q % step}")
         check_seed(getattr(self, "seed", 0))
         for field in self.arrays:
             compute = type(self).__dataclass_fields__[field].metadata["compute"]
@@ -267,10 +264,7 @@ class Operator(DeltaMap):
         return self._decompress(h)
 
     def factors(self, m: Array) -> tuple[Array, Array]:
-        """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
-
-        The delta is their product.
-        """
+        """C and M D, whose product is the delta of an operator of one block."""
         return self.compress_matrix(m.dtype), self._decompress(m)
 
     def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
@@ -326,14 +320,6 @@ class Operator(DeltaMap):
         if by_layer(self)[0]:
             raise ValueError(f"{self.name} differs from layer to layer: take at(index)")
         return check_array(name, array, end)
-
-
-def in_range(indices: ArrayLike, size: int) -> Array:
-    """Rows of an array at `indices`, from 0 on, as JAX's indexing takes them."""
-    # Wide, or a vocabulary beyond the range of a small type would wrap around.
-    dtype = jnp.result_type(indices.dtype, jnp.int32)
-    indices = jnp.asarray(indices).astype(dtype)
-    return jnp.where(indices < 0, indices + size, indices).clip(0, size - 1)
 
 
 # A program for each shape takes a tenth of the time that JAX's own functions take

@@ -33,18 +33,16 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     if name == "auto" and not settings:
         return name, settings
     if name not in OPERATORS:
-        raise ValueError(
-            f"operator must be one of {['auto', *OPERATORS]}, got {name!r}"
-            + did_you_mean(str(name), ["auto", *OPERATORS])
-        )
+        known = ["auto", *OPERATORS]
+        hint = did_you_mean(str(name), known)
+        raise ValueError(f"operator must be one of {known}, got {name!r}{hint}")
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
     for setting in settings:
         if setting not in fields:
-            raise ValueError(
-                f"operator {name!r} has settings {sorted(fields)}, got {setting!r}"
-                + did_you_mean(setting, sorted(fields))
-            )
+            rule = f"operator {name!r} has settings {sorted(fields)}"
+            hint = did_you_mean(setting, sorted(fields))
+            raise ValueError(f"{rule}, got {setting!r}{hint}")
     return name, settings
 
 

@@ -60,11 +60,9 @@ class Damped(Operator):
         if not isinstance(inner, Operator) or isinstance(inner, Damped):
             rule = "inner must be an operator that is not damped"
             raise TypeError(f"{rule}, got {inner!r}")
-        sizes = [
-            (op.in_features, op.out_features, op.square_rank) for op in (self, inner)
-        ]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"inner must have the sizes {sizes[0]}, got {sizes[1]}")
+        sizes_of = operator.attrgetter("in_features", "out_features", "square_rank")
+        if (sizes := sizes_of(self)) != (got := sizes_of(inner)):
+            raise ValueError(f"inner must have the sizes {sizes}, got {got}")
         super().__post_init__()
 
     def around(self, inner: Any) -> "Damped":

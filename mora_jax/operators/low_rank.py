@@ -138,8 +138,7 @@ class LowRank(Operator):
         return matmul(a[indices], b, precision)
 
     def matrix(self, m: Array) -> Array:
-        a, b = self.factors(m)
-        return matmul(a, b)
+        return matmul(*self.factors(m))
 
 
 def nearest_factors(

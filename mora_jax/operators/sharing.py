@@ -61,10 +61,9 @@ class Sharing(Operator):
             groups, features = getattr(self, field), getattr(self, f"{side}_features")
             check_choice(field, groups, get_args(Grouping))
             if groups == "contiguous" and self.square_rank > features:
-                raise ValueError(
-                    f"square_rank of contiguous {self.name} must be at most "
-                    f"{side}_features = {features}, got {self.square_rank}"
-                )
+                rule = f"square_rank of contiguous {self.name} must be at most"
+                limit = f"{side}_features = {features}"
+                raise ValueError(f"{rule} {limit}, got {self.square_rank}")
 
     @property
     def isometry(self) -> bool:

@@ -93,10 +93,9 @@ class Contraction(Product):
             raise ValueError(f"{equation!r} {rule}")
         summed = (x | w) - y
         if not (y <= x | w and summed and summed <= x & w and w - x):
-            raise ValueError(
-                f"{equation!r} must sum over the axes that input and kernel share and "
-                "no other, and the kernel must add axes to the output"
-            )
+            rule = "must sum over the axes that input and kernel share and no other"
+            more = "the kernel must add axes to the output"
+            raise ValueError(f"{equation!r} {rule}, and {more}")
         return cls(inputs, kernel, outputs)
 
     @classmethod
@@ -129,10 +128,8 @@ class Contraction(Product):
         scale = jnp.asarray(scale)
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
         if len(shape) > len(self.kernel):
-            raise ValueError(
-                f"scale of shape {shape} must broadcast against a kernel of "
-                f"{len(self.kernel)} axes"
-            )
+            kernel = f"a kernel of {len(self.kernel)} axes"
+            raise ValueError(f"scale of shape {shape} must broadcast against {kernel}")
         # sum_i x_i s_i w_io = sum_i (x_i s_i) w_io, and sum_i x_i w_io s_o =
         # (sum_i x_i w_io) s_o: along inputs it goes to x, along outputs to y, and along
         # a stack axis, which both have, to y.
@@ -154,25 +151,26 @@ class Contraction(Product):
         pairs = zip(self.inputs, x_shape, strict=True)
         expected = tuple(size.get(c, n) for c, n in pairs)
         if expected != x_shape:
-            raise ValueError(
-                f"x of shape {x_shape} does not fit a kernel of shape {kernel_shape} "
-                f"with axes {self.axes!r}: expected {expected}"
-            )
+            rule = f"x of shape {x_shape} does not fit a kernel of shape {kernel_shape}"
+            raise ValueError(f"{rule} with axes {self.axes!r}: expected {expected}")
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        order, _, _, leading = self._orders
-        return _joined(x, order, leading)
+        return self._rows(x, self._orders[0])
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        *_, order, _ = self._orders
-        return jnp.transpose(rows.reshape(*rows.shape[:-1], *out_shape), order)
+        rows = rows.reshape(*rows.shape[:-1], *out_shape)
+        return jnp.transpose(rows, self._orders[2])
 
     def output_rows(self, y: jax.Array) -> jax.Array:
         """The output as (*stack, *batch, out_features)."""
-        _, order, _, leading = self._orders
-        return _joined(y, order, leading)
+        return self._rows(y, self._orders[1])
+
+    def _rows(self, array: jax.Array, order: list[int]) -> jax.Array:
+        *_, leading = self._orders
+        array = jnp.transpose(array, order)
+        return array.reshape(*array.shape[:leading], math.prod(array.shape[leading:]))
 
     @functools.cached_property
     def _orders(self) -> tuple[list[int], list[int], list[int], int]:
@@ -186,9 +184,3 @@ class Contraction(Product):
         to_x = [self.inputs.index(c) for c in xs]
         to_y = [self.outputs.index(c) for c in ys]
         return to_x, to_y, [ys.index(c) for c in self.outputs], len(stack) + len(batch)
-
-
-def _joined(x: jax.Array, order: list[int], leading: int) -> jax.Array:
-    """The axes of x in another order, and those behind the leading ones as one."""
-    x = jnp.transpose(x, order)
-    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:]))
