@@ -8,7 +8,7 @@ PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
 project = tomllib.loads(PYPROJECT.read_text())["project"]
 for requirement in project["dependencies"] + project["optional-dependencies"]["qwix"]:
-    match = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+    match = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"no plain lower bound in {requirement!r}")
     print("{}=={}".format(*match.groups()))

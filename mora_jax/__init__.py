@@ -56,6 +56,7 @@ After training::
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
   mixing                adapters of one base scaled and summed
   serving               a different adapter for each row of a batch
+  mora_jax.vllm         (vLLM imports it) adapters that vLLM serves as they are
 
 What is between M and the layer::
 
@@ -66,54 +67,60 @@ What is between M and the layer::
   products              how layers multiply their input with their kernel
 """
 
-from mora_jax import diagnostics as diagnostics
-from mora_jax import io as io
-from mora_jax import linen as linen
-from mora_jax import mixing as mixing
-from mora_jax import nnx as nnx
-from mora_jax import operators as operators
-from mora_jax import products as products
-from mora_jax import remora as remora
-from mora_jax import serving as serving
-from mora_jax import sharding as sharding
-from mora_jax._common.warnings import LeftOutWarning as LeftOutWarning
-from mora_jax._common.warnings import MoRAWarning as MoRAWarning
-from mora_jax._flax.calls import Call as Call
-from mora_jax._flax.layer_rules import register_layer as register_layer
-from mora_jax._flax.planning import plan as plan
-from mora_jax._layer.adapter import Adapter as Adapter
-from mora_jax._layer.dense import FrozenDense as FrozenDense
-from mora_jax._layer.dense import mora_apply as mora_apply
-from mora_jax._plan.settings import MoRAConfig as MoRAConfig
-from mora_jax._plan.spec import AdapterSpec as AdapterSpec
-from mora_jax._plan.spec import TrainedArray as TrainedArray
-from mora_jax._tree.adapters import init as init
-from mora_jax._tree.combined import combine as combine
-from mora_jax._tree.combined import split as split
-from mora_jax._tree.damping import input_damping as input_damping
-from mora_jax._tree.gradients import gradient_bases as gradient_bases
-from mora_jax._tree.gradients import gradient_start as gradient_start
-from mora_jax._tree.lora_trees import from_lora as from_lora
-from mora_jax._tree.merge import delta_weight as delta_weight
-from mora_jax._tree.merge import fold as fold
-from mora_jax._tree.merge import merge as merge
-from mora_jax._tree.merge import unmerge as unmerge
-from mora_jax._tree.optim import optimizer as optimizer
-from mora_jax._tree.optim import trainable_labels as trainable_labels
-from mora_jax._tree.optim import trainable_mask as trainable_mask
-from mora_jax._tree.plan import Plan as Plan
-from mora_jax._tree.plan import summary as summary
-from mora_jax.io import load as load
-from mora_jax.io import save as save
-from mora_jax.linen import MoRADense as MoRADense
-from mora_jax.operators import Operator as Operator
-from mora_jax.operators import make_operator as make_operator
-from mora_jax.operators import square_rank as square_rank
+from etils.epy import lazy_api_imports
+
+# Names are imported when they are used: a server with `mora_jax.vllm` lacks JAX.
+with lazy_api_imports(globals()):
+    from mora_jax import diagnostics as diagnostics
+    from mora_jax import io as io
+    from mora_jax import linen as linen
+    from mora_jax import mixing as mixing
+    from mora_jax import nnx as nnx
+    from mora_jax import operators as operators
+    from mora_jax import products as products
+    from mora_jax import remora as remora
+    from mora_jax import serving as serving
+    from mora_jax import sharding as sharding
+    from mora_jax._common.warnings import LeftOutWarning as LeftOutWarning
+    from mora_jax._common.warnings import MoRAWarning as MoRAWarning
+    from mora_jax._flax.calls import Call as Call
+    from mora_jax._flax.layer_rules import register_layer as register_layer
+    from mora_jax._flax.planning import plan as plan
+    from mora_jax._layer.adapter import Adapter as Adapter
+    from mora_jax._layer.dense import FrozenDense as FrozenDense
+    from mora_jax._layer.dense import mora_apply as mora_apply
+    from mora_jax._plan.settings import MoRAConfig as MoRAConfig
+    from mora_jax._plan.spec import AdapterSpec as AdapterSpec
+    from mora_jax._plan.spec import TrainedArray as TrainedArray
+    from mora_jax._tree.adapters import init as init
+    from mora_jax._tree.combined import combine as combine
+    from mora_jax._tree.combined import split as split
+    from mora_jax._tree.damping import input_damping as input_damping
+    from mora_jax._tree.gradients import gradient_bases as gradient_bases
+    from mora_jax._tree.gradients import gradient_start as gradient_start
+    from mora_jax._tree.lora_trees import from_lora as from_lora
+    from mora_jax._tree.merge import delta_weight as delta_weight
+    from mora_jax._tree.merge import fold as fold
+    from mora_jax._tree.merge import merge as merge
+    from mora_jax._tree.merge import unmerge as unmerge
+    from mora_jax._tree.optim import optimizer as optimizer
+    from mora_jax._tree.optim import trainable_labels as trainable_labels
+    from mora_jax._tree.optim import trainable_mask as trainable_mask
+    from mora_jax._tree.plan import Plan as Plan
+    from mora_jax._tree.plan import summary as summary
+    from mora_jax.io import load as load
+    from mora_jax.io import save as save
+    from mora_jax.linen import MoRADense as MoRADense
+    from mora_jax.operators import Operator as Operator
+    from mora_jax.operators import make_operator as make_operator
+    from mora_jax.operators import square_rank as square_rank
 
 __version__ = "0.2.0"
-_NAMES = sorted(["__version__", *(n for n in globals() if not n.startswith("_"))])
+del lazy_api_imports
+_LAZY = globals()["__dir__"]()
+_NAMES = sorted(["__version__", *(name for name in _LAZY if name[0] != "_")])
 
 
 def __dir__() -> list[str]:
-    """The public names: Python would add the modules that implement them."""
+    """The public names alone."""
     return _NAMES

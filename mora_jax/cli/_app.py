@@ -177,6 +177,9 @@ def export(
             help="The share of its delta a LoRA may lose; 1 accepts any loss.",
         ),
     ] = 0.1,
+    native: Annotated[
+        bool, typer.Option(help="For vLLM with this library: M's as they are, no LoRA.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write an adapter as a LoRA for other programs, or in this library's format."""
@@ -190,9 +193,10 @@ def export(
         io.save(out, adapters, read_metadata(adapter))
     else:
         settings: Any = {"rank": rank, "max_error": max_error}
-        settings |= {"base_model": base_model, "force": force}
+        settings |= {"base_model": base_model, "native": native, "force": force}
         done = io.export(out, adapters, program, names, **settings)
-        told += f" as a LoRA of rank {done.rank}\nit lacks {_most(done.lost)}"
+        kind = "they are" if native else f"a LoRA of rank {done.rank}"
+        told += f" as {kind}\nit lacks {_most(done.lost)}"
         told += f"\n{done.command}"
     typer.echo(told)
 

@@ -232,6 +232,20 @@ def test_the_demos_adapter_is_exported_by_templates(tmp_path, demo):
     assert name in tensors
 
 
+def test_the_demos_adapter_is_exported_as_it_is(tmp_path, demo):
+    directory, plan = demo
+    args = "export", directory, tmp_path / "squares", "--native", "--for"
+    names = {"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}
+    names = "--names", json.dumps(names)
+    assert "must be for 'vllm'" in run(*args, "peft", *names, code=1)
+    told = run(*args, "vllm", *names, "--base-model", "hub/model")
+    assert f"{len(plan)} adapters as they are" in told
+    assert "vllm serve hub/model --enable-lora --max-lora-rank 1" in told
+    tensors = load_file(tmp_path / "squares" / TENSORS)
+    assert sum(name.endswith(".m") for name in tensors) == len(plan)
+    assert "model.layers.10.self_attn.q_proj.m" in tensors
+
+
 def test_a_merge_finds_tensors_by_templates(tmp_path):
     """On the command line, or in a file."""
     base, out, file = tmp_path / "base", tmp_path / "out", tmp_path / "names.json"

@@ -181,3 +181,13 @@ def run(*args, code=0):
         cli.main()
     assert (end.value.code or 0) == code, out.getvalue() + err.getvalue()
     return out.getvalue() if code == 0 else err.getvalue()
+
+
+def adapters_between(op, m):
+    """The adapter of a kernel fc/kernel with this operator, and a factor of 1."""
+    plan = mora_jax.plan(
+        {"fc": {"kernel": np.zeros((op.in_features, op.out_features), "f")}},
+        mora_jax.MoRAConfig(rank=1, operator="sharing", scale="paper"),
+    )
+    spec = dataclasses.replace(plan["fc/kernel"], operator=op)
+    return {"fc": {"kernel_mora": mora_jax.Adapter(m, spec)}}

@@ -21,6 +21,7 @@ from mora_jax.io._json import dump, read_json
 from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, turned
+from mora_jax.io.peft._squares import write_squares
 from mora_jax.operators import LowRank
 from mora_jax.operators.low_rank import nearest_factors
 
@@ -62,6 +63,7 @@ def export(
     max_error: float | int = 0.1,
     base_model: str = "",
     task_type: str | None = None,
+    native: bool = False,
     force: bool = False,
 ) -> Export:
     r"""Write adapters as a LoRA that Hugging Face PEFT or a server loads.
@@ -89,6 +91,8 @@ def export(
         `base_model_name_or_path`, and the model in a server's command.
       task_type: PEFT's `task_type`. None is "CAUSAL_LM" if `base_model` is a directory
         with the config of a causal model, and otherwise leaves it out, for any model.
+      native: True to write M's as they are, without loss, for a vLLM that has this
+        library beside it (docs/vllm.md).
       force: True to replace an adapter that is in the directory.
 
     Raises:
@@ -97,7 +101,8 @@ def export(
       ValueError: `program` is unknown; `names` lack a kernel's module or a trained
         array's, a kernel is a convolution's, no kernel is adapted, or a module would
         lose more than `max_error`; for a server also if arrays train themselves, or a
-        module needs more than rank 512. Nothing is written.
+        module needs more than rank 512; with `native` if `program` is not "vllm", a
+        rank is given, or a kernel is an embedding's or has a LoRA. Nothing is written.
 
     Example::
 
@@ -116,6 +121,14 @@ def export(
     rank = None if rank is None else positive_integer("rank", rank)
     path = check_free("directory", directory, ADAPTER, force)
     whole = _trained(adapters, names, program)
+    if native:
+        if program != "vllm" or rank is not None:
+            rule = "native=True must be for 'vllm' and without a rank"
+            raise ValueError(f"{rule}, got {program!r} and {rank}")
+        modules = _modules(adapters, names)
+        write_squares(path, modules, base_model)
+        lost = {pair.module: 0.0 for pair, *_ in modules}
+        return Export(1, lost, _command(program, base_model, 1, str(path)))
     matrices, lost = _make_lora(adapters, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
     if program != "peft":

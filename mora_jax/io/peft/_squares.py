@@ -1,0 +1,116 @@
+"""Adapters as they are, for vLLM with the plug-in `mora_jax.vllm`."""
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.squares import KEY, VERSION
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.io import _files
+from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io._json import dump
+from mora_jax.io._names import Pair
+from mora_jax.io._tensors import encode
+from mora_jax.operators import Damped, LowRank
+
+CHUNK = 256  # rows of a map that are in memory at once
+DENSE = 8
+"""A map is a matrix where an output sums more than one in so many inputs."""
+
+
+def write_squares(
+    path: _files.Location,
+    modules: Iterable[tuple[Pair, str, AdapterSpec, np.ndarray, slice]],
+    base_model: str,
+) -> None:
+    """Write M's, with C and D as maps of numbers: a server need not know operators.
+
+    Modules that have the same C or D share it.
+
+    Raises:
+      ValueError: A kernel is an embedding's, or has a LoRA.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    names: dict[Hashable, str] = {}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def once(make: Callable[..., dict[str, np.ndarray]], *key: Hashable) -> str:
+        if (make, *key) not in names:
+            name = names[make, *key] = f"shared.{len(names)}"
+            tensors.update({f"{name}.{part}": a for part, a in make(*key).items()})
+        return names[make, *key]
+
+    for pair, kernel, spec, m, outs in modules:
+        op = spec.operator
+        inner = op.inner if isinstance(op, Damped) else op
+        if pair.is_table or isinstance(inner, LowRank):
+            rule = "a linear layer" if pair.is_table else "of a square, and not a LoRA"
+            raise ValueError(f"{kernel} must be {rule}, with native=True")
+        m = np.asarray(op.scaled(m.astype(np.float32), spec.factor))
+        tensors[f"{pair.module}.m"] = m.reshape(-1, *m.shape[-2:])
+        entries[pair.module] = {
+            "in": op.in_features,
+            "out": outs.stop - outs.start,
+            "compress": once(_compress, inner),
+            "decompress": once(_decompress, inner, outs.start, outs.stop),
+        }
+        if isinstance(op, Damped):
+            v = np.asarray(op.columns("float32"))
+            entries[pair.module]["damped"] = once(_stored, v.tobytes(), v.shape)
+    data = encode(tensors, {})
+    record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
+    config = {
+        "peft_type": "MORA",
+        "base_model_name_or_path": base_model,
+        "target_modules": sorted(entries),
+        "r": 1,
+        "lora_alpha": 1,
+        KEY: record | {"modules": entries},
+    }
+    _files.write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
+
+
+def _compress(op: Any) -> dict[str, np.ndarray]:
+    return _map(op.enter, (op.in_features,), slice(None))
+
+
+def _decompress(op: Any, start: int, stop: int) -> dict[str, np.ndarray]:
+    x = jax.ShapeDtypeStruct((op.in_features,), "float32")
+    rows = jax.eval_shape(op.enter, x).shape[:-1]
+    return _map(op.leave, (*rows, op.m_shape[-1]), slice(start, stop))
+
+
+def _stored(data: bytes, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {"v": np.frombuffer(data, "float32").reshape(shape)}
+
+
+def _map(
+    call: Callable[[Any], Any], shape: tuple[int, ...], outs: slice
+) -> dict[str, np.ndarray]:
+    """A linear map as the numbers that each output sums, or as a matrix."""
+    found, counts, ins = [], np.array(0), math.prod(shape)
+    for start in range(0, ins, CHUNK):
+        units = jnp.eye(min(CHUNK, ins - start), ins, start)
+        rows = np.asarray(call(units.reshape(-1, *shape)))
+        rows = rows.reshape(len(units), -1)[:, outs]
+        source, target = np.nonzero(rows)
+        found.append((target, start + source, rows[source, target]))
+        counts = counts + np.bincount(target, minlength=rows.shape[1])
+    target, source, weight = map(np.concatenate, zip(*found, strict=True))
+    if counts.max() * DENSE > ins:
+        matrix = np.zeros((len(counts), ins), "float32")
+        matrix[target, source] = weight
+        return {"weight": matrix}
+    # Output k sums in the first counts[k] places; the others add zero.
+    order = np.argsort(target, kind="stable")
+    place = np.arange(len(target)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.zeros((len(counts), counts.max()), "int32")
+    weights = np.zeros(index.shape, "float32")
+    index[target[order], place] = source[order]
+    weights[target[order], place] = weight[order]
+    return {"index": index, "weight": weights}

@@ -1,0 +1,314 @@
+r"""MoRA in vLLM: M's are served as they are, beside LoRAs and the base.
+
+.. math:: y \mathrel{+}= D(C(x) M)
+
+vLLM calls `register` in each of its processes, by the entry point of this package.
+From then on it loads what `io.export(..., "vllm", native=True)` writes as it loads any
+LoRA. The file has C and D as maps of numbers, so that nothing here knows an operator.
+JAX is not imported.
+"""
+
+# pyright: reportMissingImports=false
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load
+from torch.nn.functional import linear
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.lora.layers import base_linear, column_parallel_linear
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.platforms import current_platform
+
+from mora_jax._common.squares import KEY, VERSION
+
+Layer = base_linear.BaseLinearLayerWithLoRA
+
+
+class Map(NamedTuple):
+    """C or D, from `ins` to `outs` numbers.
+
+    Attributes:
+      weight: A matrix, (outs, ins), or the weights of the numbers that `indices` name.
+      indices: The t numbers that each output is a sum of, (outs, t), or None.
+    """
+
+    weight: torch.Tensor
+    indices: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, ins) to (rows, outs)."""
+        if self.indices is None:
+            return linear(x, self.weight)
+        return (x[:, self.indices] * self.weight).sum(-1)
+
+
+class Square(NamedTuple):
+    """The adapter of one module.
+
+    Attributes:
+      shape: (in_features, out_features).
+      m: M, (n, p, s), or (1, p, s) where one M multiplies all rows of C(x).
+      compress: C, from in_features to the rows of p.
+      decompress: D, from rows of s to out_features.
+      damped: V, (in_features, k), and what C, M and D make of it, (k, out_features).
+        An input's part along V is not seen.
+    """
+
+    shape: tuple[int, int]
+    m: torch.Tensor
+    compress: Map
+    decompress: Map
+    damped: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in_features) to (rows, out_features)."""
+        n, p, _ = self.m.shape
+        h = self.compress(x).view(len(x), -1, p)
+        h = h @ self.m[0] if n == 1 else torch.einsum("tnp,nps->tns", h, self.m)
+        y = self.decompress(h.flatten(1))
+        if self.damped is None:
+            return y
+        v, outputs = self.damped
+        return y - (x @ v) @ outputs
+
+
+class Part(NamedTuple):
+    """Adapter on one device, of a layer's outputs from the `start`-th on.
+
+    Of several devices each has the features `ins` and `outs`. It computes with zeros
+    for other inputs, since sums over devices come after the layer, and with all of M.
+    """
+
+    start: int
+    square: Square
+    ins: torch.Tensor | None
+    outs: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, inputs here) to (rows, outputs here)."""
+        if self.ins is None:
+            return self.square(x)
+        whole = x.new_zeros(len(x), self.square.shape[0])
+        whole[:, self.ins] = x
+        return self.square(whole)[:, self.outs]
+
+
+class Squares(LoRAModel):
+    """An adapter without LoRAs: {module: its adapter}, and by layers where it runs."""
+
+    squares: dict[str, Square]
+    placed: dict[str, list[Part]]
+
+
+def read(
+    directory: str, named: Callable[[str], str], dtype: torch.dtype
+) -> dict[str, Square]:
+    """Read adapters by their modules, as `named` calls them.
+
+    Raises:
+      ValueError: The file is damaged, or of another version.
+    """
+    folder = pathlib.Path(directory)
+    record = json.loads((folder / "adapter_config.json").read_bytes())[KEY]
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"{directory} must have version {VERSION} of the format, got "
+            f"{record.get('version')!r}: export it again, or update mora_jax"
+        )
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise ValueError(f"{directory} is damaged: export it again")
+    device, found = current_platform.device_type, {}
+    tensors = {name: array.to(device) for name, array in load(data).items()}
+    if not all(array.isfinite().all() for array in tensors.values()):
+        raise ValueError(f"{directory} must hold finite numbers")
+
+    @functools.cache
+    def fixed(name: str, ins: int) -> Map:
+        weight, indices = tensors[f"{name}.weight"], tensors.get(f"{name}.index")
+        if indices is None:
+            _check(weight.shape[1] == ins, name, weight)
+            return Map(weight.to(dtype), None)
+        _check(indices.shape == weight.shape, name, indices)
+        _check(0 <= indices.min() and indices.max() < ins, name, indices)
+        return Map(weight.to(dtype), indices.long())
+
+    for module, entry in record["modules"].items():
+        try:
+            ins, outs, m = entry["in"], entry["out"], tensors[f"{module}.m"]
+            n, p, s = m.shape
+            c = fixed(entry["compress"], ins)
+            rows = len(c.weight) // p
+            d = fixed(entry["decompress"], rows * s)
+            _check(rows * p == len(c.weight) and n in (1, rows), "M", m)
+            _check(len(d.weight) == outs, "D", d.weight)
+            square = Square((ins, outs), m.to(dtype), c, d)
+            if "damped" in entry:
+                v = tensors[f"{entry['damped']}.v"].to(dtype)
+                _check(len(v) == ins, "V", v)
+                square = square._replace(damped=(v, square(v.T)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{directory}, {module}: {error!r}") from error
+        found[named(module)] = square
+    return found
+
+
+def _check(fits: Any, name: str, array: torch.Tensor) -> None:
+    if not fits:
+        raise ValueError(f"{name} of shape {tuple(array.shape)} must fit the others")
+
+
+def place(
+    manager: LoRAModelManager, squares: Mapping[str, Square]
+) -> dict[str, list[Part]]:
+    """The parts of adapters that this process computes, by vLLM's layers.
+
+    Raises:
+      ValueError: vLLM computes in a way that passes them by, or an adapter is not of a
+        linear layer, or of one of another size.
+    """
+    config, left, placed = manager.lora_config, dict(squares), {}
+    if config.fully_sharded_loras or base_linear.envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        raise ValueError("M's are served without fully sharded LoRAs or dual streams")
+    if manager.device.type != "cpu" and not getattr(manager, "eager", True):
+        raise ValueError("M's are served on this device with --enforce-eager alone")
+    for name, layer in manager.modules.items():
+        modules = manager.packed_modules.get(name, [name])
+        own = {k: m for k, m in enumerate(modules) if m in left}
+        if own and not isinstance(layer, Layer):
+            raise ValueError(f"{own[min(own)]} must be a linear layer")
+        if own:
+            placed[name] = [
+                _part(layer, k, len(modules), m, left.pop(m)) for k, m in own.items()
+            ]
+    if left:
+        names = ", ".join(sorted(left)[:3])
+        raise ValueError(f"the base has no linear layer for {names}")
+    return placed
+
+
+def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
+    """The part of the k-th of `count` modules that are one layer."""
+    columns = isinstance(layer, column_parallel_linear.ColumnParallelLinearWithLoRA)
+    devices, copies = (
+        layer.tp_size,
+        getattr(layer.base_layer, "num_kv_head_replicas", 1),
+    )
+    widths = layer.output_slices if count > 1 else (sum(layer.output_slices),)
+    inputs = layer.input_size * (1 if columns else layer.base_layer.tp_size)
+    shards = (devices, devices // copies) if columns else (1,)
+    sizes = {(inputs, widths[k] * n) for n in shards}
+    if square.shape not in sizes:
+        raise ValueError(
+            f"{name} must have {' or '.join(map(str, sizes))} inputs and outputs, got "
+            f"{square.shape}: this adapter is of another base"
+        )
+    start = sum(widths[:k])
+    if devices == 1:
+        return Part(start, square, None, None)
+    # vLLM cuts numbers of features as it would cut a LoRA's A and B.
+    cut_a, cut_b = layer.slice_lora_a, layer.slice_lora_b
+    a, b = torch.arange(inputs)[None], torch.arange(square.shape[1])[:, None]
+    a = cut_a([a] * count)[k] if count > 1 else cut_a(a)
+    b = cut_b([b] * count)[k] if count > 1 else cut_b(b)
+    return Part(start, square, a[0], b[:, 0])
+
+
+@torch.library.custom_op("mora_jax::add_squares", mutates_args={"y"})
+def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
+    """Add to a layer's outputs y what the adapter of each token makes of x.
+
+    To torch.compile it is one operation, since the adapters change after compiling.
+    """
+    if not is_forward_context_available():
+        return
+    layer: Any = get_forward_context().no_compile_layers[name]
+    slots = layer.punica_wrapper._token_lora_indices[: len(x)]
+    for slot, parts in layer.squares.items():
+        rows = (slots == slot).nonzero()[:, 0]
+        for part in parts if len(rows) else ():
+            added = part(x[rows].to(part.square.m.dtype))
+            y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
+
+
+def register() -> None:
+    """Teach vLLM to load M's. Further calls do nothing."""
+    if hasattr(LoRAModel, KEY):
+        return
+    setattr(LoRAModel, KEY, VERSION)
+    load_lora = LoRAModel.from_local_checkpoint.__func__
+
+    def from_local_checkpoint(
+        cls: Any, lora_dir: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = json.loads(pathlib.Path(lora_dir, "adapter_config.json").read_bytes())
+        if KEY not in config:
+            return load_lora(cls, lora_dir, *args, **kwargs)
+
+        def named(module: str) -> str:
+            tensor, mapper = f"base_model.model.{module}", kwargs.get("weights_mapper")
+            return parse_fine_tuned_lora_name(f"{tensor}.lora_A.weight", mapper)[0]
+
+        model = Squares(kwargs["lora_model_id"], config["r"], {})
+        model.squares = read(lora_dir, named, kwargs["dtype"])
+        return model
+
+    LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
+
+    def method(cls: type, name: str) -> Callable[[Callable[..., Any]], None]:
+        def install(new: Callable[..., Any]) -> None:
+            old = getattr(cls, name)
+
+            @functools.wraps(old)
+            def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return new(old, self, *args, **kwargs)
+
+            setattr(cls, name, wrapped)
+
+        return install
+
+    @method(LoRAModelManager, "__init__")
+    def _(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        old(self, *args, **kwargs)
+        config = kwargs["vllm_config"]
+        self.eager = config.model_config.enforce_eager
+        # What was compiled without this plug-in must not be found again.
+        config.additional_config = {**config.additional_config, KEY: VERSION}
+        known = config.compilation_config.static_forward_context
+        for name, layer in self.modules.items():
+            layer.squares, layer.mora_name = {}, f"{KEY}.{name}"
+            known[layer.mora_name] = layer
+
+    @method(LoRAModelManager, "_add_adapter")
+    def _(old: Any, self: Any, lora: LoRAModel) -> None:
+        if not isinstance(lora, Squares):
+            return old(self, lora)
+        lora.placed = place(self, lora.squares)
+        self._registered_adapters[lora.id] = lora
+
+    @method(LoRAModelManager, "activate_adapter")
+    def _(old: Any, self: Any, lora_id: int) -> bool:
+        if not old(self, lora_id):
+            return False
+        slot = self.lora_index_to_id.index(lora_id)
+        placed = getattr(self._registered_adapters[lora_id], "placed", {})
+        for name, layer in self.modules.items():
+            layer.squares.pop(slot, None)
+            if name in placed:
+                layer.squares[slot] = placed[name]
+        return True
+
+    @method(Layer, "_apply_lora_to_output")
+    def _(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        y = old(self, x, output)
+        rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        torch.ops.mora_jax.add_squares(*rows, self.mora_name)
+        return y

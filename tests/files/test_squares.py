@@ -1,0 +1,73 @@
+"""Adapters as they are, for vLLM's plug-in: the file, read by NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapter_files import adapters_between, config_of
+from cases import FEW_LINEAR
+from safetensors.numpy import load_file
+
+import mora_jax
+from mora_jax import io
+
+
+def dense(tensors, name, ins):
+    """A map of the file as a matrix, (ins, outs)."""
+    weight, index = tensors[f"{name}.weight"], tensors.get(f"{name}.index")
+    if index is None:
+        return weight.T
+    matrix = np.zeros((ins, len(weight)))
+    np.add.at(matrix, (index, np.arange(len(weight))[:, None]), weight)
+    return matrix
+
+
+@pytest.mark.parametrize("sizes", [(21, 13, 4), (12, 20, 6), (300, 16, 4)], ids=str)
+@pytest.mark.parametrize("case", FEW_LINEAR, ids=lambda case: case.label)
+def test_maps_and_m_are_the_delta(case, sizes, tmp_path):
+    op = case.make(*sizes, seed=1)
+    m = np.random.default_rng(0).standard_normal(op.m_shape).astype("f")
+    names = {"fc": "fc/kernel"}
+    done = io.export(tmp_path, adapters_between(op, m), "vllm", names, native=True)
+    assert done.lost == {"fc": 0.0} and "--max-lora-rank 1 " in done.command
+    record = config_of(tmp_path)["mora_jax"]["modules"]["fc"]
+    assert (record["in"], record["out"]) == sizes[:2]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    blocks = tensors["fc.m"].astype(float)
+    c = dense(tensors, record["compress"], sizes[0])
+    c = c.reshape(sizes[0], -1, blocks.shape[1])
+    h = np.einsum(
+        "inp,nps->ins", c, np.broadcast_to(blocks, (c.shape[1], *blocks.shape[1:]))
+    )
+    h = h.reshape(sizes[0], -1)
+    delta = h @ dense(tensors, record["decompress"], h.shape[1])
+    if "damped" in record:
+        v = tensors[f"{record['damped']}.v"].astype(float)
+        delta -= v @ (v.T @ delta)
+    np.testing.assert_allclose(delta, case.delta(op, m), rtol=0, atol=2e-4)
+
+
+def test_layers_share_maps(tmp_path):
+    kernels = {k: {"kernel": jnp.zeros((24, 24))} for k in ("q", "k", "v")}
+    adapters = mora_jax.init(mora_jax.plan(kernels, mora_jax.MoRAConfig(rank=2)))
+    names = {"{name}_proj": "{name}/kernel"}
+    io.export(tmp_path, adapters, "vllm", names, native=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    shared = {f"shared.{k}.{part}" for k in range(2) for part in ("index", "weight")}
+    assert tensors.keys() == shared | {"q_proj.m", "k_proj.m", "v_proj.m"}
+
+
+def test_what_has_no_square_is_not_written(tmp_path):
+    low_rank = mora_jax.make_operator("low_rank", 12, 8, 2)
+    m = jnp.ones(low_rank.m_shape)
+    with pytest.raises(ValueError, match="of a square, and not a LoRA"):
+        adapters = adapters_between(low_rank, m)
+        io.export(tmp_path / "one", adapters, "vllm", {"fc": "fc/kernel"}, native=True)
+    op = mora_jax.make_operator("sharing", 12, 8, 2)
+    out = tmp_path / "one"
+    adapters, names = adapters_between(op, np.ones((2, 2), "f")), {"fc": "fc/kernel"}
+    for program, rank in ("peft", None), ("vllm", 2):
+        with pytest.raises(ValueError, match="'vllm' and without a rank"):
+            io.export(out, adapters, program, names, rank=rank, native=True)
+    with pytest.raises(ValueError, match="must be a linear layer"):
+        io.export(out, adapters, "vllm", {"wte": "fc/kernel"}, native=True)
+    assert not out.exists()
