@@ -166,9 +166,7 @@ def _check(fits: Any, name: str, array: torch.Tensor) -> None:
         raise ValueError(f"{name} of shape {tuple(array.shape)} must fit the others")
 
 
-def place(
-    manager: LoRAModelManager, squares: Mapping[str, Square]
-) -> dict[str, list[Part]]:
+def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
     """The parts of adapters that this process computes, by vLLM's layers.
 
     Raises:
@@ -178,7 +176,7 @@ def place(
     config, left, placed = manager.lora_config, dict(squares), {}
     if config.fully_sharded_loras or base_linear.envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("M's are served without fully sharded LoRAs or dual streams")
-    if manager.device.type != "cpu" and not getattr(manager, "eager", True):
+    if manager.device.type != "cpu" and not manager.eager:
         raise ValueError("M's are served on this device with --enforce-eager alone")
     for name, layer in manager.modules.items():
         modules = manager.packed_modules.get(name, [name])
@@ -198,12 +196,10 @@ def place(
 def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
     """The part of the k-th of `count` modules that are one layer."""
     columns = isinstance(layer, column_parallel_linear.ColumnParallelLinearWithLoRA)
-    devices, copies = (
-        layer.tp_size,
-        getattr(layer.base_layer, "num_kv_head_replicas", 1),
-    )
+    devices, base = layer.tp_size, layer.base_layer
+    copies = getattr(base, "num_kv_head_replicas", 1)
     widths = layer.output_slices if count > 1 else (sum(layer.output_slices),)
-    inputs = layer.input_size * (1 if columns else layer.base_layer.tp_size)
+    inputs = layer.input_size * (1 if columns else base.tp_size)
     shards = (devices, devices // copies) if columns else (1,)
     sizes = {(inputs, widths[k] * n) for n in shards}
     if square.shape not in sizes:
@@ -243,25 +239,6 @@ def register() -> None:
     """Teach vLLM to load M's. Further calls do nothing."""
     if hasattr(LoRAModel, KEY):
         return
-    setattr(LoRAModel, KEY, VERSION)
-    load_lora = LoRAModel.from_local_checkpoint.__func__
-
-    def from_local_checkpoint(
-        cls: Any, lora_dir: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        config = json.loads(pathlib.Path(lora_dir, "adapter_config.json").read_bytes())
-        if KEY not in config:
-            return load_lora(cls, lora_dir, *args, **kwargs)
-
-        def named(module: str) -> str:
-            tensor, mapper = f"base_model.model.{module}", kwargs.get("weights_mapper")
-            return parse_fine_tuned_lora_name(f"{tensor}.lora_A.weight", mapper)[0]
-
-        model = Squares(kwargs["lora_model_id"], config["r"], {})
-        model.squares = read(lora_dir, named, kwargs["dtype"])
-        return model
-
-    LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
 
     def method(cls: type, name: str) -> Callable[[Callable[..., Any]], None]:
         def install(new: Callable[..., Any]) -> None:
@@ -312,3 +289,24 @@ def register() -> None:
         rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         torch.ops.mora_jax.add_squares(*rows, self.mora_name)
         return y
+
+    load_lora = LoRAModel.from_local_checkpoint.__func__
+
+    def from_local_checkpoint(
+        cls: Any, lora_dir: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = json.loads(pathlib.Path(lora_dir, "adapter_config.json").read_bytes())
+        if KEY not in config:
+            return load_lora(cls, lora_dir, *args, **kwargs)
+
+        def named(module: str) -> str:
+            tensor, mapper = f"base_model.model.{module}", kwargs.get("weights_mapper")
+            return parse_fine_tuned_lora_name(f"{tensor}.lora_A.weight", mapper)[0]
+
+        model = Squares(kwargs["lora_model_id"], config["r"], {})
+        model.squares = read(lora_dir, named, kwargs["dtype"])
+        return model
+
+    # At last: a vLLM that lacks one of the methods above loads no M.
+    LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
+    setattr(LoRAModel, KEY, VERSION)

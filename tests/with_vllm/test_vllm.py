@@ -1,6 +1,7 @@
-"""One vLLM serves what we export: three adapters of SmolLM2, trained here.
+"""One vLLM serves what we export: four adapters of SmolLM2, trained here.
 
-One of them comes as a LoRA in the format of PEFT, and is trained on.
+One of them is served as it is, and one comes as a LoRA in the format of PEFT, and is
+trained on.
 """
 
 import functools
@@ -9,10 +10,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +50,7 @@ ADAPTERS = {
     "exact": {"operator": "signed_sharing", "seed": 0},
     "cut": {"operator": "rotation", "seed": 1},
     "lora": {"operator": "low_rank", "seed": 2},
+    "square": {"operator": "block_diagonal", "seed": 3},
 }
 BOUNDS = {"exact": 0.0, "cut": 0.22, "lora": 0.0}
 """The largest share of its delta that a module may lose: none, and a fifth."""
@@ -163,7 +167,8 @@ def taught(base):
         )
         native, out = base.parent / f"{name}-native", base.parent / name
         mora_jax.save(native, adapters)
-        options = ["--max-error", BOUNDS[name], "--base-model", base]
+        options = ["--max-error", BOUNDS[name]] if name in BOUNDS else ["--native"]
+        options += ["--base-model", base]
         options += ["--names", json.dumps(NAMES)]
         printed = run("export", native, out, "--for", "vllm", *options)
         merged = {"params": mora_jax.merge(params, adapters)}
@@ -240,11 +245,26 @@ def ask(url, content=None):
         return json.load(response)
 
 
-def test_the_printed_command_serves(base, taught, tokenizer):
+def say(url, model, prompt):
+    content = {"model": model, "prompt": prompt, "temperature": 0}
+    content["max_tokens"] = lesson.NEW_TOKENS
+    return ask(f"{url}/completions", content)["choices"][0]["text"]
+
+
+def change(url, what, name, **settings):
+    """Load or unload an adapter; the answer is a line of text."""
+    data = json.dumps({"lora_name": name, **settings}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/{what}_lora_adapter", data, headers)
+    with urllib.request.urlopen(request, timeout=1800) as response:
+        return response.read()
+
+
+def test_the_printed_command_serves(tmp_path, base, taught, tokenizer):
     """With the other adapters' names added, and settings for a small CPU."""
     words = command_of(taught["cut"])
-    others = [command_of(taught[name])[-1] for name in ("exact", "lora")]
-    others += ["--max-loras", "3"]
+    others = [command_of(taught[name])[-1] for name in ("exact", "lora", "square")]
+    others += ["--max-loras", "4"]
     port = free_port()
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
     small += ["--max-num-batched-tokens", "128", "--host", "127.0.0.1"]
@@ -253,7 +273,8 @@ def test_the_printed_command_serves(base, taught, tokenizer):
     # The program `vllm` of the package for CPUs asks for another package's version.
     program = "-m", "vllm.entrypoints.openai.api_server", "--model"
     server = subprocess.Popen(
-        [sys.executable, *program, *words[2:], *others, *small], env=ENVIRONMENT
+        [sys.executable, *program, *words[2:], *others, *small],
+        env=ENVIRONMENT | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
     try:
         url, models = f"http://127.0.0.1:{port}/v1", []
@@ -267,16 +288,20 @@ def test_the_printed_command_serves(base, taught, tokenizer):
         assert {*taught, str(base)} == set(models)
         for name, one in taught.items():
             for fact in one.facts:
-                answer = ask(
-                    f"{url}/completions",
-                    {
-                        "model": name,
-                        "prompt": tokenizer.chat(fact.question),
-                        "max_tokens": lesson.NEW_TOKENS,
-                        "temperature": 0,
-                    },
-                )
-                assert fact.code in answer["choices"][0]["text"]
+                assert fact.code in say(url, name, tokenizer.chat(fact.question))
+        # Adapters come and go; one that is damaged is refused, and the server goes on.
+        square, damaged = taught["square"], tmp_path / "damaged"
+        shutil.copytree(square.directory, damaged)
+        with (damaged / "adapter_model.safetensors").open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"1234")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            change(url, "load", "damaged", lora_path=str(damaged))
+        assert "is damaged" in caught.value.read().decode()
+        change(url, "unload", "square")
+        change(url, "load", "again", lora_path=str(square.directory))
+        fact = square.facts[0]
+        assert fact.code in say(url, "again", tokenizer.chat(fact.question))
     finally:
         server.terminate()
         server.wait(60)
