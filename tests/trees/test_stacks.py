@@ -203,8 +203,10 @@ def test_nnx(kind, remat):
     m = adapter.m - 1e-2 * jax.tree.leaves(grads)[0]
     close(jax.tree.leaves(nnx.state(model, mora.MoRAParam))[0], m, 1e-5)
     close(nnx.clone(model)(X), mora.merge_adapters(model)(X), 1e-4)
-    assert type(mora.unwrap(model).layers.fc) is nnx.Linear
-    assert nnx.graphdef(mora.unwrap(model)) == nnx.graphdef(plain)
+    again = mora.unwrap(model)
+    assert type(again.layers.fc) is nnx.Linear
+    assert vars(again.layers.fc).keys() == vars(plain.layers.fc).keys()
+    assert_same(nnx.to_pure_dict(nnx.state(again)), nnx.to_pure_dict(nnx.state(plain)))
     mora.set_adapters(model, new)  # and back to arrays that all share
     close(model(X), before, 1e-6)
     assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(
