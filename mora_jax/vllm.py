@@ -155,7 +155,7 @@ def read(
                 v = tensors[f"{entry['damped']}.v"].to(dtype)
                 _check(len(v) == ins, "V", v)
                 square = square._replace(damped=(v, square(v.T)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # of whatever a stranger's file makes of torch
             raise ValueError(f"{directory}, {module}: {error!r}") from error
         found[named(module)] = square
     return found
@@ -235,78 +235,79 @@ def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
 
 
+def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """After `LoRAModelManager.__init__`: layers lack M yet, and are found by name."""
+    old(self, *args, **kwargs)
+    config = kwargs["vllm_config"]
+    self.eager = config.model_config.enforce_eager
+    # What was compiled without this plug-in must not be found again.
+    config.additional_config = {**config.additional_config, KEY: VERSION}
+    known = config.compilation_config.static_forward_context
+    for name, layer in self.modules.items():
+        layer.squares, layer.mora_name = {}, f"{KEY}.{name}"
+        known[layer.mora_name] = layer
+
+
+def _added(old: Any, self: Any, lora: LoRAModel) -> None:
+    """`LoRAModelManager._add_adapter`; an adapter of another base is refused."""
+    if not isinstance(lora, Squares):
+        return old(self, lora)
+    lora.placed = place(self, lora.squares)
+    self._registered_adapters[lora.id] = lora
+
+
+def _activated(old: Any, self: Any, lora_id: int) -> bool:
+    """After `LoRAModelManager.activate_adapter`: layers have M's in its slot."""
+    if not old(self, lora_id):
+        return False
+    slot = self.lora_index_to_id.index(lora_id)
+    placed = getattr(self._registered_adapters[lora_id], "placed", {})
+    for name, layer in self.modules.items():
+        layer.squares.pop(slot, None)
+        if name in placed:
+            layer.squares[slot] = placed[name]
+    return True
+
+
+def _applied(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> Any:
+    """A layer's outputs with LoRAs, by `_apply_lora_to_output`, and with M's."""
+    y = old(self, x, output)
+    rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    torch.ops.mora_jax.add_squares(*rows, self.mora_name)
+    return y
+
+
+def _loaded(old: Any, cls: Any, lora_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """`LoRAModel.from_local_checkpoint`, of our files as well."""
+    config = json.loads(pathlib.Path(lora_dir, "adapter_config.json").read_bytes())
+    if KEY not in config:
+        return old(cls, lora_dir, *args, **kwargs)
+
+    def named(module: str) -> str:
+        tensor, mapper = f"base_model.model.{module}", kwargs.get("weights_mapper")
+        return parse_fine_tuned_lora_name(f"{tensor}.lora_A.weight", mapper)[0]
+
+    model = Squares(kwargs["lora_model_id"], config["r"], {})
+    model.squares = read(lora_dir, named, kwargs["dtype"])
+    return model
+
+
 def register() -> None:
     """Teach vLLM to load M's. Further calls do nothing."""
     if hasattr(LoRAModel, KEY):
         return
 
-    def method(cls: type, name: str) -> Callable[[Callable[..., Any]], None]:
-        def install(new: Callable[..., Any]) -> None:
-            old = getattr(cls, name)
+    def around(old: Any, new: Callable[..., Any]) -> Any:
+        return functools.wraps(old)(lambda *args, **kwargs: new(old, *args, **kwargs))
 
-            @functools.wraps(old)
-            def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return new(old, self, *args, **kwargs)
-
-            setattr(cls, name, wrapped)
-
-        return install
-
-    @method(LoRAModelManager, "__init__")
-    def _(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        old(self, *args, **kwargs)
-        config = kwargs["vllm_config"]
-        self.eager = config.model_config.enforce_eager
-        # What was compiled without this plug-in must not be found again.
-        config.additional_config = {**config.additional_config, KEY: VERSION}
-        known = config.compilation_config.static_forward_context
-        for name, layer in self.modules.items():
-            layer.squares, layer.mora_name = {}, f"{KEY}.{name}"
-            known[layer.mora_name] = layer
-
-    @method(LoRAModelManager, "_add_adapter")
-    def _(old: Any, self: Any, lora: LoRAModel) -> None:
-        if not isinstance(lora, Squares):
-            return old(self, lora)
-        lora.placed = place(self, lora.squares)
-        self._registered_adapters[lora.id] = lora
-
-    @method(LoRAModelManager, "activate_adapter")
-    def _(old: Any, self: Any, lora_id: int) -> bool:
-        if not old(self, lora_id):
-            return False
-        slot = self.lora_index_to_id.index(lora_id)
-        placed = getattr(self._registered_adapters[lora_id], "placed", {})
-        for name, layer in self.modules.items():
-            layer.squares.pop(slot, None)
-            if name in placed:
-                layer.squares[slot] = placed[name]
-        return True
-
-    @method(Layer, "_apply_lora_to_output")
-    def _(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        y = old(self, x, output)
-        rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        torch.ops.mora_jax.add_squares(*rows, self.mora_name)
-        return y
-
-    load_lora = LoRAModel.from_local_checkpoint.__func__
-
-    def from_local_checkpoint(
-        cls: Any, lora_dir: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        config = json.loads(pathlib.Path(lora_dir, "adapter_config.json").read_bytes())
-        if KEY not in config:
-            return load_lora(cls, lora_dir, *args, **kwargs)
-
-        def named(module: str) -> str:
-            tensor, mapper = f"base_model.model.{module}", kwargs.get("weights_mapper")
-            return parse_fine_tuned_lora_name(f"{tensor}.lora_A.weight", mapper)[0]
-
-        model = Squares(kwargs["lora_model_id"], config["r"], {})
-        model.squares = read(lora_dir, named, kwargs["dtype"])
-        return model
-
+    for cls, name, new in (
+        (LoRAModelManager, "__init__", _started),
+        (LoRAModelManager, "_add_adapter", _added),
+        (LoRAModelManager, "activate_adapter", _activated),
+        (Layer, "_apply_lora_to_output", _applied),
+    ):
+        setattr(cls, name, around(getattr(cls, name), new))
     # At last: a vLLM that lacks one of the methods above loads no M.
-    LoRAModel.from_local_checkpoint = classmethod(from_local_checkpoint)
+    load_lora = around(LoRAModel.from_local_checkpoint.__func__, _loaded)
+    LoRAModel.from_local_checkpoint = classmethod(load_lora)
     setattr(LoRAModel, KEY, VERSION)

@@ -110,7 +110,10 @@ class OnMesh(DeltaMap):
         return self.shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
-        """A kernel with its delta, (in, out), split as the kernel is."""
+        """A kernel with its delta, (in, out), split as the kernel is.
+
+        Where a kernel is gathered before it is used, the sum is what is gathered.
+        """
         arrays, spec = [kernel, m], self._kernel_spec
         specs = [spec, REPLICATED], spec
         return self.shared(lambda own, kernel: add(*own, kernel), arrays, *specs)

@@ -68,6 +68,7 @@ Value = Mapping[Start, Trail]
 
 
 def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:
+    """The value with each of its trails changed."""
     return {start: change(trail) for start, trail in value.items()}
 
 

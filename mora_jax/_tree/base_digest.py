@@ -66,8 +66,9 @@ def check_base(
     """
     for path, spec in specs.items():
         name = "/".join(path)
-        known = getattr(spec, "base_digest", None) is not None
-        kernel: Any = leaves[name][1] if known and name in leaves else None
+        if getattr(spec, "base_digest", None) is None or name not in leaves:
+            continue
+        kernel = leaves[name][1]
         if readable(kernel) and kernel.shape == spec.kernel_shape:  # others are refused
             check_digests(name, spec, kernel_digests(spec, kernel))
 

@@ -31,12 +31,14 @@ def input_damping(
 ) -> Any:
     r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
 
-    The directions of `operators.Damped` are the leading ones of the second moments of
-    each layer's inputs in `call`, which is of what should stay as it is: some hundred
-    tokens of any text. Inputs are scaled down along them to what they are in all other
-    directions. Steps of M then lean on what ordinary inputs lack. It takes two forward
-    passes and no gradient of a kernel. The adapters store in * `directions` numbers of
-    bfloat16 for each input that layers have.
+    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
+
+    V are the leading directions of the second moments of each layer's inputs in `call`,
+    which is of what should stay as it is: some hundred tokens of any text. Inputs are
+    scaled down along them to what they are in all other directions. Steps of M then
+    lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
+    kernel; V is stored with the adapters, in * `directions` numbers of bfloat16 for
+    each input that layers have.
 
     Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
     (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),

@@ -56,6 +56,7 @@ class Found(dict[Path, Adapter]):
 
     @property
     def kernels(self) -> "Found":
+        """The adapters of kernels."""
         return Found({p: self[p] for p in self if self[p].of_kernel})
 
     @property
@@ -65,6 +66,7 @@ class Found(dict[Path, Adapter]):
 
     @property
     def specs(self) -> dict[Path, Any]:
+        """{path: spec}."""
         return {path: adapter.spec for path, adapter in self.items()}
 
     @property

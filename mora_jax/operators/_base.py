@@ -1,8 +1,12 @@
-"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
+r"""Operators: the linear map D(C(x) M) of an adapter, with its derivative by M.
 
-`_layer.equation` has both as equations. Blocks of C(x) are rows like any other. What
-computes the same otherwise replaces the map as a whole: a form for a chip, one device's
-part, many devices.
+.. math::
+
+    y = D(C(x) M), \qquad dy = D(C(x)\, dM), \qquad dM = \sum_{rows} C(x)^T D^T(g)
+
+Here g is the gradient of y, and the sum runs over rows. Blocks of C(x) are rows like
+any other, so that it goes over both. An operator is such a map. What computes the same
+otherwise replaces it as a whole: a form for a chip, one device's part, many devices.
 """
 
 import dataclasses
@@ -145,9 +149,8 @@ class Operator(DeltaMap):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
         if self.bounded and q > limit:
-            rule = f"square_rank of {self.name} must be at most"
-            least = f"min(in_features, out_features) = {limit}"
-            raise ValueError(f"{rule} {least}, got {q}")
+            most = f"at most min(in_features, out_features) = {limit}"
+            raise ValueError(f"square_rank of {self.name} must be {most}, got {q}")
         step = self.q_multiple_of
         if q % step:
             rule = f"square_rank of {self.name} must be a multiple of {step}"
@@ -264,7 +267,10 @@ class Operator(DeltaMap):
         return self._decompress(h)
 
     def factors(self, m: Array) -> tuple[Array, Array]:
-        """C and M D, whose product is the delta of an operator of one block."""
+        """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
+
+        The delta is their product.
+        """
         return self.compress_matrix(m.dtype), self._decompress(m)
 
     def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:

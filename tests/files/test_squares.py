@@ -46,6 +46,23 @@ def test_maps_and_m_are_the_delta(case, sizes, tmp_path):
     np.testing.assert_allclose(delta, case.delta(op, m), rtol=0, atol=2e-4)
 
 
+def test_outputs_that_nothing_reaches_are_written(tmp_path):
+    """Truncation leaves all but the first q outputs, here one module's, alone."""
+    kernel = {"fc": {"kernel": jnp.zeros((2, 16, 8))}}
+    config = mora_jax.MoRAConfig(
+        square_rank=8, operator="truncation", overrides={"fc/kernel": {"axes": "oio"}}
+    )
+    adapters = mora_jax.init(mora_jax.plan(kernel, config))
+    names = {f"{name}_proj": f"fc/kernel[{k}]" for k, name in enumerate("gu")}
+    io.export(tmp_path, adapters, "vllm", names, native=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    entries = config_of(tmp_path)["mora_jax"]["modules"]
+    for name, reached in ("g", True), ("u", False):
+        entry = entries[f"{name}_proj"]
+        assert entry["out"] == 8
+        assert dense(tensors, entry["decompress"], 8).any() == reached
+
+
 def test_layers_share_maps(tmp_path):
     kernels = {k: {"kernel": jnp.zeros((24, 24))} for k in ("q", "k", "v")}
     adapters = mora_jax.init(mora_jax.plan(kernels, mora_jax.MoRAConfig(rank=2)))

@@ -92,7 +92,7 @@ def export(
       task_type: PEFT's `task_type`. None is "CAUSAL_LM" if `base_model` is a directory
         with the config of a causal model, and otherwise leaves it out, for any model.
       native: True to write M's as they are, without loss, for a vLLM that has this
-        library beside it (docs/vllm.md).
+        library beside it (docs/vllm.md). `max_error` and `task_type` mean nothing then.
       force: True to replace an adapter that is in the directory.
 
     Raises:

@@ -109,7 +109,7 @@ def _map(
     # Output k sums in the first counts[k] places; the others add zero.
     order = np.argsort(target, kind="stable")
     place = np.arange(len(target)) - np.repeat(np.cumsum(counts) - counts, counts)
-    index = np.zeros((len(counts), counts.max()), "int32")
+    index = np.zeros((len(counts), max(1, counts.max())), "int32")
     weights = np.zeros(index.shape, "float32")
     index[target[order], place] = source[order]
     weights[target[order], place] = weight[order]
