@@ -16,9 +16,9 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx demo-sharded serve quickstart bench bench-layer \
-  bench-growth bench-many bench-scale bench-torch bench-chips bench-serving \
-  bench-quality test test-slow test-exhaustive test-all test-tunix test-gemma \
+.PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer \
+  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality \
+  test test-slow test-exhaustive test-all test-tunix test-gemma \
   test-peft test-vllm test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
@@ -41,9 +41,6 @@ demo-nnx: env ## the same with the model's twin in Flax NNX
 demo-sharded: env ## train on a mesh of eight devices, all of them this CPU
 	$(run) -m examples.train_sharded --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)
 
-serve: env ## a service of the adapters in out/, on this machine
-	$(run) -m examples.serve_many $(ARGS)
-
 quickstart: env ## the shortest use of the library
 	$(run) -m examples.quickstart $(ARGS)
 
@@ -54,7 +51,7 @@ bench-layer: env ## one layer, both ways to compute it, beside a model of the co
 	$(run) -m benchmarks.layer.one_layer $(ARGS)
 
 bench-many: env ## a different adapter for each row against one, merged copies and LoRAs
-	$(run) -m benchmarks.serving.many_adapters $(ARGS)
+	$(run) -m benchmarks.layer.many_adapters $(ARGS)
 
 bench-growth: env ## how an adapter's cost grows with each size of a model
 	$(run) -m benchmarks.layer.growth $(ARGS)
@@ -71,9 +68,6 @@ bench-chips: VENV = .venv-chips
 bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
 	$(setup) chips
 	$(run) -m benchmarks.chips.compare $(ARGS)
-
-bench-serving: env ## load and faults for a service of many adapters
-	$(run) -m benchmarks.serving.service $(ARGS)
 
 bench-quality: ## what is learned and forgotten: EXPERIMENT in benchmarks/quality
 	$(setup) quality

@@ -61,19 +61,16 @@ class Config:
         return self.width // self.heads
 
 
-def rotary(x: jax.Array, base: float, positions: jax.Array | None = None) -> jax.Array:
+def rotary(x: jax.Array, base: float) -> jax.Array:
     r"""Rotary positions in their half-split form; `x`: (batch, length, heads, d).
 
     .. math:: (a, b) \mapsto (a \cos\theta - b \sin\theta, b \cos\theta + a \sin\theta)
 
     where a and b are the halves of the features and theta = position * base^(-2j/d).
-    `positions` are (batch, length); by default they count from 0.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
-    if positions is None:
-        positions = jnp.arange(x.shape[1])
-    theta = positions[..., None, None] * frequency
+    theta = jnp.arange(x.shape[1])[:, None, None] * frequency
     cos, sin = jnp.cos(theta).astype(x.dtype), jnp.sin(theta).astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -85,7 +82,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """`x`: (batch, length, width) -> the same shape."""
         c = self.config
 
@@ -93,32 +90,11 @@ class Attention(nn.Module):
             y = nn.Dense(count * c.head_width, use_bias=False, name=name)(x)
             return y.reshape(*x.shape[:2], count, c.head_width)
 
-        q = rotary(heads("q_proj", c.heads), c.rope_base, positions)
-        k = rotary(heads("k_proj", c.kv_heads), c.rope_base, positions)
+        q = rotary(heads("q_proj", c.heads), c.rope_base)
+        k = rotary(heads("k_proj", c.kv_heads), c.rope_base)
         v = heads("v_proj", c.kv_heads)
-        if positions is None:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k = self.remember("keys", k, positions)
-            v = self.remember("values", v, positions)
-            # What a row held before is at positions that are still to be written.
-            seen = jnp.arange(k.shape[1]) <= positions[..., None]
-            y = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return nn.Dense(c.width, use_bias=False, name="o_proj")(y.reshape(x.shape))
-
-    def remember(self, name: str, new: jax.Array, positions: jax.Array) -> jax.Array:
-        """All keys or values of the rows, `new` among them: (batch, size, heads, d).
-
-        What is beyond the end of the cache is dropped.
-        """
-        cache = self.variable("cache", name, _no_cache)
-        rows = jnp.arange(len(new))[:, None]
-        cache.value = cache.value.at[rows, positions].set(new, mode="drop")
-        return cache.value
-
-
-def _no_cache() -> jax.Array:
-    raise ValueError("positions need a cache in the variables: see models/decoding.py")
 
 
 class MLP(nn.Module):
@@ -141,11 +117,11 @@ class Layer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """`x`: (batch, length, width) -> the same shape."""
         norm = functools.partial(nn.RMSNorm, epsilon=self.config.epsilon)
         attention = Attention(self.config, name="self_attn")
-        x = x + attention(norm(name="input_layernorm")(x), positions)
+        x = x + attention(norm(name="input_layernorm")(x))
         mlp = MLP(self.config, name="mlp")
         return x + mlp(norm(name="post_attention_layernorm")(x))
 
@@ -156,21 +132,13 @@ class Llama(nn.Module):
     config: Config = Config()
 
     @nn.compact
-    def __call__(
-        self,
-        ids: jax.Array,
-        at: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, ids: jax.Array, at: jax.Array | None = None) -> jax.Array:
         """The logits of the next token.
 
         Args:
             ids: The token ids, (batch, length) int32, padded on the right.
             at: Indices of the `ids` to give logits for, (batch, k); all by default. The
                 head costs as much as 8 layers, so ask only for what you need.
-            positions: The place of each of `ids` in its text, (batch, length), if the
-                text before is in the collection `cache`, which is updated. By default
-                `ids` are whole texts.
 
         Returns:
             (batch, k or length, vocab).
@@ -179,7 +147,7 @@ class Llama(nn.Module):
         embed = nn.Embed(c.vocab, c.width, name="embed_tokens")
         x = embed(ids)
         for i in range(c.layers):
-            x = Layer(c, name=f"layers_{i}")(x, positions)
+            x = Layer(c, name=f"layers_{i}")(x)
         if at is not None:
             x = jnp.take_along_axis(x, at[..., None], axis=1)
         return embed.attend(nn.RMSNorm(epsilon=c.epsilon, name="norm")(x))

@@ -1,1 +1,1 @@
-"""The cost of a layer, and its growth with the sizes of a model."""
+"""The cost of a layer, also with many adapters, and its growth with a model's sizes."""

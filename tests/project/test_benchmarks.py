@@ -22,7 +22,7 @@ def run(script, options="", code=0, **changes):
 def report(script, out, options, **changes):
     """What a benchmark prints, and the JSON that it writes beside its plot."""
     printed = run(script, f"{options} --out {out}", **changes)
-    if script not in ("layer.one_layer", "serving.many_adapters"):  # which draw nothing
+    if script not in ("layer.one_layer", "layer.many_adapters"):  # which draw nothing
         assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return printed, json.loads(out.read_text())
 
@@ -117,7 +117,7 @@ def test_many_adapters(tmp_path):
     sizes = "--width 128 --rank 2 --slots 1 64 --prefill 2 16 --rounds 1"
     sizes += " --most-megabytes 2"
     out = tmp_path / "many_adapters.json"
-    printed, found = report("serving.many_adapters", out, sizes)
+    printed, found = report("layer.many_adapters", out, sizes)
     named = {(row["phase"], row["slots"], row["method"]) for row in found["results"]}
     assert ("decode", 1, "merged copies") in named
     assert ("prefill", 64, "merged copies") not in named
@@ -238,24 +238,3 @@ def test_a_step_is_timed_after_steps_of_its_own_kind():
     turns = ["".join(ran[k : k + 3]) for k in range(0, len(ran), 3)]
     assert sorted(turns) == 4 * ["aaa"] + 4 * ["bbb"]
     assert all(len(one.seconds) == 3 for one in contenders.values())
-
-
-@pytest.mark.exhaustive  # it measures seconds, too
-def test_serving(tmp_path):
-    """A service under load and faults; each answer is checked by the benchmark."""
-    out = tmp_path / "serving.json"
-    printed = run("serving.service", f"--quick --rounds 1 --requests 30 --out {out}")
-    found = json.loads(out.read_text())
-    loads = {row["load"]: row for row in found["results"]}
-    kinds = ["4 adapters", "1 adapter", "with faults", "2 merged copies"]
-    assert list(loads) == kinds
-    for row in loads.values():
-        assert row["right"] + row["refused"] >= 30 and row["wrong"] == row["lost"] == 0
-        assert 0 < row["p50_ms"] <= row["p99_ms"] and row["tokens_per_second"] > 0
-        assert f"| {row['load']} |" in printed
-    faults = found["settings"]["faults"]
-    assert {"bad requests", "hang-ups"} <= set(faults) and not any(
-        " got " in name for name in faults
-    )
-    steps = [row["method"] for row in found["settings"]["steps"]]
-    assert steps[0] == "the base" and len(steps) == 5

@@ -442,32 +442,13 @@ def test_table_of_ranks_is_what_plans_have():
             assert cell == [*rooms, "merged"][0]
 
 
-def measured(name):
-    return json.loads((ROOT / f"benchmarks/serving/results/{name}.json").read_text())
-
-
-@pytest.mark.parametrize("name", ["service", "service_slots24", "service_smollm2"])
-def test_a_service_is_as_measured(name):
-    page = (ROOT / "docs/serving.md").read_text()
-    cells = "| {load} | {right:,} | {wrong} | {lost} | {refused} | {p50_ms:,.0f} ms | "
-    cells += "{p99_ms:,.0f} ms | {tokens_per_second:,.0f} | "
-    cells += "{before_MB:,.0f} to {after_MB:,.0f} MB |"
-    rows = measured(name)["results"]
-    assert len(rows) == 4
-    for row in rows:
-        assert cells.format(**row) in page, row
-    cells = "| {method} | {step_ms:.1f} ms | {time:.2f} | {weights_MB:,.1f} MB |"
-    steps = measured(name)["settings"]["steps"]
-    for step in steps if name != "service_slots24" else ():  # where no step is shown
-        assert cells.format(**step) in page, step
-
-
 @pytest.mark.parametrize("name", ["many_adapters", "many_adapters_chips"])
 def test_rows_with_adapters_of_their_own_are_as_measured(name):
     """Each row of the tables: a phase and a number of adapters, on a chip or here."""
     page = (ROOT / "docs/many-adapters.md").read_text()
+    results = ROOT / f"benchmarks/layer/results/{name}.json"
     found = {}
-    for row in measured(name)["results"]:
+    for row in json.loads(results.read_text())["results"]:
         place = {"": "", "v5e": "v5e, ", "h100": "H100, "}[row["chip"]]
         phase = {"decode": "decoding", "prefill": "prompts"}[row["phase"]]
         cells = found.setdefault(f"{place}{phase}, {row['slots']:,}", {})

@@ -219,6 +219,33 @@ def test_dropout_is_that_of_one_adapter():
     close(y, jnp.stack(alone))
 
 
+def test_a_cache_is_mapped():
+    """Rows are decoded token by token, each with its adapter and its part of it."""
+    model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
+    x, index = random(0, 3, 4, 8), np.array([2, 0, -1])
+    variables = made_for(model, x[:1])
+    config = MoRAConfig(square_rank=4)
+    plan = linen.plan(model, variables, config, x[:1, :1], mutable=["cache"])
+    apply, adapters = linen.wrap(model, plan), several(plan)
+    empty = jax.tree.map(jnp.zeros_like, variables["cache"])
+
+    @jax.jit
+    def step(adapters, cache, x):
+        given = {"params": variables["params"], "cache": cache}
+        y, updated = apply(adapters, given, x[None, None], mutable=["cache"])
+        return y[0, 0], updated["cache"]
+
+    own = serving.select(serving.stack(adapters), index)
+    many = jax.tree.map(lambda c: jnp.stack([c] * 3), empty)
+    alone = [*adapters, mora_jax.init(plan)]  # the last one is what -1 takes
+    caches = [empty] * 3
+    for token in np.moveaxis(x, 1, 0):
+        y, many = jax.jit(jax.vmap(step))(own, many, token)
+        for row, k in enumerate(index):
+            expected, caches[row] = step(alone[k], caches[row], token[row])
+            close(y[row], expected)
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("operator", ["sharing", "rotation"])
 def test_meshes(kind, operator):

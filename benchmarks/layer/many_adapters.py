@@ -10,13 +10,13 @@ decoding (a token for each row) and once for reading prompts. You will see secon
 time relative to the layer alone, and the memory that an adapter takes. A method whose
 adapters need more memory than `--most-megabytes` is left out.
 
-    python -m benchmarks.serving.many_adapters --quick
+    python -m benchmarks.layer.many_adapters --quick
 
 With `--chips` the same programs, in bfloat16, are compiled for chips that this machine
 does not have, and priced as in `chips`: `.venv-chips` can do that, and `make
 bench-chips` sets it up.
 
-    python -m benchmarks.serving.many_adapters --chips v5e h100 --width 4096
+    python -m benchmarks.layer.many_adapters --chips v5e h100 --width 4096
 """
 
 import argparse

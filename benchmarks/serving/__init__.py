@@ -1,1 +1,0 @@
-"""Services and layers with many adapters at once."""
