@@ -16,10 +16,10 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer \
-  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality \
-  test test-slow test-exhaustive test-all test-tunix test-gemma \
-  test-peft test-vllm test-chips docs lint wheel release clean env tools
+.PHONY: help demo demo-nnx demo-sharded demo-many quickstart bench bench-layer \
+  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality test \
+  test-slow test-exhaustive test-all test-tunix test-gemma test-peft test-vllm \
+  test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -40,6 +40,9 @@ demo-nnx: env ## the same with the model's twin in Flax NNX
 
 demo-sharded: env ## train on a mesh of eight devices, all of them this CPU
 	$(run) -m examples.train_sharded --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)
+
+demo-many: env ## one batch of questions, each row with another of the adapters in out/
+	$(run) -m examples.evaluate_many $(ARGS)
 
 quickstart: env ## the shortest use of the library
 	$(run) -m examples.quickstart $(ARGS)

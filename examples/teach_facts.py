@@ -104,7 +104,7 @@ def main() -> None:
     base = jax.jit(model.apply)
     if args.model is None:
         lesson.check_model(functools.partial(base, variables))
-    settings = {"rank": args.rank, "operator": args.operator, "seed": args.seed}
+    settings = {"rank": args.rank, "operator": args.operator}
     in_bits = None
     if args.base == "float32":
         config, ids = MoRAConfig(**settings), jnp.zeros((1, 8), jnp.int32)

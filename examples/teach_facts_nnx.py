@@ -54,7 +54,7 @@ def main() -> None:
         lesson.check_model(untouched)
     taught = lesson.choose_lesson(untouched, tokenizer, args.facts, args.seed)
 
-    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
+    config = MoRAConfig(rank=args.rank, operator=args.operator)
     adapted = mora_jax.nnx.wrap(model, config)
     print(f"\n{mora_jax.nnx.plan_of(adapted)}\n")
     progress = train(adapted, taught, args)

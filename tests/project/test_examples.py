@@ -18,9 +18,9 @@ from flax import nnx
 from helpers import close, random_like, trained
 from processes import ROOT, python
 
-from examples import teach_facts, teach_facts_nnx
+from examples import evaluate_many, teach_facts, teach_facts_nnx
 from models import airports, lesson, smollm2, smollm2_nnx
-from mora_jax import MoRAConfig, init, linen
+from mora_jax import MoRAConfig, init, linen, load, merge, save, serving
 from mora_jax import nnx as mora
 
 
@@ -69,7 +69,7 @@ def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Llama as Hugging Face stores it, with a tokenizer of single bytes."""
+    """A Llama as Hugging Face stores it, with a tokenizer of single letters."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
@@ -77,7 +77,7 @@ def folder(tmp_path):
     (tmp_path / "config.json").write_text(config)
     shutil.copy(DATA / "type1/base_model.safetensors", tmp_path / "model.safetensors")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())[:94]  # 97 in all
     vocab = {letter: number for number, letter in enumerate(letters)}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -128,6 +128,55 @@ def test_generate_is_greedy(llama):
         assert new == apply(ids)[0, first : first + 4].argmax(-1).tolist()
     with pytest.raises(ValueError, match="length must be at least 7, got 5"):
         smollm2.generate(apply, prompts, 4, length=5)
+
+
+def evaluate(folder, *questions):
+    """Ask the model in a folder, and the adapters in its folder `out`."""
+    where = ["--model", f"{folder}", "--adapters", f"{folder / 'out'}"]
+    evaluate_many.main([*where, *questions])
+
+
+def learn(folder, name, turn, **settings):
+    """Write an adapter of the model in a folder."""
+    model, params, _ = smollm2.load(folder)
+    plan = linen.plan(model, {"params": params}, MoRAConfig(rank=2, **settings), IDS)
+    adapters = jax.tree.map(lambda m: jnp.roll(m, turn, -1), trained(plan))
+    save(folder / "out" / name, adapters, params=params)
+
+
+def test_each_row_says_what_its_adapter_says_alone(folder, capsys, monkeypatch):
+    """And one compiled program serves all of them, the base among them."""
+    learn(folder, "chat", 0)
+    learn(folder, "law", 1)
+    questions, select, traced = ("Hi", "And then?"), serving.select, []
+    monkeypatch.setattr(serving, "select", lambda *a: traced.append(a) or select(*a))
+    evaluate(folder, *questions)
+    assert len(traced) == 1
+    table = re.findall(r"^(.+?)  +(.+?)  +(.+)$", capsys.readouterr().out, re.M)
+
+    model, params, tokenizer = smollm2.load(folder)
+    own = {"the base": params}
+    for name in ("chat", "law"):
+        own[name] = merge(params, load(folder / "out" / name, params))
+    apply, expected = jax.jit(model.apply), [("question", "adapter", "answer")]
+    for question in questions:
+        for name, kernels in own.items():
+            alone = functools.partial(apply, {"params": kernels})
+            prompt = tokenizer.chat(question)
+            (said,) = smollm2.generate(alone, [prompt], lesson.NEW_TOKENS, 99)
+            expected.append((question, name, tokenizer.decode(said)))
+    assert table == expected and len({row[2] for row in table[1:4]}) == 3
+
+
+def test_adapters_that_cannot_share_a_batch_are_named(folder, capsys):
+    with pytest.raises(SystemExit, match="no adapter in .*out: `make demo` makes one"):
+        evaluate(folder)
+    learn(folder, "chat", 0)
+    learn(folder, "law", 0, alpha=0.5)
+    with pytest.raises(SystemExit):
+        evaluate(folder)
+    message = "chat, law must be of one meaning: .* alpha 0.5, not 1.0"
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.fixture(scope="module")
