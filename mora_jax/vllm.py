@@ -17,14 +17,18 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load
 from torch.nn.functional import linear
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.lora.layers import base_linear, column_parallel_linear
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
 from mora_jax._common.squares import KEY, VERSION
@@ -176,8 +180,6 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
     config, left, placed = manager.lora_config, dict(squares), {}
     if config.fully_sharded_loras or base_linear.envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("M's are served without fully sharded LoRAs or dual streams")
-    if manager.device.type != "cpu" and not manager.eager:
-        raise ValueError("M's are served on this device with --enforce-eager alone")
     for name, layer in manager.modules.items():
         modules = manager.packed_modules.get(name, [name])
         own = {k: m for k, m in enumerate(modules) if m in left}
@@ -187,7 +189,8 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
             placed[name] = [
                 _part(layer, k, len(modules), m, left.pop(m)) for k, m in own.items()
             ]
-    if left:
+    elsewhere = [name for name in left if is_pp_missing_parameter(name, manager.model)]
+    if left.keys() - elsewhere:
         names = ", ".join(sorted(left)[:3])
         raise ValueError(f"the base has no linear layer for {names}")
     return placed
@@ -222,14 +225,16 @@ def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
 def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
     """Add to a layer's outputs y what the adapter of each token makes of x.
 
-    To torch.compile it is one operation, since the adapters change after compiling.
+    To torch.compile it is one operation, since the adapters change after compiling, and
+    one at which graphs are cut: it runs between two recorded ones, as attention does.
     """
     if not is_forward_context_available():
         return
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a recorded graph cannot follow M's: use --enforce-eager")
     layer: Any = get_forward_context().no_compile_layers[name]
-    slots = layer.punica_wrapper._token_lora_indices[: len(x)]
     for slot, parts in layer.squares.items():
-        rows = (slots == slot).nonzero()[:, 0]
+        rows = layer.punica_wrapper.rows[slot]
         for part in parts if len(rows) else ():
             added = part(x[rows].to(part.square.m.dtype))
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
@@ -239,13 +244,31 @@ def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """After `LoRAModelManager.__init__`: layers lack M yet, and are found by name."""
     old(self, *args, **kwargs)
     config = kwargs["vllm_config"]
-    self.eager = config.model_config.enforce_eager
+    compiled = config.compilation_config
+    if compiled.splitting_ops:
+        compiled.splitting_ops.append("mora_jax::add_squares")
+    if compiled.cudagraph_mode.has_full_cudagraphs():
+        cut = "PIECEWISE" if compiled.splitting_ops else "NONE"
+        compiled.cudagraph_mode = CUDAGraphMode[cut]
     # What was compiled without this plug-in must not be found again.
     config.additional_config = {**config.additional_config, KEY: VERSION}
-    known = config.compilation_config.static_forward_context
+    known = compiled.static_forward_context
     for name, layer in self.modules.items():
         layer.squares, layer.mora_name = {}, f"{KEY}.{name}"
         known[layer.mora_name] = layer
+
+
+def _mapped(old: Any, self: Any, mapping: Any, slots: Any, *args: Any) -> None:
+    """After `PunicaWrapperBase._update_base_metadata`: the rows of each slot are known.
+
+    Once in a step and on the host, since to look for them on a GPU makes it wait.
+    """
+    old(self, mapping, slots, *args)
+    ids = np.array(mapping.index_mapping)
+    self.rows = [
+        torch.from_numpy((ids == lora_id).nonzero()[0]).to(self.device)
+        for lora_id in slots
+    ]
 
 
 def _added(old: Any, self: Any, lora: LoRAModel) -> None:
@@ -302,6 +325,7 @@ def register() -> None:
 
     for cls, name, new in (
         (LoRAModelManager, "__init__", _started),
+        (PunicaWrapperBase, "_update_base_metadata", _mapped),
         (LoRAModelManager, "_add_adapter", _added),
         (LoRAModelManager, "activate_adapter", _activated),
         (Layer, "_apply_lora_to_output", _applied),

@@ -12,12 +12,30 @@ import sys
 from pathlib import Path
 
 
+def compile_on_cpus(mode):
+    """Compile models with LoRAs, which vLLM does on GPUs and leaves on CPUs."""
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    usual = CpuPlatform.check_and_update_config
+
+    def changed(config):
+        usual(config)
+        compiled = config.compilation_config
+        compiled.mode, compiled.backend = CompilationMode[mode], "eager"
+        compiled.compile_sizes = []
+
+    CpuPlatform.check_and_update_config = staticmethod(changed)
+
+
 def main():
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     asked = json.load(sys.stdin)
     adapters = asked["adapters"]
+    if mode := asked.get("compile"):
+        compile_on_cpus(mode)
     engine = LLM(
         asked["base"],
         enable_lora=True,
@@ -48,8 +66,9 @@ def main():
         said = output.outputs[0]
         at = zip(said.token_ids, said.logprobs, strict=True)
         numbers[name].append([[token, place[token].logprob] for token, place in at])
-    answer = json.dumps({"found": numbers, "refused": refused})
-    Path(sys.argv[1]).write_text(answer)
+    cut = engine.llm_engine.vllm_config.compilation_config.splitting_ops
+    answer = {"found": numbers, "refused": refused, "cut": cut}
+    Path(sys.argv[1]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

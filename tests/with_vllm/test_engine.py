@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here"
 )
 
-TENSORS = "tensor_parallel_size"
+DEVICES = "tensor_parallel_size", "pipeline_parallel_size"
 WIDTH, HIDDEN, VOCAB, LAYERS = 128, 256, 96, 2
 SHAPES = {
     "self_attn.q_proj": (WIDTH, WIDTH),
@@ -144,20 +144,25 @@ def check(directory, answers):
     assert (found >= logits.max(-1) - 1e-4).all()
 
 
-def served(base, adapters, out, **settings):
+def served(base, adapters, out, compiled=None, **settings):
     asked = {
+        "compile": compiled,
         "base": str(base),
         "prompts": PROMPTS,
         "adapters": {name: str(path) for name, path in adapters.items()},
         "settings": {"max_lora_rank": 16, "max_loras": 8} | settings,
     }
-    two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if settings.get(TENSORS) else {}
+    own = {}
+    if settings.keys() & DEVICES:
+        own["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    if compiled:  # in one process, which is told to compile
+        own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "engine.py", out],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
-        env=ENVIRONMENT | two,
+        env=ENVIRONMENT | own,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads(out.read_text())
@@ -180,12 +185,29 @@ def test_all_operators_in_one_batch(eager, base, exported, merged, tmp_path):
         assert said["found"][name] != said["found"][""]
 
 
-def test_two_devices_say_the_same(base, exported, merged, tmp_path):
+@pytest.mark.parametrize("devices", DEVICES)
+def test_two_devices_say_the_same(devices, base, exported, merged, tmp_path):
     names = "rotation", "block_diagonal", "damped-orthogonal", "signed_sharing"
     paths = {name: exported[0] / name for name in names}
-    two = {TENSORS: 2, "enforce_eager": True}
+    two = {devices: 2, "enforce_eager": True}
     said = served(base, paths, tmp_path / "out", **two)
     assert said["refused"] == {}
+    for name in names:
+        check(merged / name, said["found"][name])
+
+
+@pytest.mark.parametrize("mode", ["DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
+def test_a_compiled_model_says_the_same(mode, base, exported, merged, tmp_path):
+    """Adapters come after torch.compile; vLLM compiles so on GPUs alone."""
+    # No LoRA: what vLLM has for it on CPUs is traced as if there were none.
+    names = "rotation", "block_diagonal", "damped-orthogonal"
+    paths = {name: exported[0] / name for name in names}
+    said = served(base, paths, tmp_path / "out", mode)
+    assert said["refused"] == {}
+    # With graphs they are cut where M's are added.
+    cut = "mora_jax::add_squares" in said["cut"]
+    assert cut == (mode == "VLLM_COMPILE")
+    check(base, said["found"][""])
     for name in names:
         check(merged / name, said["found"][name])
 

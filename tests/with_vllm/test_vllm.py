@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import run, specs_of
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 import mora_jax
@@ -75,40 +74,6 @@ class Taught(NamedTuple):
     printed: str
 
 
-def write_base(directory, model, params, tokenizer):
-    """SmolLM2 as the files that Hugging Face has for it."""
-    directory.mkdir()
-    tensors = {}
-    for path, array in flatten_dict(params, sep="/").items():
-        array = np.asarray(array)
-        if path.endswith("kernel"):
-            array = np.ascontiguousarray(array.T)
-        module = path.rpartition("/")[0].replace("layers_", "layers.").replace("/", ".")
-        tensors[f"model.{module}.weight"] = array
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    tokenizer._bpe.save(str(directory / "tokenizer.json"))
-    config = model.config
-    content = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab,
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "rope_theta": config.rope_base,
-        "rms_norm_eps": config.epsilon,
-        "max_position_embeddings": 2048,
-        "eos_token_id": smollm2.EOS,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-    (directory / "config.json").write_text(json.dumps(content))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
 def write_lora(directory, plan):
     """A LoRA as PEFT saves one that was not trained yet."""
     directory.mkdir()
@@ -136,7 +101,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm") / "SmolLM2"
-    write_base(directory, *smollm2.load())
+    smollm2.save(directory, *smollm2.load())
     return directory
 
 
