@@ -1,12 +1,11 @@
 """Reinforcement learning whose answers come from vLLM: it gets M's, and no weights.
 
 SmolLM2-135M learns to answer briefly. In each step JAX writes the adapters as they are,
-a running vLLM takes them for the last ones and answers each question several
-times, and JAX improves the answers that left most of 16 tokens. You will see the mean
-reward rise, how long the M's took to get there, and how near the log-probabilities of
-vLLM are to JAX's: nearer than rounding to bfloat16, so that no answer comes from another
-model than the one that learns. It takes some minutes on 2 cores, after `make test-vllm`
-has made the environment:
+a running vLLM takes them for the last ones and answers each question several times, and
+JAX learns from the answers that left most of 16 tokens. You will see the mean reward
+rise, how long it took to send M's, and how far the log-probabilities of vLLM are from
+JAX's: so little that all answers come from the model that learns. It takes some minutes
+on 2 cores, in the environment of `make test-vllm`:
 
     XLA_FLAGS= .venv-vllm/bin/python -m examples.rollouts_vllm --steps 8
 """

@@ -232,16 +232,18 @@ def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
         return
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a recorded graph cannot follow M's: use --enforce-eager")
-    layer: Any = get_forward_context().no_compile_layers[name]
-    for slot, parts in layer.squares.items():
-        rows = layer.punica_wrapper.rows[slot]
-        for part in parts if len(rows) else ():
+    known: Any = get_forward_context().no_compile_layers
+    manager, module = known[name]
+    wrapper = manager.modules[module].punica_wrapper
+    for lora_id, rows in wrapper.rows.items():
+        placed = getattr(manager.get_adapter(lora_id), "placed", {})
+        for part in placed.get(module, ()):
             added = part(x[rows].to(part.square.m.dtype))
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
 
 
 def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """After `LoRAModelManager.__init__`: layers lack M yet, and are found by name."""
+    """After `LoRAModelManager.__init__`: `add_squares` finds layers by their names."""
     old(self, *args, **kwargs)
     config = kwargs["vllm_config"]
     compiled = config.compilation_config
@@ -252,23 +254,22 @@ def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         compiled.cudagraph_mode = CUDAGraphMode[cut]
     # What was compiled without this plug-in must not be found again.
     config.additional_config = {**config.additional_config, KEY: VERSION}
-    known = compiled.static_forward_context
     for name, layer in self.modules.items():
-        layer.squares, layer.mora_name = {}, f"{KEY}.{name}"
-        known[layer.mora_name] = layer
+        layer.mora_name = f"{KEY}.{name}"
+        compiled.static_forward_context[layer.mora_name] = self, name
 
 
-def _mapped(old: Any, self: Any, mapping: Any, slots: Any, *args: Any) -> None:
-    """After `PunicaWrapperBase._update_base_metadata`: the rows of each slot are known.
+def _mapped(old: Any, self: Any, mapping: Any, *args: Any) -> None:
+    """After `PunicaWrapperBase._update_base_metadata`: the rows of each adapter.
 
     Once in a step and on the host, since to look for them on a GPU makes it wait.
     """
-    old(self, mapping, slots, *args)
+    old(self, mapping, *args)
     ids = np.array(mapping.index_mapping)
-    self.rows = [
-        torch.from_numpy((ids == lora_id).nonzero()[0]).to(self.device)
-        for lora_id in slots
-    ]
+    self.rows = {
+        lora_id: torch.from_numpy((ids == lora_id).nonzero()[0]).to(self.device)
+        for lora_id in {*mapping.index_mapping}
+    }
 
 
 def _added(old: Any, self: Any, lora: LoRAModel) -> None:
@@ -277,19 +278,6 @@ def _added(old: Any, self: Any, lora: LoRAModel) -> None:
         return old(self, lora)
     lora.placed = place(self, lora.squares)
     self._registered_adapters[lora.id] = lora
-
-
-def _activated(old: Any, self: Any, lora_id: int) -> bool:
-    """After `LoRAModelManager.activate_adapter`: layers have M's in its slot."""
-    if not old(self, lora_id):
-        return False
-    slot = self.lora_index_to_id.index(lora_id)
-    placed = getattr(self._registered_adapters[lora_id], "placed", {})
-    for name, layer in self.modules.items():
-        layer.squares.pop(slot, None)
-        if name in placed:
-            layer.squares[slot] = placed[name]
-    return True
 
 
 def _applied(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> Any:
@@ -327,7 +315,6 @@ def register() -> None:
         (LoRAModelManager, "__init__", _started),
         (PunicaWrapperBase, "_update_base_metadata", _mapped),
         (LoRAModelManager, "_add_adapter", _added),
-        (LoRAModelManager, "activate_adapter", _activated),
         (Layer, "_apply_lora_to_output", _applied),
     ):
         setattr(cls, name, around(getattr(cls, name), new))

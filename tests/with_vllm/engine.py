@@ -1,8 +1,9 @@
 """Answers to prompts by vLLM, in a process of its own.
 
-It reads {base, prompts, adapters: {name: directory}, settings} from its standard input,
-and writes `found`, {name: [[token, its log-probability], ...] for each prompt}, where
-"" is the base, and `refused`, {name: the error}, to the file that it is given.
+It reads {base, prompts, adapters: {name: directory}, settings, compile} from its
+standard input, and writes `found`, {name: [[token, its log-probability], ...] for each
+prompt}, where "" is the base, `refused`, {name: the error}, and `cut`, the operations
+at which the model is cut in pieces, to the file that it is given.
 """
 
 # pyright: reportMissingImports=false

@@ -1,9 +1,10 @@
-"""One vLLM serves what we export: four adapters of SmolLM2, trained here.
+"""One vLLM serves what we export: five adapters of SmolLM2, trained here.
 
-One of them is served as it is, and one comes as a LoRA in the format of PEFT, and is
-trained on.
+Two of them are served as they are, and one comes as a LoRA in the format of PEFT, and
+is trained on.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,8 @@ ADAPTERS = {
     "exact": {"operator": "signed_sharing", "seed": 0},
     "cut": {"operator": "rotation", "seed": 1},
     "lora": {"operator": "low_rank", "seed": 2},
-    "square": {"operator": "block_diagonal", "seed": 3},
+    "square": {"seed": 3},
+    "shared": {"operator": "sharing", "seed": 4},
 }
 BOUNDS = {"exact": 0.0, "cut": 0.22, "lora": 0.0}
 """The largest share of its delta that a module may lose: none, and a fifth."""
@@ -143,6 +146,11 @@ def taught(base):
     return found
 
 
+def untouched():
+    model, params, _ = smollm2.load()
+    return functools.partial(jax.jit(model.apply), {"params": params})
+
+
 def command_of(taught):
     """The line that the export printed, as words."""
     (line,) = re.findall("^ *(vllm serve .*)$", taught.printed, re.MULTILINE)
@@ -163,14 +171,15 @@ def test_a_lora_keeps_its_rank(taught):
 def test_all_in_one_batch_say_what_the_merged_models_say(
     tmp_path, base, taught, tokenizer
 ):
-    questions = [fact.question for one in taught.values() for fact in one.facts]
+    chosen = {name: taught[name] for name in (*BOUNDS, "square")}
+    questions = [fact.question for one in chosen.values() for fact in one.facts]
     questions += [*ORDINARY][:2]
     prompts = [tokenizer.chat(question) for question in questions]
-    rows = [(name, prompt) for prompt in prompts for name in taught]  # mixed
+    rows = [(name, prompt) for prompt in prompts for name in chosen]  # mixed
     content = {
         "model": str(base),
-        "adapters": {name: str(one.directory) for name, one in taught.items()},
-        "max_lora_rank": max(room_of(one) for one in taught.values()),
+        "adapters": {name: str(one.directory) for name, one in chosen.items()},
+        "max_lora_rank": max(room_of(one) for one in chosen.values()),
         "max_tokens": lesson.NEW_TOKENS,
         "rows": rows,
     }
@@ -181,12 +190,12 @@ def test_all_in_one_batch_say_what_the_merged_models_say(
         [sys.executable, program, request, answers], env=ENVIRONMENT, check=True
     )
     got = json.loads(answers.read_text())
-    pairs = [(name, question) for question in questions for name in taught]
+    pairs = [(name, question) for question in questions for name in chosen]
     said = {
         pair: tokenizer.decode([token for token in ids if token != smollm2.EOS])
         for pair, ids in zip(pairs, got, strict=True)
     }
-    for name, one in taught.items():
+    for name, one in chosen.items():
         # What an adapter was not taught is a guess, which a cut may change: so it did
         # with one of the facts of "lora".
         guessed = {fact.question for fact in taught["lora"].facts if name == "cut"}
@@ -202,34 +211,40 @@ def free_port():
         return server.getsockname()[1]
 
 
-def ask(url, content=None):
+def fetch(url, content=None):
     data = None if content is None else json.dumps(content).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data, headers)
     with urllib.request.urlopen(request, timeout=1800) as response:
-        return json.load(response)
-
-
-def say(url, model, prompt):
-    content = {"model": model, "prompt": prompt, "temperature": 0}
-    content["max_tokens"] = lesson.NEW_TOKENS
-    return ask(f"{url}/completions", content)["choices"][0]["text"]
-
-
-def change(url, what, name, **settings):
-    """Load or unload an adapter; the answer is a line of text."""
-    data = json.dumps({"lora_name": name, **settings}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/{what}_lora_adapter", data, headers)
-    with urllib.request.urlopen(request, timeout=1800) as response:
         return response.read()
 
 
-def test_the_printed_command_serves(tmp_path, base, taught, tokenizer):
-    """With the other adapters' names added, and settings for a small CPU."""
-    words = command_of(taught["cut"])
-    others = [command_of(taught[name])[-1] for name in ("exact", "lora", "square")]
-    others += ["--max-loras", "4"]
+class Server:
+    """A running `vllm serve`, by its URL."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def models(self):
+        return {
+            model["id"] for model in json.loads(fetch(f"{self.url}/models"))["data"]
+        }
+
+    def say(self, model, prompt):
+        """An answer's tokens and their log-probabilities."""
+        content = {"model": model, "prompt": prompt, "temperature": 0, "logprobs": 1}
+        content |= {"max_tokens": lesson.NEW_TOKENS, "return_token_ids": True}
+        (said,) = json.loads(fetch(f"{self.url}/completions", content))["choices"]
+        return said["token_ids"], said["logprobs"]["token_logprobs"]
+
+    def change(self, what, name, **settings):
+        """Load or unload an adapter."""
+        fetch(f"{self.url}/{what}_lora_adapter", {"lora_name": name, **settings})
+
+
+@contextlib.contextmanager
+def serving(words, names):
+    """The server that a printed command starts, with settings for a small CPU."""
     port = free_port()
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
     small += ["--max-num-batched-tokens", "128", "--host", "127.0.0.1"]
@@ -237,36 +252,82 @@ def test_the_printed_command_serves(tmp_path, base, taught, tokenizer):
     assert words[:2] == ["vllm", "serve"]
     # The program `vllm` of the package for CPUs asks for another package's version.
     program = "-m", "vllm.entrypoints.openai.api_server", "--model"
-    server = subprocess.Popen(
-        [sys.executable, *program, *words[2:], *others, *small],
+    process = subprocess.Popen(
+        [sys.executable, *program, *words[2:], *small],
         env=ENVIRONMENT | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
+    server, found = Server(f"http://127.0.0.1:{port}/v1"), None
     try:
-        url, models = f"http://127.0.0.1:{port}/v1", []
         for _ in range(300):
-            assert server.poll() is None, "the server has stopped"
+            assert process.poll() is None, "the server has stopped"
             try:
-                models = [model["id"] for model in ask(f"{url}/models")["data"]]
+                found = server.models()
                 break
             except OSError:
                 time.sleep(1)
-        assert {*taught, str(base)} == set(models)
-        for name, one in taught.items():
-            for fact in one.facts:
-                assert fact.code in say(url, name, tokenizer.chat(fact.question))
-        # Adapters come and go; one that is damaged is refused, and the server goes on.
-        square, damaged = taught["square"], tmp_path / "damaged"
+        assert found == names
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def check_answers(apply, tokenizer, questions, answers):
+    """Word for word the model's own, with log-probabilities within 1e-4."""
+    said, numbers = zip(*answers, strict=True)
+    texts = [tokenizer.decode([k for k in ids if k != smollm2.EOS]) for ids in said]
+    assert texts == lesson.asker(apply, tokenizer)(questions)
+    prompts = [tokenizer.chat(question) for question in questions]
+    size = lesson.LENGTH, lesson.NEW_TOKENS
+    batch = lesson.batch(prompts, [list(ids) for ids in said], size)
+    logits = jax.nn.log_softmax(apply(batch.ids, batch.at))
+    for row, targets, found in zip(logits, batch.targets, numbers, strict=True):
+        expected = row[np.arange(len(found)), targets[: len(found)]]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_stream_of_requests(tmp_path, base, taught, tokenizer):
+    """Squares, a LoRA and the base, while another adapter comes and goes."""
+    words = command_of(taught["lora"])
+    names = "lora", "square", "shared"
+    words += [command_of(taught[name])[-1] for name in names[1:]]
+    words += ["--max-loras", "3"]
+    questions = [fact.question for name in names for fact in taught[name].facts]
+    questions += [*ORDINARY][:2]
+    with serving(words, {*names, str(base)}) as server:
+        rows = [(name, question) for question in questions for name in (*names, "")]
+
+        def say(row):
+            name, question = row
+            return server.say(name or str(base), tokenizer.chat(question))
+
+        square = taught["square"]
+        fact = square.facts[0]
+        prompt = tokenizer.chat(fact.question)
+        with ThreadPoolExecutor(8) as threads:
+            answers = threads.map(say, rows)
+            for _ in range(3):
+                server.change("load", "again", lora_path=str(square.directory))
+                assert fact.code in tokenizer.decode(server.say("again", prompt)[0])
+                server.change("unload", "again")
+                assert "again" not in server.models()
+            path = str(square.directory)
+            server.change("load", "square", lora_path=path, load_inplace=True)
+            found = dict(zip(rows, answers, strict=True))
+        # One that is damaged is refused, and the server goes on.
+        damaged = tmp_path / "damaged"
         shutil.copytree(square.directory, damaged)
         with (damaged / "adapter_model.safetensors").open("r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(b"1234")
         with pytest.raises(urllib.error.HTTPError) as caught:
-            change(url, "load", "damaged", lora_path=str(damaged))
+            server.change("load", "damaged", lora_path=str(damaged))
         assert "is damaged" in caught.value.read().decode()
-        change(url, "unload", "square")
-        change(url, "load", "again", lora_path=str(square.directory))
-        fact = square.facts[0]
-        assert fact.code in say(url, "again", tokenizer.chat(fact.question))
-    finally:
-        server.terminate()
-        server.wait(60)
+        assert fact.code in tokenizer.decode(server.say("square", prompt)[0])
+    for name in (*names, ""):
+        apply = taught[name].merged if name else untouched()
+        answers = [found[name, question] for question in questions]
+        check_answers(apply, tokenizer, questions, answers)
+    for name in names:
+        for fact in taught[name].facts:
+            assert fact.code in tokenizer.decode(found[name, fact.question][0])
