@@ -17,9 +17,9 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded demo-many quickstart bench bench-layer \
-  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality test \
-  test-slow test-exhaustive test-all test-tunix test-gemma test-peft test-vllm \
-  test-chips docs lint wheel release clean env tools
+  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality \
+  bench-vllm test test-slow test-exhaustive test-all test-tunix test-gemma \
+  test-peft test-vllm test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -71,6 +71,12 @@ bench-chips: VENV = .venv-chips
 bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
 	$(setup) chips
 	$(run) -m benchmarks.chips.compare $(ARGS)
+
+bench-vllm: VENV = .venv-vllm
+bench-vllm: export XLA_FLAGS =
+bench-vllm: ## requests a second and memory of adapters in vLLM, in its environment
+	$(setup) vllm
+	$(run) -m benchmarks.serving.vllm_rates $(ARGS)
 
 bench-quality: ## what is learned and forgotten: EXPERIMENT in benchmarks/quality
 	$(setup) quality

@@ -369,8 +369,9 @@ def save(directory: Path, model: Llama, params: Params, tokenizer: Tokenizer) ->
     from safetensors.numpy import save_file
 
     directory.mkdir(parents=True)
-    tensors = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    tensors: dict[str, np.ndarray] = {}
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    for path, leaf in flat.items():
         module, _, kind = path.replace("layers_", "layers/").rpartition("/")
         array = np.ascontiguousarray(leaf.T) if kind == "kernel" else np.asarray(leaf)
         tensors[f"model.{module.replace('/', '.')}.weight"] = array

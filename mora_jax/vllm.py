@@ -180,18 +180,21 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
     config, left, placed = manager.lora_config, dict(squares), {}
     if config.fully_sharded_loras or base_linear.envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("M's are served without fully sharded LoRAs or dual streams")
+    if manager.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"M's are served on CPUs and GPUs, got {manager.device.type}")
+    language = manager.mm_mapping.language_model[0] if manager.supports_mm else ""
     for name, layer in manager.modules.items():
         modules = manager.packed_modules.get(name, [name])
         own = {k: m for k, m in enumerate(modules) if m in left}
-        if own and not isinstance(layer, Layer):
-            raise ValueError(f"{own[min(own)]} must be a linear layer")
+        if own and not (isinstance(layer, Layer) and name.startswith(language)):
+            raise ValueError(f"{own[min(own)]} must be a linear layer of a text model")
         if own:
             placed[name] = [
                 _part(layer, k, len(modules), m, left.pop(m)) for k, m in own.items()
             ]
-    elsewhere = [name for name in left if is_pp_missing_parameter(name, manager.model)]
-    if left.keys() - elsewhere:
-        names = ", ".join(sorted(left)[:3])
+    lost = [name for name in left if not is_pp_missing_parameter(name, manager.model)]
+    if lost:
+        names = ", ".join(sorted(lost)[:3])
         raise ValueError(f"the base has no linear layer for {names}")
     return placed
 
@@ -234,8 +237,7 @@ def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
         raise RuntimeError("a recorded graph cannot follow M's: use --enforce-eager")
     known: Any = get_forward_context().no_compile_layers
     manager, module = known[name]
-    wrapper = manager.modules[module].punica_wrapper
-    for lora_id, rows in wrapper.rows.items():
+    for lora_id, rows in manager.modules[module].punica_wrapper.rows.items():
         placed = getattr(manager.get_adapter(lora_id), "placed", {})
         for part in placed.get(module, ()):
             added = part(x[rows].to(part.square.m.dtype))

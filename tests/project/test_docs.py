@@ -460,6 +460,16 @@ def test_rows_with_adapters_of_their_own_are_as_measured(name):
         assert f"| {label} | {line} |" in page, label
 
 
+def test_rates_of_vllm_are_as_measured():
+    page = (ROOT / "docs/vllm.md").read_text()
+    results = ROOT / "benchmarks/serving/results/vllm_rates.json"
+    for row in json.loads(results.read_text())["results"]:
+        cells = row["method"], row["rank"] or "", f"{row['rate']:.2f}"
+        cells += f"{row['time']:.2f}", f"{row['megabytes']:,.1f}"
+        line = "|".join(f" {cell} " if cell else " " for cell in cells)
+        assert f"|{line}|" in page
+
+
 def test_files_that_pages_name_exist():
     ours = [*(ROOT / "mora_jax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     for page in (ROOT / "docs/inside.md", ROOT / "CONTRIBUTING.md"):

@@ -96,6 +96,15 @@ def test_a_llama_of_hugging_face_is_a_model(folder):
     close(logits, jax.jit(model.apply)({"params": params}, IDS))
 
 
+def test_what_is_saved_is_what_was_loaded(folder, tmp_path):
+    model, params, tokenizer = smollm2.load(folder)
+    smollm2.save(tmp_path / "new", model, params, tokenizer)
+    again = smollm2.load(tmp_path / "new")
+    assert again[0].config == model.config
+    assert_same(again[1], params)
+    assert again[2].chat("a") == tokenizer.chat("a")
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "match"),
     [
