@@ -57,7 +57,7 @@ ENVIRONMENT = os.environ | {
     "VLLM_NO_USAGE_STATS": "1",
 }
 RANDOM = np.random.default_rng(0)
-PROMPTS = RANDOM.integers(1, VOCAB, (3, 12)).tolist()
+PROMPTS = RANDOM.integers(1, VOCAB, (3, 40)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,10 @@ def served(base, adapters, out, compiled=None, prompts=PROMPTS, **settings):
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "as by default"])
 def test_all_operators_in_one_batch(eager, base, exported, merged, tmp_path):
-    """With a LoRA and the base; what is damaged or of another base is refused."""
+    """With a LoRA and the base; what is damaged or of another base is refused.
+
+    Then two of them are replaced under their names while the engine runs.
+    """
     folder, trees = exported
     paths = {name: folder / name for name in trees}
     paths |= bad_ones(folder / "block_diagonal", tmp_path)
@@ -183,6 +186,11 @@ def test_all_operators_in_one_batch(eager, base, exported, merged, tmp_path):
     for name in trees:
         check(merged / name, said["found"][name])
         assert said["found"][name] != said["found"][""]
+    for (one, answers), other in zip(
+        said["exchanged"].items(), reversed(said["exchanged"]), strict=True
+    ):
+        assert one != other
+        check(merged / other, answers)
 
 
 def test_two_devices_say_the_same(base, exported, merged, tmp_path):
