@@ -194,9 +194,10 @@ def test_all_operators_in_one_batch(eager, base, exported, merged, tmp_path):
 
 
 def test_two_devices_say_the_same(base, exported, merged, tmp_path):
+    """With two slots for four adapters, which make room for each other."""
     names = "rotation", "block_diagonal", "damped-orthogonal", "signed_sharing"
     paths = {name: exported[0] / name for name in names}
-    two = {TENSORS: 2, "enforce_eager": True}
+    two = {TENSORS: 2, "enforce_eager": True, "max_loras": 2}
     said = served(base, paths, tmp_path / "out", **two)
     assert said["refused"] == {}
     for name in names:
