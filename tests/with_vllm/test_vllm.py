@@ -291,7 +291,9 @@ def test_a_stream_of_requests(tmp_path, base, taught, tokenizer):
     words = command_of(taught["lora"])
     names = "lora", "square", "shared"
     words += [command_of(taught[name])[-1] for name in names[1:]]
-    words += ["--max-loras", "3"]
+    # On CPUs vLLM 0.32 answers for the base, beside adapters, with the LoRA of its last
+    # slot: here that stays free.
+    words += ["--max-loras", "8"]
     questions = [fact.question for name in names for fact in taught[name].facts]
     questions += [*ORDINARY][:2]
     with serving(words, {*names, str(base)}) as server:
