@@ -69,7 +69,7 @@ def bytes_of(model: Any) -> int:
         arrays += getattr(layer, "lora_b_stacked", ())
     for adapter in manager.list_adapters().values():
         for one in getattr(adapter, "squares", {}).values():
-            arrays += [one.m, *one.compress, *one.decompress]
+            arrays += [one.m, *one.compress, *one.decompress, *(one.damped or ())]
     held = {a.data_ptr(): a.nbytes for a in arrays if a is not None}
     return sum(held.values())
 

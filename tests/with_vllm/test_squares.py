@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,32 @@ def test_numbers_are_the_oracles(case, sizes, tmp_path):
         sum(vllm.Part(0, square, i, o)(x[:, i]) for i in ins).numpy() for o in outs
     ]
     np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["tpu", "tower", "sharded", "unknown"])
+def test_what_would_be_passed_by_is_refused(fault):
+    """A device, a tower that vLLM calls without a context, and layers that lack."""
+    layer = vllm.Layer.__new__(vllm.Layer)
+    name = "vision.fc" if fault == "tower" else "text.fc"
+    language = SimpleNamespace(language_model=["text"])
+    manager = SimpleNamespace(
+        lora_config=SimpleNamespace(fully_sharded_loras=fault == "sharded"),
+        device=SimpleNamespace(type="tpu" if fault == "tpu" else "cpu"),
+        supports_mm=True,
+        mm_mapping=language,
+        modules={name: layer},
+        packed_modules={},
+        model=torch.nn.Module(),
+    )
+    asked = "text.other" if fault == "unknown" else name
+    reasons = {
+        "tpu": "CPUs and GPUs, got tpu",
+        "tower": "vision.fc must be a linear layer of a text model",
+        "sharded": "without fully sharded LoRAs",
+        "unknown": "no linear layer for text.other",
+    }
+    with pytest.raises(ValueError, match=reasons[fault]):
+        vllm.place(manager, {asked: None})
 
 
 def test_no_jax_is_imported():
