@@ -1,4 +1,4 @@
-"""Vectors that repeat: tiles, and their sums."""
+"""Vectors in blocks of neighbours, and in tiles, which repeat; sums of tiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
@@ -29,6 +30,36 @@ def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths) if widths[axis][1] else x
+
+
+def cut(x: jax.Array, n: int) -> jax.Array:
+    """(..., features) -> (..., n, width): neighbours, and zeros in shorter blocks."""
+    *batch, features = x.shape
+    width = -(-features // n)
+    longer = features - n * (width - 1)
+    if longer == n:
+        return x.reshape(*batch, n, width)
+    first = x[..., : longer * width].reshape(*batch, longer, width)
+    rest = x[..., longer * width :].reshape(*batch, n - longer, width - 1)
+    return jnp.concatenate([first, pad_to(rest, width)], axis=-2)
+
+
+def join(h: Any, features: int) -> Any:
+    """(..., n, width) -> (..., features): the transpose of `cut`, also for NumPy."""
+    *batch, n, width = h.shape
+    longer = features - n * (width - 1)
+    if longer == n:
+        return h.reshape(*batch, features)
+    numpy = np if isinstance(h, np.ndarray) else jnp
+    first = h[..., :longer, :].reshape(*batch, longer * width)
+    rest = h[..., longer:, :-1].reshape(*batch, features - longer * width)
+    return numpy.concatenate([first, rest], axis=-1)
+
+
+def places(features: int, n: int) -> np.ndarray:
+    """The places of features in their blocks, block * width + offset: (features,)."""
+    width = -(-features // n)
+    return join(np.arange(n * width).reshape(n, width), features)
 
 
 def stored(by_rows: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -11,23 +11,13 @@ from jax import Array
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax.operators._base import Operator, Precision, Side
-from mora_jax.operators._cut import cut, join, places
+from mora_jax._jax.tiles import cut, join, places
+from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
 
 LEAST_USE = 2 / 3
 """The part of the parameters that blocks which divide both widths must have."""
-
-
-def _order(side: Side, *, inverse: bool = False) -> Any:
-    def order(op: "BlockDiagonal") -> np.ndarray | None:
-        if op.seed == 0:
-            return None
-        order = permutation(getattr(op, f"{side}_features"), op.seed)
-        return np.argsort(order).astype(np.int32) if inverse else order
-
-    return seeded(order)
 
 
 @operator
@@ -61,10 +51,8 @@ class BlockDiagonal(Operator):
     """
 
     seed: int = 0
-    in_order: ArrayLike | None = _order("in")
-    in_inverse: ArrayLike | None = _order("in", inverse=True)
-    out_order: ArrayLike | None = _order("out")
-    out_inverse: ArrayLike | None = _order("out", inverse=True)
+    in_orders: tuple[ArrayLike, ...] = seeded(lambda op: _orders(op, op.in_features))
+    out_orders: tuple[ArrayLike, ...] = seeded(lambda op: _orders(op, op.out_features))
 
     name = "block_diagonal"
     work = "blocks"
@@ -109,7 +97,7 @@ class BlockDiagonal(Operator):
     def aligned(self) -> bool:
         """True if blocks are slices of features, all of one width."""
         widths = self.in_features, self.out_features
-        return self.in_order is None and not any(w % self.square_rank for w in widths)
+        return not self.in_orders and not any(w % self.square_rank for w in widths)
 
     @property
     def gains(self) -> tuple[float, float]:
@@ -117,13 +105,13 @@ class BlockDiagonal(Operator):
         return 1.0, 1.0
 
     def _compress(self, x: Array) -> Array:
-        if self.in_order is not None:
-            x = _Reorder()((self.in_order, self.in_inverse), x)
+        if self.in_orders:
+            x = _Reorder()(self.in_orders, x)
         return cut(x, self.square_rank)
 
     def _decompress(self, h: Array) -> Array:
-        y, orders = join(h, self.out_features), (self.out_order, self.out_inverse)
-        return y if self.out_order is None else _Reorder()(orders, y, transposed=True)
+        y, orders = join(h, self.out_features), self.out_orders
+        return _Reorder()(orders, y, transposed=True) if orders else y
 
     def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.einsum("...np,nps->...ns", h, m, precision=precision)
@@ -134,8 +122,8 @@ class BlockDiagonal(Operator):
     def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         # A row of M, among zeros for the outputs of other blocks.
         n, p, s = self.m_shape
-        if self.in_inverse is not None:
-            indices = jnp.asarray(self.in_inverse)[indices]
+        if self.in_orders:
+            indices = jnp.asarray(self.in_orders[1])[indices]
         at = jnp.asarray(places(self.in_features, n))[indices]
         here = (at // p)[..., None] == jnp.arange(n)
         rows = m.reshape(n * p, s)[at]
@@ -143,6 +131,14 @@ class BlockDiagonal(Operator):
 
     def matrix(self, m: Array) -> Array:
         return self.unit_rows(jnp.arange(self.in_features), m)
+
+
+def _orders(op: BlockDiagonal, features: int) -> tuple[np.ndarray, ...]:
+    """The order of features and its inverse; () if they stay as they are."""
+    if op.seed == 0:
+        return ()
+    order = permutation(features, op.seed)
+    return order, np.argsort(order).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,8 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
-from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tiles import cut, join, places, sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
-from mora_jax.operators._cut import cut, join, places
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.decoupling import block_positions

@@ -59,10 +59,10 @@ def _own_numbers(op):
         for w in (op.in_features, op.out_features)
     ]
     ins, outs = (
-        [*zip(range(w) if order is None else np.asarray(order), place, strict=True)]
-        for w, order, place in (
-            (op.in_features, op.in_order, places[0]),
-            (op.out_features, op.out_order, places[1]),
+        [*zip(np.asarray(orders[0]) if orders else range(w), place, strict=True)]
+        for w, orders, place in (
+            (op.in_features, op.in_orders, places[0]),
+            (op.out_features, op.out_orders, places[1]),
         )
     )
     for i, (k, row) in ins:
