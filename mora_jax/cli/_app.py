@@ -65,32 +65,25 @@ def options(version: Version = False) -> None:
         raise typer.Exit()
 
 
-def format_of(directory: _files.PathLike) -> str:
-    """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
-    config = _files.as_path("directory", directory) / _files.CONFIG
-    if not config.exists():
-        return "mora"
-    content = read_json(config)
-    if isinstance(content, dict) and content.get("peft_type") == "LORA":
-        return "peft-mora" if content.get("use_mora") else "peft-lora"
-    why = "is of no adapter that we know"
-    raise io.AdapterFileError(f"{config.name} in {directory} {why}")
-
-
 def read_adapter(
     directory: _files.PathLike, base: str | None = None, names: io.Names = None
-) -> Tree:
-    """Adapters of any format; only the reference's needs the `base`."""
+) -> tuple[Tree, str, dict[str, Any]]:
+    """Adapters of any format, with that and their metadata, which ours alone have.
+
+    The format is "mora", "peft-mora" or "peft-lora". The second needs the `base`.
+    """
     checkpoint = None if base is None else io.Checkpoint(_files.as_path("base", base))
     path = _files.as_path("adapter", directory)
-    if format_of(path) == "mora":
-        return io.load(path)
-    return io.load_peft(path, checkpoint and checkpoint.shapes(names), names)
-
-
-def read_metadata(adapter: _files.PathLike) -> dict[str, Any]:
-    """The metadata of an adapter in this library's format; others have none."""
-    return io.read_metadata(adapter) if format_of(adapter) == "mora" else {}
+    config = path / _files.CONFIG
+    if not config.exists():
+        return io.load(path), "mora", io.read_metadata(path)
+    content = read_json(config)
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        why = "is of no adapter that we know"
+        raise io.AdapterFileError(f"{config.name} in {path} {why}")
+    shapes = checkpoint and checkpoint.shapes(names)
+    kind = "peft-mora" if content.get("use_mora") else "peft-lora"
+    return io.load_peft(path, shapes, names), kind, {}
 
 
 def check_apart(out: str, adapter: str) -> None:
@@ -114,8 +107,8 @@ def inspect(
     all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
 ) -> None:
     """Show an adapter: its format, its metadata, its layers and settings."""
-    adapters = read_adapter(adapter, base, names)
-    typer.echo(f"format: {format_of(adapter)}\nmetadata: {read_metadata(adapter)}")
+    adapters, kind, metadata = read_adapter(adapter, base, names)
+    typer.echo(f"format: {kind}\nmetadata: {metadata}")
     typer.echo(summary(adapters, collapse=not all_layers))
 
 
@@ -132,7 +125,7 @@ def merge(
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    adapters = read_adapter(adapter, base, names)
+    adapters, *_ = read_adapter(adapter, base, names)
     check_apart(out, adapter)
     settings: Any = {"force": force, "any_base": any_base, "rounding": rounding}
     console = Console(stderr=True)
@@ -183,14 +176,14 @@ def export(
     force: Force = False,
 ) -> None:
     """Write an adapter as a LoRA for other programs, or in this library's format."""
-    adapters = read_adapter(adapter, base, names)
+    adapters, _, metadata = read_adapter(adapter, base, names)
     check_apart(out, adapter)
     told = f"{out}: {len(adapters_in(adapters).kernels)} adapters"
     if program == "mora":
         if rank is not None:
             raise ValueError("rank is of a LoRA, and not --for mora")
         _files.check_free("out", out, [_files.TENSORS], force)
-        io.save(out, adapters, read_metadata(adapter))
+        io.save(out, adapters, metadata)
     else:
         settings: Any = {"rank": rank, "max_error": max_error}
         settings |= {"base_model": base_model, "native": native, "force": force}

@@ -19,7 +19,7 @@ from safetensors.numpy import save as as_bytes
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
-from mora_jax.cli._app import format_of, read_adapter
+from mora_jax.cli._app import read_adapter
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io.peft._reference import reference_operator
@@ -50,8 +50,9 @@ def test_a_url_holds_what_a_path_does(tmp_path):
         assert contents(url) == contents(tmp_path / "a")
         assert_same(load(url), adapters)
         assert io.read_metadata(url) == {"task": "x"}
-        assert format_of(url) == "mora"
-        assert_same(read_adapter(url), adapters)
+        read, *told = read_adapter(url)
+        assert_same(read, adapters)
+        assert told == ["mora", {"task": "x"}]
     ((m,), module) = jax.tree.leaves(ADAPTED), ".".join(UP_PROJ[:-1])
     write_reference(tmp_path / "reference", 1, {module: (np.asarray(m), 2)})
     cloud.upload(tmp_path / "reference", "mem://bucket/reference")
@@ -195,7 +196,7 @@ def test_gs_goes_to_its_backend(monkeypatch, tmp_path):
 def test_a_missing_package_is_named(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setenv("EPATH_USE_TF", "false")
-    for call in (load, io.read_metadata, io.Checkpoint, format_of):
+    for call in (load, io.read_metadata, io.Checkpoint, read_adapter):
         with pytest.raises(ImportError, match=package) as error:
             call(f"{scheme}://bucket/x")
         assert "\n" not in str(error.value)
@@ -207,7 +208,6 @@ CALLS = {
     "save": (lambda path: save(path, made(PLAN)), "directory"),
     "load": (load, "directory"),
     "read_metadata": (io.read_metadata, "directory"),
-    "format_of": (format_of, "directory"),
     "read_adapter": (read_adapter, "adapter"),
     "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
     "export": (lambda p: io.export(p, made(PLAN), "peft"), "directory"),
@@ -241,8 +241,7 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
     assert {"a", "b", "c d", TENSORS} <= set(os.listdir(tmp_path))
     assert_same(load(epath.Path(tmp_path / "a")), adapters)
     io.export(f"file://{tmp_path}/lora", ADAPTED, "peft")
-    assert format_of("~/lora") == "peft-lora"
-    assert io.load_peft("~/lora")
+    assert read_adapter("~/lora")[1:] == ("peft-lora", {})
 
 
 def test_errors_name_the_users_path(tmp_path):
