@@ -1,5 +1,6 @@
 """Digests of adapted kernels, which tell the base of an adapter from others."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -17,27 +18,25 @@ from mora_jax._plan.spec import AdapterSpec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
-    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes."""
-    if not readable(kernel):
-        rule = "params must hold arrays that this process can read in full"
-        got = f"one of shape {kernel.shape} with parts on other processes"
-        raise ValueError(f"{rule}, got {got}")
-    # Only these rows are copied to the host, from the first to the last one.
+    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes.
+
+    If processes share the kernel, all of them must call this together.
+    """
     axes, stack = spec.axes, spec.stack_shape
     ins = sizes(spec.kernel_shape, axes, "i")
     count = min(8, math.prod(ins))
     numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
-    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
-    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
+    places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
     if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
         kernel = kernel.addressable_data(0)
     sharding = getattr(kernel, "sharding", None)
+    # Only these rows are copied to the host, from the first to the last one.
     if isinstance(sharding, NamedSharding):
-        # Where types name a mesh, JAX has to be told where the rows are to be.
         there = NamedSharding(sharding.mesh, PartitionSpec())
-        taken = kernel.at[index].get(out_sharding=there)
+        bits = _row_bits(kernel, places, axes, there).addressable_data(0)
+        taken = np.asarray(bits).view(kernel.dtype)
     else:
-        taken = kernel[index]
+        taken = kernel[_index(places, axes)]
     # NumPy puts the rows where the input axes are, or first if those are apart.
     together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
     rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
@@ -50,11 +49,29 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rounded)
 
 
-def readable(kernel: Any) -> bool:
-    """True if this process has all values of `kernel`, which need not be an array."""
-    if isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer):
-        return kernel.is_fully_addressable or kernel.is_fully_replicated
-    return isinstance(kernel, np.ndarray)
+def _index(places: Any, axes: str) -> tuple[Any, ...]:
+    """The index of rows in a kernel, by their places along each of its input axes."""
+    each = iter(places)
+    return tuple(next(each) if letter == "i" else slice(None) for letter in axes)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "there"))
+def _row_bits(
+    kernel: jax.Array, places: jax.Array, axes: str, there: NamedSharding
+) -> jax.Array:
+    """Rows of a kernel on every device, as integers."""
+    # Devices send rows alone, as a sum in which others have zeros. It would make 0.0 of
+    # a -0.0, so it is a sum of integers.
+    unsigned = f"uint{8 * kernel.dtype.itemsize}"
+    bits = jax.lax.bitcast_convert_type(kernel, unsigned)
+    rows = bits.at[_index(places, axes)].get(out_sharding=there)
+    return jax.lax.with_sharding_constraint(rows, there)
+
+
+def is_shared(array: Any) -> bool:
+    """True if processes share an array, or one that a shape with a sharding is of."""
+    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    return not (sharding is None or sharding.is_fully_addressable)
 
 
 def check_base(
@@ -62,15 +79,21 @@ def check_base(
 ) -> None:
     """Raise if one of `named_leaves` is not what its adapter was trained on.
 
-    Nothing is known without a digest, or where this process lacks some of the values.
+    Nothing is known without a digest, or of shapes and tracers.
     """
+    found = {}
     for path, spec in specs.items():
         name = "/".join(path)
         if getattr(spec, "base_digest", None) is None or name not in leaves:
             continue
         kernel = leaves[name][1]
-        if readable(kernel) and kernel.shape == spec.kernel_shape:  # others are refused
-            check_digests(name, spec, kernel_digests(spec, kernel))
+        known = isinstance(kernel, np.ndarray | jax.Array)
+        known = known and not isinstance(kernel, Tracer)
+        if known and kernel.shape == spec.kernel_shape:  # others are refused
+            found[name] = spec, kernel_digests(spec, kernel)
+    # What processes compute together is behind them when one of them raises.
+    for name, (spec, digests) in found.items():
+        check_digests(name, spec, digests)
 
 
 def check_digests(

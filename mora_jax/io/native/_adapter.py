@@ -10,19 +10,24 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax._tree import paths
-from mora_jax._tree.base_digest import check_base, kernel_digests
+from mora_jax._tree.base_digest import check_base, is_shared, kernel_digests
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
+from mora_jax.io._hosts import together
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 from mora_jax.io.native._records import Arrays, Record
 from mora_jax.operators import Damped
+from mora_jax.sharding import adapter_shardings
 
 FORMAT, KEY, WHERE = "mora_jax adapter", "mora_jax", f"the config in {TENSORS}"
 """The format, the only key of the metadata, and the config's name in messages."""
@@ -66,17 +71,29 @@ def load(
     """
     path = _files.as_path("directory", directory)
     leaves = {} if params_or_shapes is None else paths.named_leaves(params_or_shapes)
-    shapes = (leaf.shape for _, leaf in leaves.values())
-    found = _restored(*_content(path), shapes)
-    if leaves:
-        try:
-            for place, spec in found.specs.items():
-                paths.find_array(leaves, place, spec)
+    shared = any(is_shared(leaf) for _, leaf in leaves.values())
+    try:
+        with together("load", shared) as alike:
+            config, arrays = _content(path)
+            shapes = (leaf.shape for _, leaf in leaves.values())
+            found = _restored(config, arrays, shapes)
+            for place, spec in found.specs.items() if leaves else ():
+                alike.append(_place(*paths.find_array(leaves, place, spec)))
+            alike.append(config["sha256"])
+        with together("load", shared):
             if not any_base:
                 check_base(found.specs, leaves)
-        except (TypeError, ValueError) as error:
-            raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
-    return found.tree()
+    except AdapterFileError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
+    tree = found.tree()
+    return _on_mesh(tree, adapter_shardings(tree, params_or_shapes)) if shared else tree
+
+
+def _place(path: Path, array: Any) -> tuple[object, ...]:
+    """What processes that share an array must agree on."""
+    return path, array.shape, array.dtype, array.sharding if is_shared(array) else None
 
 
 def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
@@ -173,25 +190,48 @@ def save(
       >>> adapters["fc"]["kernel_mora"].spec == plan["fc/kernel"]
       True
     """
-    target = _files.as_path("directory", directory)
-    foreign = CONFIG * (target / CONFIG).exists()
-    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
-        if not foreign and KEY not in TensorFile(target / TENSORS).metadata:
-            foreign = TENSORS
-    if foreign:
-        rule = "directory must not hold an adapter of another format"
-        got = f"got {target}, whose {foreign} is not mora_jax's"
-        raise FileExistsError(f"{rule}, {got}; save to another one, or delete that")
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
-    kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
-    if params is not None:
-        leaves = paths.named_leaves(params)
-        for path, adapter in found.kernels.items():
+    with together("save") as alike:
+        if chief := jax.process_index() == 0:  # the others need not see the directory
+            _refuse_foreign(target := _files.as_path("directory", directory))
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
+        kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
+        for place, adapter in found.placed.items():
+            check_concrete(adapter.m, "/".join(place), np.shape(adapter.m))
+            alike.append(_place(place, adapter.m))
+        leaves = {} if params is None else paths.named_leaves(params)
+        kernels: dict[Path, Any] = {}
+        for path, adapter in found.kernels.items() if leaves else ():
             _, kernel = paths.find_array(leaves, path, spec := adapter.spec)
             check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
+            kernels[path] = kernel
+            alike.append(_place(path, kernel))
+    with together("save") as alike:
+        # What the processes compute together comes before checks, which end it on one.
+        for path, kernel in kernels.items():
+            spec = found[path].spec
             spec = dataclasses.replace(spec, base_digest=kernel_digests(spec, kernel))
-            found[path] = adapter.replace(spec=spec)
+            found[path] = found[path].replace(spec=spec)
+            alike.append(spec.base_digest)
+        for path, adapter in found.items():
+            if is_shared(adapter.m):
+                m = multihost_utils.process_allgather(adapter.m, tiled=True)
+                found[path] = adapter.replace(m=m)
+        arrays = _arrays_of(found)
+    with together("save"):
+        if chief:
+            more = {"format": FORMAT, "metadata": kept}
+            more["tensors_sha256"] = _digest(arrays)
+            text = _records.text_of(dict(sorted(found.items())), more)
+            data = encode(arrays, {KEY: text})
+            # Nothing is written that cannot be read.
+            shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
+            _restored(*_content(target, data), shapes)
+            _files.replace_file(target / TENSORS, data)
+
+
+def _arrays_of(found: paths.Found) -> dict[str, np.ndarray]:
+    """The arrays of a file, with those that operators were given."""
     arrays: dict[str, np.ndarray] = {}
     for path, adapter in found.items():
         name = "/".join(paths.place_of(path, adapter.spec))
@@ -202,10 +242,26 @@ def save(
             op = op.inner
         if op is not None and op.given:
             arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
-    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
-    text = _records.text_of(dict(sorted(found.items())), more)
-    data = encode(arrays, {KEY: text})
-    # Nothing is written that cannot be read.
-    shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
-    _restored(*_content(target, data), shapes)
-    _files.replace_file(target / TENSORS, data)
+    return arrays
+
+
+def _refuse_foreign(target: Location) -> None:
+    """Raise if a directory holds an adapter of another format."""
+    foreign = CONFIG * (target / CONFIG).exists()
+    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
+        if not foreign and KEY not in TensorFile(target / TENSORS).metadata:
+            foreign = TENSORS
+    if foreign:
+        rule = "directory must not hold an adapter of another format"
+        got = f"got {target}, whose {foreign} is not mora_jax's"
+        raise FileExistsError(f"{rule}, {got}; save to another one, or delete that")
+
+
+def _on_mesh(tree: paths.Tree, shardings: paths.Tree) -> paths.Tree:
+    """Adapters on a mesh of several processes, each of which has its parts."""
+
+    def put(m: jax.Array, sharding: NamedSharding) -> jax.Array:
+        read = np.asarray(m).__getitem__
+        return jax.make_array_from_callback(m.shape, sharding, read)
+
+    return jax.tree.map(put, tree, shardings)
