@@ -1,9 +1,10 @@
 """A kernel's axes as letters: which are features, and which are stacked."""
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from mora_jax._common.types import Shape
 
 T = TypeVar("T")
+Places = tuple[int, ...]
 
 
 def may_be_conv1d(name: str) -> bool:
@@ -70,6 +72,60 @@ def features(shape: Shape, axes: str) -> tuple[int, int]:
     if not {"i", "o"} <= set(axes):
         raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
     return math.prod(sizes(shape, axes, "i")), math.prod(sizes(shape, axes, "o"))
+
+
+def without(items: Sequence[T], places: Collection[int]) -> tuple[T, ...]:
+    """The items that are at none of `places`."""
+    return tuple([item for k, item in enumerate(items) if k not in places])
+
+
+def stack_places(whole: Shape, shape: Shape) -> list[Places]:
+    """Places of axes without which `whole` is `shape`: the ones in front come first."""
+    count = len(whole) - len(shape)
+    places = itertools.combinations(range(len(whole)), max(count, 0))
+    return [each for each in places if without(whole, each) == shape]
+
+
+def interleaved(
+    stack: Sequence[T], others: Sequence[T], places: Collection[int]
+) -> list[T]:
+    """The items of a stack at `places`, between the others."""
+    left, right, count = iter(stack), iter(others), len(stack) + len(others)
+    return [next(left if k in places else right) for k in range(count)]
+
+
+@functools.lru_cache(maxsize=1024)
+def order_in_model(axes: str, ndim: int) -> tuple[int, ...]:
+    """The axes of an M, (*stack, *m_shape), in the order in which a model has them.
+
+    The stack's are where the kernel's are, since Flax's lifted transformations slice
+    both alike. Those behind the features of the kernel are behind the ones of M.
+    """
+    last, places = max(axes.rfind("i"), axes.rfind("o")), range(len(axes))
+    stack = [k if k < last else k - len(axes) for k in places if axes[k] == "s"]
+    if any(not -ndim <= k < ndim for k in stack):
+        rule = f"an M of {ndim - len(stack)} axes is stacked on one of its own at most"
+        raise ValueError(f"{rule}, got a kernel with axes {axes!r}")
+    at = {k % ndim: number for number, k in enumerate(stack)}
+    features = iter(range(len(stack), ndim))
+    return tuple([at[k] if k in at else next(features) for k in range(ndim)])
+
+
+def to_model(array: Any, axes: str) -> Any:
+    """An array (*stack, ...), or its shape, with stack axes where a model has them."""
+    return _transposed(array, order_in_model(axes, array.ndim))
+
+
+def from_model(array: Any, axes: str) -> Any:
+    """Undo `to_model`."""
+    order = order_in_model(axes, array.ndim)
+    return _transposed(array, sorted(range(array.ndim), key=order.__getitem__))
+
+
+def _transposed(array: Any, order: Sequence[int]) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct([array.shape[k] for k in order], array.dtype)
+    return array.transpose(*order)
 
 
 def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._common.axes import axes_by_name, features
+from mora_jax._common.axes import axes_by_name, features, interleaved
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import alike, matching, patterns
 from mora_jax._common.trees import refuse_variables
@@ -181,7 +181,9 @@ class Candidates:
         if name not in self.survey.products:
             raise ValueError(self.survey.why_unknown(name))
         axes = self.survey.products[name].axes
-        return "s" * (len(self.arrays[name].shape) - len(axes)) + axes
+        more = len(self.arrays[name].shape) - len(axes)
+        (places, *_) = self.survey.places.get(name, [range(more)])
+        return "".join(interleaved("s" * more, axes, places))
 
     def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         names, found = matching("train", self.config.train, self.leaves), {}

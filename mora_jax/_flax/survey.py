@@ -11,8 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.axes import Places, interleaved, order_in_model, stack_places
 from mora_jax._common.suggestions import patterns
 from mora_jax._common.trees import split_static
+from mora_jax._common.types import Shape
 from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
@@ -48,6 +50,8 @@ class Survey:
       products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: its class}.
+      places: {path of a kernel, or of what scales one: the choices of the axes that a
+        lifted transformation takes off, so that its layer has the shape that it has}.
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses, traced: The uses of arrays in calls that were traced; True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
@@ -60,6 +64,7 @@ class Survey:
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
+    places: dict[str, list[Places]] = dataclasses.field(default_factory=dict)
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses = dataclasses.field(default_factory=Uses)
     traced: bool = False
@@ -76,11 +81,7 @@ class Survey:
         product, x = call.read()
         rule, module = call.rule, call.module
         if (kernel := rule.kernel_of(module)) is not None:
-            shape, whole = tuple(kernel.shape), tuple(self.leaves[name].shape)
-            if whole[len(whole) - len(shape) :] != shape:
-                used = f"{name} of shape {whole} is used as {shape}"
-                how = "(variable_axes={'params': 0}, nnx.StateAxes({...: 0}))"
-                raise ValueError(f"{used}: stacked axes must come first {how}")
+            self._see(name, tuple(kernel.shape))
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
         # Of several methods with one kernel (an embedding and its tied head) the first
@@ -99,6 +100,14 @@ class Survey:
             )
         return mark(y, marked, end=True, companion=adapter and adapter.m)
 
+    def _see(self, name: str, shape: Shape) -> None:
+        """Take note of the shape of a kernel, or of a scale, as its layer has it."""
+        whole = tuple(self.leaves[name].shape)
+        places = stack_places(whole, shape)
+        self.places[name] = [p for p in self.places.get(name, places) if p in places]
+        if not self.places[name]:
+            raise ValueError(f"{name} of shape {whole} is used as one of shape {shape}")
+
     def _scale(self, name: str, call: LayerCall) -> float | str | None:
         """The scale of the kernel at `name`, for its `MarkedCall`."""
         rule, ndim = call.rule, len(self.products[name].axes)
@@ -107,6 +116,7 @@ class Survey:
         if isinstance(rule.scale, str):
             path = "/".join([*name.split("/")[:-1], rule.scale])
             self.scales[path] = range(ndim - jnp.ndim(scale), ndim)
+            self._see(path, jnp.shape(scale))
             return path
         if scale is None:
             return None
@@ -118,6 +128,7 @@ class Survey:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         product = folded_kernels(cls)[name.rpartition("/")[2]]
         self.products[name] = product
+        self._see(name, tuple(kernel.shape))
         call = MarkedCall(name, product.claim, cls.__name__, companion=name + SUFFIX)
         return mark(kernel, call, end=True, companion=adapter and adapter.m)
 
@@ -135,12 +146,32 @@ class Survey:
             remedy = "exclude kernels whose params code takes apart"
             which = "as nn.WeightNorm and nn.map_variables do"
             raise ValueError(f"{told}: {error}; {remedy}, {which}") from error
-        axes = {n: range(len(product.axes)) for n, product in self.products.items()}
         for name, spec in () if plan is None else plan.items():
-            axes[name + SUFFIX] = range(len(spec.operator.m_shape))  # without a stack's
+            own = [p for p in self.places.get(name, ()) if p in spec.stacks(len(p))]
+            self.places[name] = own or [tuple(range(len(spec.stack_shape)))]
+        for name in [n for n, places in self.places.items() if len(places) > 1]:
+            # As many layers as features: shapes do not tell which is which.
+            choices = self.places[name]
+            for self.places[name] in [[choice] for choice in (*choices, choices[0])]:
+                follow(program, list(self.leaves), self._axes(plan), uses := Uses())
+                if name not in uses.faults:
+                    break
         self.traced = True
-        follow(program, list(self.leaves), axes | self.scales, self.uses)
+        follow(program, list(self.leaves), self._axes(plan), self.uses)
         return program
+
+    def _axes(self, plan: Plan | None) -> dict[str, list[int]]:
+        """Numbers of the axes of arrays, as layers see them; of stack axes negative."""
+        own = {n: range(len(product.axes)) for n, product in self.products.items()}
+        axes = {}
+        for name, numbers in (own | self.scales).items():
+            more = self.leaves[name].ndim - len(numbers)
+            (places, *_) = self.places.get(name, [range(more)])
+            axes[name] = interleaved(range(-more, 0), numbers, places)
+        for name, spec in () if plan is None else plan.items():
+            m = range(-len(spec.stack_shape), len(spec.operator.m_shape))
+            axes[name + SUFFIX] = [m[k] for k in order_in_model(spec.axes, len(m))]
+        return axes
 
     def fault(self, name: str) -> str:
         """Reason why an adapter of a kernel would not be what a merge is, or ""."""
@@ -158,11 +189,9 @@ class Survey:
             teach = f", or teach its class{cls} with mora_jax.register_layer"
             return f"{told}{'' if is_known else teach}; {REBUILT}"
         if fault := uses.faults.get(name):
-            stacked = self.leaves[name].ndim > len(self.products[name].axes)
-            hint = "; the axes of a stack must come first" if stacked else ""
             told = f"{fault}, so that adapted and merged model would differ"
             teach = "teach its class by register_layer (scale= if it is scaled)"
-            return f"{told}; exclude it, or {teach}{hint}"
+            return f"{told}; exclude it, or {teach}"
         read = f"the model reads the M beside this kernel, by {uses.outside.get(m)}"
         return f"{read}; exclude it" if m in uses.outside else ""
 

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
+from mora_jax._common.axes import from_model, to_model, without
 from mora_jax._common.checks import as_jax_array, check_leaf
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
@@ -117,14 +118,29 @@ class Adapter:
         self._kernel_spec("a delta")
         return delta_of(check_adapter(f"kernel{SUFFIX}", self))
 
-    def of_layer(self, given: Sequence[Array]) -> "Adapter":
-        """The adapter of a layer of a stack whose operator has `given` for its arrays.
+    def in_model(self) -> Any:
+        """M with stack axes where the kernel has them, as a model holds it."""
+        moved = isinstance(self.spec, AdapterSpec) and not self.spec.stacked_in_front
+        return to_model(self.m, self.spec.axes) if moved else self.m
 
-        M is the layer's already.
+    @classmethod
+    def of_model(cls, m: Any, spec: Any, given: Sequence[Array] = ()) -> "Adapter":
+        """The adapter of an M that a model holds, for a stack or for a layer of it.
+
+        `given` are the arrays that its operator has for each layer.
         """
-        operator = by_layer(self.operator)[1](given)
-        stack = self.m.shape[: self.m.ndim - len(operator.m_shape)]
-        return self.replace(spec=self.spec.with_stack(stack, operator=operator))
+        if not given and (isinstance(spec, TrainedArray) or spec.stacked_in_front):
+            return cls(m, spec)
+        shape = tuple(getattr(m, "shape", ()))
+        for taken in spec.stacks(len(spec.shape) - len(shape)):
+            axes, own = "".join(without(spec.axes, taken)), {}
+            if given:
+                arrays = [from_model(array, axes) for array in given]
+                own["operator"] = by_layer(spec.operator)[1](arrays)
+            one = spec.one_of(taken, **own)
+            if one.shape_in_model == shape:
+                return cls(from_model(m, axes), one)
+        return cls(m, spec)  # which is refused for its shape
 
     def _kernel_spec(self, what: str) -> AdapterSpec:
         if not isinstance(self.spec, AdapterSpec):

@@ -31,7 +31,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.axes import features, sizes
+from mora_jax._common.axes import features, sizes, without
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.linear_map import LinearMap
@@ -353,9 +353,10 @@ def dropped(
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
     """Raise unless the layer reads the kernel's axes as the plan does."""
-    # A lifted transformation may take off leading stack axes of the plan.
-    lead = len(spec.axes) - len(product.axes)
-    if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
+    # A lifted transformation may take off stack axes of the plan.
+    taken = spec.stacks(len(spec.axes) - len(product.axes))
+    axes = ("".join(without(spec.axes, places)) for places in taken)
+    if not any(map(product.fits, axes)):
         raise ValueError(
             f"the adapter reads the kernel's axes as {spec.axes!r}, the layer computes "
             f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "

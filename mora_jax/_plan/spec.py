@@ -1,9 +1,10 @@
 """Meanings of trained arrays: adapters of kernels, and arrays that train themselves."""
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -13,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.axes import features, sizes
+from mora_jax._common.axes import features, order_in_model, sizes, without
 from mora_jax._common.checks import check_dtype, check_floating
 from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
@@ -167,6 +168,17 @@ class AdapterSpec(AdapterSettings):
         return (*self.stack_shape, *self.operator.m_shape)
 
     @property
+    def stacked_in_front(self) -> bool:
+        """True if no stack axis of the kernel is behind its features."""
+        return "s" not in self.axes.lstrip("s")
+
+    @property
+    def shape_in_model(self) -> Shape:
+        """The shape of M in a model, with stack axes where the kernel has them."""
+        order = order_in_model(self.axes, len(self.shape))
+        return tuple([self.shape[k] for k in order])
+
+    @property
     def parameters(self) -> int:
         """The number of parameters of M."""
         return math.prod(self.shape)
@@ -208,24 +220,43 @@ class AdapterSpec(AdapterSettings):
             **{name: getattr(self, name) for name in SETTINGS if SETTINGS[name]},
         }
 
-    def with_stack(self, stack: Shape, **operator: Operator) -> "AdapterSpec":
-        """The same adapter for a stack of such kernels, or for one of this stack.
-
-        The operator of one layer is to be given, as `operator`, if each has its own.
-        """
-        # Flax's lifted transformations add leading axes to arrays, or take them off,
-        # and know nothing of what the arrays mean.
+    def with_stack(self, stack: Shape) -> "AdapterSpec":
+        """The same adapter for a stack of such kernels, or for one of this stack."""
+        # Flax's lifted transformations add stack axes to arrays, or take them off, and
+        # know nothing of what the arrays mean.
         own = self.stack_shape
-        if stack == own:
-            return self
         more = len(stack) - len(own)
-        kept, axes = self.kernel_shape[max(-more, 0) :], self.axes[max(-more, 0) :]
-        shape, axes = (*stack[: max(more, 0)], *kept), "s" * max(more, 0) + axes
-        if sizes(shape, axes, "s") != stack or set(self.axes[: max(-more, 0)]) - {"s"}:
+        for taken in self.stacks(-more):
+            if sizes(*self._without(taken), "s") == stack:
+                return self.one_of(taken)
+        if more <= 0 or stack[more:] != own:
             raise ValueError(f"the stack of M must be {own} or within it, got {stack}")
-        # Digests are of the whole stack.
+        shape, axes = (*stack[:more], *self.kernel_shape), "s" * more + self.axes
         changes: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}
-        return dataclasses.replace(self, **changes, **operator)
+        return dataclasses.replace(self, **changes)
+
+    def stacks(self, count: int) -> Iterator[tuple[int, ...]]:
+        """The choices of `count` stack axes of the kernel, the first ones first."""
+        places = [k for k, letter in enumerate(self.axes) if letter == "s"]
+        return itertools.combinations(places, count) if count >= 0 else iter(())
+
+    def one_of(self, taken: Sequence[int], **operator: Operator) -> "AdapterSpec":
+        """The same adapter for one kernel of the stack along the axes `taken`.
+
+        Its operator is to be given, as `operator`, if each has its own.
+        """
+        if not taken and not operator:
+            return self
+        (shape, axes), layout = self._without(taken), self.layout
+        if layout:
+            split = without(layout.mesh_axes[::-1], taken)[::-1]
+            layout = dataclasses.replace(layout, mesh_axes=split)
+        # Digests are of the whole stack.
+        own: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}
+        return dataclasses.replace(self, **own, layout=layout, **operator)
+
+    def _without(self, taken: Sequence[int]) -> tuple[Shape, str]:
+        return without(self.kernel_shape, taken), "".join(without(self.axes, taken))
 
 
 register_pytree(AdapterSpec, ["operator"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,14 @@ class Uses:
 
 
 def follow(
-    program: Jaxpr, names: list[str], axes: dict[str, range], uses: Uses
+    program: Jaxpr, names: list[str], axes: Mapping[str, Sequence[int]], uses: Uses
 ) -> None:
     """Add to `uses` those in the program of one call of a model, with marks.
 
     `names` are the paths of its first inputs, the arrays of the model, and `axes` has
-    the axes of kernels, companions and parameters that scale kernels, as layers see
-    them.
+    the numbers of the axes of kernels, companions and parameters that scale kernels:
+    the positions of their letters in the einsum of the layer, which sees one of a
+    stack; those of a stack are negative.
     """
     program, paths = needed(program, names)
     companions = {call.companion for call in calls_in(program)}
@@ -56,11 +58,7 @@ def follow(
     values: list[Value] = [{} for _ in program.invars]
     for k, (name, shape) in enumerate(zip(paths, shapes(program.invars), strict=False)):
         if len(shape) > 1 or name in axes:
-            # Stack axes have negative numbers, so that the others are the positions
-            # of the letters in the einsum of the layer, which sees one of the stack.
-            own = axes.get(name, range(len(shape)))
-            numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
-            view = named(numbers, shape)
+            view = named(axes.get(name, range(len(shape))), shape)
             values[k] = {name: Trail(view, is_companion=name in companions)}
     for value in walk(Kernels(uses), program, values):
         for name, trail in of_arrays(value).items():

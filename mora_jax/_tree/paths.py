@@ -171,7 +171,7 @@ def adapter_of(leaf: Any) -> Adapter | None:
     if isinstance(leaf, Adapter):
         return leaf
     spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
-    return None if spec is None else Adapter(unboxed(leaf), spec)
+    return None if spec is None else Adapter.of_model(unboxed(leaf), spec)
 
 
 def place_of(path: Path, spec: Spec) -> Path:
@@ -203,7 +203,7 @@ def reboxed(box: Any, value: Any) -> Any:
     if not isinstance(value, Adapter):
         return trees.reboxed(box, value)
     if isinstance(box, nnx.Variable):
-        return box.replace(value.m, spec=value.spec)
+        return box.replace(value.in_model(), spec=value.spec)
     return value  # Linen's metadata are of arrays
 
 

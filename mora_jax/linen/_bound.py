@@ -45,9 +45,9 @@ def layer_calls(
         running.append(module)
         try:
             call = LayerCall(rule, module, run, args, kwargs)
-            if isinstance(adapter.m, tuple):  # of a stack, as `AdaptedApply` has it
-                m, *given = adapter.m
-                adapter = adapter.replace(m=m).of_layer(given)
+            if isinstance(adapter.spec, AdapterSpec):
+                m, *given = adapter.m if isinstance(adapter.m, tuple) else (adapter.m,)
+                adapter = Adapter.of_model(m, adapter.spec, given)
             return output_of(call, adapter)()
         finally:
             running.pop()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.axes import to_model
 from mora_jax._common.suggestions import matching
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
@@ -98,15 +99,18 @@ def program(
     have a spec have an M. Without a survey it is the program of the base.
     """
     shape_of, kernels = jax.ShapeDtypeStruct, {} if survey is None else kernels
-    ms = {p: s and shape_of(s.shape, s.param_dtype) for p, s in kernels.items()}
+    ms = {
+        p: s and shape_of(s.shape_in_model, s.param_dtype) for p, s in kernels.items()
+    }
     known = survey or Survey()
 
     def see(module: Any) -> None:
         known.classes.setdefault("/".join(module.scope.path), type(module))
 
     def record(call: LayerCall, adapter: Adapter) -> Callable[[], Any]:
-        _, name = adapter.spec
-        return functools.partial(known.record_call, name, call, adapter)
+        _, name, spec = adapter.spec
+        own = spec and Adapter.of_model(adapter.m, spec)
+        return functools.partial(known.record_call, name, call, own)
 
     # A new one in each call: in an earlier trace of nn.jit no call would be recorded.
     mark = object()
@@ -114,9 +118,10 @@ def program(
     def run(tree: Any, others: Any, args: Any, kwargs: Any) -> Any:
         params, values = tree
         bound = {}
-        for (*parents, own), m in zip(ms, values, strict=True):
-            name = "/".join((*parents, own))
-            bound[(*parents, own + SUFFIX)] = Adapter(m, (mark, name))
+        for path, m in zip(ms, values, strict=True):
+            *parents, own = path
+            known_as = mark, "/".join(path), kernels[path]
+            bound[(*parents, own + SUFFIX)] = Adapter(m, known_as)
         variables = {**others, "params": with_ms(params, bound)}
         with nn.intercept_methods(layer_calls(record, see)):
             result = model.apply(variables, *args, **kwargs)
@@ -166,9 +171,10 @@ class AdaptedApply:
             if spec.base_digest is not None:  # or equal layers would be told apart
                 plain = dataclasses.replace(spec, base_digest=None)
                 adapter = adapter.replace(spec=plain)
+            m: Any = adapter.in_model()
             if given := by_layer(spec.operator)[0]:  # lifted transformations slice them
-                adapter = adapter.replace(m=(adapter.m, *map(jnp.asarray, given)))
-            bound[place_of(path, spec)] = adapter
+                m = m, *(to_model(jnp.asarray(array), spec.axes) for array in given)
+            bound[place_of(path, spec)] = adapter.replace(m=m)
         drops = any(adapter.spec.dropout > 0 for adapter in kernels.values())
         if drops and adapter_deterministic is None:
             rule = "adapter_deterministic must be True or False"

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.axes import to_model
 from mora_jax._common.checks import as_jax_array, check_seed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
@@ -55,7 +56,7 @@ class MoRAParam(nnx.LoRAParam[Any]):
         if isinstance(value, MoRAParam | Adapter):
             path = ("kernel",)
             check_alike({path: value.spec}, {path: self.spec}, "the variable")
-        return value.m if isinstance(value, Adapter) else value
+        return value.in_model() if isinstance(value, Adapter) else value
 
 
 class Given(nnx.Variable[Any]):
@@ -121,10 +122,10 @@ def held(module: nnx.Module, kernel: str) -> Adapter | None:
     m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:
         return None
-    adapter, given = Adapter(m[...], m.spec), []
+    given: list[Any] = []
     while (array := getattr(module, _given(kernel, len(given)), None)) is not None:
         given.append(array[...])
-    return adapter.of_layer(given) if given else adapter
+    return Adapter.of_model(m[...], m.spec, given)
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -140,6 +141,7 @@ def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -
     m, spec = adapter.m, adapter.spec
     if sharding := named_sharding(getattr(module, kernel)):
         m = jax.device_put(m, adapter_sharding(spec, sharding))
+    m = Adapter(m, spec).in_model()
     setattr(module, kernel + SUFFIX, MoRAParam(m, spec=spec))
     hold_given(module, kernel, spec)
     hold_dropout(module, spec, seed)
@@ -153,7 +155,8 @@ def hold_given(module: nnx.Module, kernel: str, spec: Any) -> None:
     """Put what a stack's layers have each their own of beside M, and nothing else."""
     arrays = by_layer(spec.operator)[0]
     for number, array in enumerate(arrays):
-        setattr(module, _given(kernel, number), Given(jnp.asarray(array)))
+        array = to_model(jnp.asarray(array), spec.axes)
+        setattr(module, _given(kernel, number), Given(array))
     number = len(arrays)
     while hasattr(module, name := _given(kernel, number)):
         delattr(module, name)
@@ -312,7 +315,7 @@ def _fitting(
         m, spec = m.astype(own.dtype), own
     else:  # of one layer where the model has the variable for one
         spec = spec.with_stack(own.stack_shape)
-    sharding = named_sharding(variable)
+    m, sharding = Adapter(m, spec).in_model(), named_sharding(variable)
     if sharding is not None and not isinstance(m, Tracer) and not m.committed:
         m = jax.device_put(m, sharding)
     if hasattr(module, "plain_class"):  # qwix drops in another way
