@@ -154,7 +154,11 @@ def check_concrete(array: Any, name: str, shape: Shape) -> None:
 
 def check_finite(array: Any, name: str, where: str = "") -> None:
     """Raise if `array` holds NaN or infinity, unless it is being traced."""
-    if not isinstance(array, Tracer) and not np.isfinite(array).all():
+    if isinstance(array, Tracer):
+        return
+    # NumPy is faster, and cannot read an array that is on several processes.
+    xp = np if getattr(array, "is_fully_addressable", True) else jnp
+    if not xp.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity{where}")
 
 

@@ -35,10 +35,8 @@ def together(call: str, shared: bool = True) -> Iterator[list[object]]:
     own = hashlib.sha256(repr(alike).encode()).hexdigest()
     for number, said in enumerate(_exchange(call, step, own)):
         if said != own:
-            why = f"failed: {said}" if ":" in said else "has other arguments"
-            raise RuntimeError(
-                f"{call} failed on all processes, as process {number} {why}"
-            )
+            got = said if ":" in said else "other arguments than here"
+            raise RuntimeError(f"{call} failed on process {number}, so on all: {got}")
 
 
 def _exchange(call: str, step: int, said: str) -> list[str]:
