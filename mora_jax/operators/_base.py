@@ -271,7 +271,8 @@ class Operator(DeltaMap):
 
         The delta is their product.
         """
-        return self.compress_matrix(m.dtype), self._decompress(m)
+        units = jnp.arange(self.in_features)
+        return self._compress_units(units, m.dtype), self._decompress(m)
 
     def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
         """Rows of the delta by their numbers: (...) -> (..., out_features)."""
@@ -298,11 +299,6 @@ class Operator(DeltaMap):
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
         blocks = self.compressed_shape[:-1]
         return self._decompress(self._fitting("h", h, *blocks, self.m_shape[-1]))
-
-    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> Array:
-        """C itself: (in_features, q), or (in_features, n q) for a block operator."""
-        rows = self._compress_units(jnp.arange(self.in_features), dtype)
-        return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
         self, m: Trained, x: Inputs, *, precision: Precision = None

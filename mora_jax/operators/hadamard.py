@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
 from mora_jax.operators._base import Side
-from mora_jax.operators._projection import Projection
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import orthonormal, permutation, signs
 from mora_jax.operators.decoupling import divide
+from mora_jax.operators.orthogonal import Projection
 
 
 @operator

@@ -10,8 +10,8 @@ import numpy as np
 from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import ArrayLike
 from mora_jax.operators._base import Side
-from mora_jax.operators._projection import Projection
 from mora_jax.operators._pytree import given, operator
+from mora_jax.operators.orthogonal import Projection
 
 TOLERANCE = 1e-3
 """Largest distance of the columns' products from the unit matrix."""

@@ -25,7 +25,7 @@ from jax.test_util import check_grads
 
 from mora_jax import AdapterSpec, MoRAConfig, make_operator, square_rank
 from mora_jax.operators import Operator
-from mora_jax.operators._projection import Projection
+from mora_jax.operators.orthogonal import Projection
 
 
 def fit(case, in_features, out_features, q):
@@ -151,7 +151,8 @@ def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
 def _products_with_c(op, x):
     if not op.linear:
         return {}
-    return {"C": (x @ op.compress_matrix(), op.compress(x).reshape(5, -1))}
+    c = op._compress_units(jnp.arange(op.in_features), x.dtype)
+    return {"C": (x @ c.reshape(op.in_features, -1), op.compress(x).reshape(5, -1))}
 
 
 @by_kind
