@@ -17,7 +17,7 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded demo-many quickstart bench bench-layer \
-  bench-growth bench-many bench-scale bench-torch bench-chips bench-quality \
+  bench-growth bench-many bench-scale bench-torch bench-chips bench-pod bench-quality \
   bench-vllm test test-slow test-exhaustive test-all test-tunix test-gemma \
   test-peft test-vllm test-chips docs lint wheel release clean env tools
 
@@ -71,6 +71,11 @@ bench-chips: VENV = .venv-chips
 bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
 	$(setup) chips
 	$(run) -m benchmarks.chips.compare $(ARGS)
+
+bench-pod: VENV = .venv-chips
+bench-pod: ## memory, traffic and rooflines of Llamas up to 405B on 8 to 256 TPUs
+	$(setup) chips
+	$(run) -m benchmarks.chips.pod $(ARGS)
 
 bench-vllm: VENV = .venv-vllm
 bench-vllm: export XLA_FLAGS =
