@@ -105,23 +105,21 @@ def restart(
     """
     check_transformation(tx)
     found = checked_adapters(adapters)
-    old, following = found.kernels, {}
-    for path, spec in old.specs.items():
-        # On the merged kernel it starts with a delta of zero.
-        init = "zeros" if spec.init == "gradient" else spec.init
-        spec = dataclasses.replace(spec, base_digest=None, init=init)
-        if grads is None:
-            op = _next_operator("/".join(path), spec.operator)
-            spec = dataclasses.replace(spec, operator=op)
-        following[path] = spec
-    arrays, sums = found.in_base(params, any_base=any_base), {}
+    old, arrays = found.kernels, found.in_base(params, any_base=any_base)
+    following, sums = {}, {}
     for path, adapter in old.items():
-        place, kernel = arrays[path]
+        spec = dataclasses.replace(adapter.spec, base_digest=None)
         # Equal layers share a program, whatever arrays their operators have. The dither
         # is a hash of a number's place; shifted, it is another one.
-        shift = crc32(repr(operator_settings(adapter.operator)).encode()) % 2**31
-        spec = dataclasses.replace(adapter.spec, base_digest=None)
+        shift = crc32(repr(operator_settings(spec.operator)).encode()) % 2**31
+        place, kernel = arrays[path]
         sums[place] = _dithered(spec, adapter.m, kernel, shift)
+        # On the merged kernel it starts with a delta of zero.
+        init = "zeros" if spec.init == "gradient" else spec.init
+        op = spec.operator
+        if grads is None:
+            op = _next_operator("/".join(path), op)
+        following[path] = dataclasses.replace(spec, operator=op, init=init)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
         following = specs_along(grads(merged), following, "tree of adapters")

@@ -44,7 +44,7 @@ from mora_jax._common import checks
 from mora_jax._common.trees import located_leaves
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.placement import explicit_sharding
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import Found, Tree, alike_adapters
 
 __all__ = ["select", "stack"]
@@ -78,9 +78,8 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
     stacked = Found()
     for path, adapter in found[0].items():
         ms = [one[path].m for one in found]
-        dtype = jnp.result_type(*ms)
-        ms += [jnp.zeros(adapter.spec.shape, dtype)] * (number - len(ms))
-        stacked[path] = adapter.replace(m=jnp.stack([m.astype(dtype) for m in ms]))
+        ms += [jnp.zeros_like(ms[0])] * (number - len(ms))
+        stacked[path] = adapter.replace(m=jnp.stack(ms))
     return stacked.tree()
 
 
@@ -108,7 +107,7 @@ def select(stacked: Tree, index: Any) -> Tree:
       ValueError: `index` has a number without a slot.
     """
     rule = "stacked must be adapters in slots, as serving.stack makes them"
-    slots, numbers = Found(), set[int]()
+    numbers = set[int]()
     for path, leaf in located_leaves(stacked, "stacked").items():
         if not isinstance(leaf, Adapter) or not isinstance(leaf.spec, AdapterSpec):
             raise TypeError(f"{rule}, got {type(leaf).__name__} at {'/'.join(path)!r}")
@@ -116,16 +115,13 @@ def select(stacked: Tree, index: Any) -> Tree:
         if (*shape,) != leaf.spec.shape:
             raise ValueError(f"{rule}, got {leaf} at {'/'.join(path)!r}")
         numbers.add(number)
-        slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
     if len(numbers) != 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
     index = _indices(index, number := numbers.pop())
     # JAX would count negative numbers from the end, and fills beyond it.
     at, sharding = jnp.where(index < 0, number, index), explicit_sharding(index)
-    for path, adapter in slots.items():
-        chosen = adapter.m.at[at].get(mode="fill", fill_value=0, out_sharding=sharding)
-        slots[path] = adapter.replace(m=chosen)
-    return slots.tree()
+    chosen: Any = {"mode": "fill", "fill_value": 0, "out_sharding": sharding}
+    return jax.tree.map(lambda m: m.at[at].get(**chosen), stacked)
 
 
 def _indices(index: Any, number: int) -> jax.Array:
