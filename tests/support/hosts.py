@@ -1,0 +1,134 @@
+"""Several processes of one program on this machine, as several hosts would run it."""
+
+import faulthandler
+import json
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from processes import ROOT, environment
+
+DEVICES, SECONDS, GRACE = 2, 300, 5
+"""Devices of a process; seconds until a group must have ended, and between signals."""
+
+
+class Group(NamedTuple):
+    """What a group of processes did.
+
+    Attributes:
+      errors: {case: the traceback on each process, "" where it passed}; a process that
+        did not come to its end is missing.
+      codes: The exit status of each process.
+      seconds: The time that they took.
+      logs: What all of them printed.
+    """
+
+    errors: dict[str, dict[int, str]]
+    codes: list[int]
+    seconds: float
+    logs: str
+
+    def check(self, case: str) -> None:
+        """Fail, with all logs, unless a case passed on all processes."""
+        found = self.errors.get(case, {})
+        missing = [n for n in range(len(self.codes)) if n not in found]
+        text = "".join(f"process {n}: {error}" for n, error in found.items() if error)
+        assert not missing and not text, (
+            f"{case}: {text} no result of {missing}, exit status {self.codes}\n{self.logs}"
+        )
+
+
+def run(
+    file: str, count: int, cases: list[str], folder: Path, heartbeat: int = 30
+) -> Group:
+    """Run functions of a file, one after the other, on `count` processes at once.
+
+    Each gets a folder of its own, which the processes share. JAX takes a process for
+    dead that it has not heard of for `heartbeat` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = environment(
+        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
+    for case in cases:
+        (folder / case).mkdir(parents=True)
+    settings = [file, str(folder), str(port), str(heartbeat), str(count)]
+    start, processes = time.monotonic(), []
+    for number in range(count):
+        command = [sys.executable, __file__, *settings, str(number), *cases]
+        with (folder / f"log{number}").open("wb") as log:
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=ROOT)
+            )
+    try:
+        _wait(processes, start + SECONDS)
+    finally:
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(end)
+            _wait(processes, time.monotonic() + GRACE)
+    seconds, logs = time.monotonic() - start, ""
+    errors: dict[str, dict[int, str]] = {}
+    for number in range(count):
+        logs += f"--- process {number}\n{(folder / f'log{number}').read_text()}"
+        results = folder / f"results{number}"
+        for line in results.read_text().splitlines() if results.exists() else ():
+            case, error = json.loads(line)
+            errors.setdefault(case, {})[number] = error
+    return Group(errors, [process.poll() for process in processes], seconds, logs)
+
+
+def _wait(processes: list[subprocess.Popen], end: float) -> None:
+    """Wait until all processes have ended, or until a time."""
+    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def main(file: str, folder: str, *settings: str):
+    """One of the processes."""
+    port, heartbeat, count, number = map(int, settings[:4])
+    faulthandler.dump_traceback_later(SECONDS - GRACE)  # its log says where it waits
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}",
+        count,
+        number,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=GRACE,
+    )
+    functions = runpy.run_path(file)
+    with Path(folder, f"results{number}").open("w") as results:
+        for case in settings[4:]:
+            barrier(case)
+            try:
+                functions[case](Path(folder, case))
+                error = ""
+            except Exception:
+                error = traceback.format_exc()
+            print(json.dumps((case, error)), file=results, flush=True)
+    barrier("end")
+
+
+def barrier(name: str, seconds: float = SECONDS) -> None:
+    """Wait until all processes are here."""
+    from jax._src.distributed import global_state
+
+    global_state.client.wait_at_barrier(f"tests/{name}", int(1000 * seconds))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
