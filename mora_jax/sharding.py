@@ -18,7 +18,7 @@ Example::
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -33,7 +33,7 @@ from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._mesh.on_mesh import OnMesh
-from mora_jax._plan.spec import AdapterSpec, Spec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan
 
@@ -67,9 +67,9 @@ def adapter_shardings(
       TypeError: A leaf does not say how it is sharded.
       ValueError: A kernel lacks a leaf, or metadata lack a mesh.
     """
-    sharding_of, found = _shardings(params_or_shardings, mesh), _found(adapters)
-    for path, adapter in found.items():
-        sharding = sharding_of(path, adapter.spec)
+    found = _found(adapters)
+    for path, sharding in _shardings(found, params_or_shardings, mesh).items():
+        adapter = found[path]
         if adapter.of_kernel:
             sharding = adapter_sharding(adapter.spec, sharding)
         found[path] = adapter.replace(m=sharding)
@@ -112,10 +112,10 @@ def on_mesh(
         rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
         raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    sharding_of, found = _shardings(params_or_shardings, mesh), _found(adapters)
+    found = _found(adapters)
     unsafe: dict[tuple[str, ...], str] = {}
-    for path, adapter in found.kernels.items():
-        spec, kernel = adapter.spec, sharding_of(path, adapter.spec)
+    for path, kernel in _shardings(found.kernels, params_or_shardings, mesh).items():
+        spec = found[path].spec
         for axis in batch:
             if axis not in kernel.mesh.shape:
                 rule = f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}"
@@ -125,7 +125,8 @@ def on_mesh(
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"
-        found[path] = adapter.replace(spec=dataclasses.replace(spec, layout=layout))
+        spec = dataclasses.replace(spec, layout=layout)
+        found[path] = found[path].replace(spec=spec)
     for safe, example in unsafe.items():
         warn(
             "XLA may compute wrong outputs or gradients, with adapters or without. It "
@@ -144,13 +145,12 @@ def _found(given: Any) -> Found:
 
 
 def _shardings(
-    params_or_shardings: Any, mesh: Mesh | None
-) -> Callable[[Path, Spec], NamedSharding]:
-    """A function of what is trained to the sharding of the base's array for it."""
-    tree = located_leaves(params_or_shardings, "params_or_shardings")
+    found: Found, params_or_shardings: Any, mesh: Mesh | None
+) -> dict[Path, NamedSharding]:
+    """{path of what is trained: the sharding of the base's array there}."""
+    tree, shardings = located_leaves(params_or_shardings, "params_or_shardings"), {}
     leaves = {"/".join(path): leaf for path, leaf in tree.items()}
-
-    def sharding_of(path: Path, spec: Spec) -> NamedSharding:
+    for path, spec in found.specs.items():
         name, kind, shape = "/".join(path), "array", spec.shape
         if isinstance(spec, AdapterSpec):
             kind, shape = "kernel", spec.kernel_shape
@@ -161,14 +161,12 @@ def _shardings(
         if (devices := placed or mesh) is None:
             raise ValueError(f"mesh must be given: {name} has names of axes alone")
         try:
-            sharding = NamedSharding(devices, PartitionSpec(*axes))
-            sharding.shard_shape(shape)
+            shardings[path] = NamedSharding(devices, PartitionSpec(*axes))
+            shardings[path].shard_shape(shape)
         except Exception as error:  # some of JAX's errors are not ValueErrors
             rule = f"{name} must be split evenly by axes of the mesh, each used once"
             raise ValueError(f"{rule}: {error}") from error
-        return sharding
-
-    return sharding_of
+    return shardings
 
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:

@@ -106,23 +106,19 @@ class Bijection:
 
         def find(index: Shape, there: Check = there) -> Pair | None:
             pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
-            return next((pair for pair in pairs if there(pair.tensor)), None)
+            pair = next((pair for pair in pairs if there(pair.tensor)), None)
+            if pair is None or not axes:
+                return pair
+            # Tables are as they are here, but with one axis where a kernel has heads.
+            own = axes[len(index) :]
+            order = re.sub(r"(.)\1+", r"\1", own) if pair.is_table else pair.axes
+            return pair._replace(axes=order, kernel_axes=own)
 
         # No more is known of a stack's depth than that the first layer has a pair; or
         # would have one, so that it is what messages call missing.
         tried = [(k, check) for check in (there, bool) for k in depths]
         depth = next((k for k, check in tried if find((0,) * k, check)), depths[0])
-        found = {index: find(index) for index in np.ndindex(shape[:depth])}
-        if not axes:
-            return found
-        own = axes[depth:]
-        # Tables are as they are here, but with one axis where a kernel has heads.
-        table = re.sub(r"(.)\1+", r"\1", own)
-        for index, pair in found.items():
-            if pair is not None:
-                order = table if pair.is_table else pair.axes
-                found[index] = pair._replace(axes=order, kernel_axes=own)
-        return found
+        return {index: find(index) for index in np.ndindex(shape[:depth])}
 
 
 def stack_first(shape: Shape, axes: str) -> tuple[Shape, str]:
