@@ -163,8 +163,8 @@ class Survey:
     def _axes(self, plan: Plan | None) -> dict[str, list[int]]:
         """Numbers of the axes of arrays, as layers see them; of stack axes negative."""
         own = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes = {}
-        for name, numbers in (own | self.scales).items():
+        axes, own = {}, own | self.scales
+        for name, numbers in [pair for pair in own.items() if pair[0] in self.leaves]:
             more = self.leaves[name].ndim - len(numbers)
             (places, *_) = self.places.get(name, [range(more)])
             axes[name] = interleaved(range(-more, 0), numbers, places)

@@ -129,9 +129,12 @@ class Adapter:
 
         `given` are the arrays that its operator has for each layer.
         """
-        if not given and (isinstance(spec, TrainedArray) or spec.stacked_in_front):
-            return cls(m, spec)
         shape = tuple(getattr(m, "shape", ()))
+        if not given and (isinstance(spec, TrainedArray) or spec.stacked_in_front):
+            # Where the first of a stack's axes are taken off, the plain equation knows.
+            several = not isinstance(spec, TrainedArray) and spec.axes.count("s") > 1
+            if not several or spec.shape[len(spec.shape) - len(shape) :] == shape:
+                return cls(m, spec)
         for taken in spec.stacks(len(spec.shape) - len(shape)):
             axes, own = "".join(without(spec.axes, taken)), {}
             if given:

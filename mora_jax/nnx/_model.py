@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
+from mora_jax._common.axes import stack_places
 from mora_jax._flax.calls import Call, all_calls, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
@@ -25,6 +27,9 @@ from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _held
 from mora_jax.nnx._classes import MARKED, Marked, adapt, subclass
 from mora_jax.nnx._held import Model, plain_class, set_class
+
+FEATURES = "kernel_size", "in_features", "out_features"
+"""The attributes by which layers tell the shape of the kernel of one of a stack."""
 
 
 def plan(
@@ -72,6 +77,11 @@ def plan(
             survey.no_params[name] = type(variable).__name__
         elif product := rule.product(module):
             survey.products[name] = product
+            sizes = [getattr(module, key, ()) for key in FEATURES]
+            shape = tuple(jax.tree.leaves(sizes))
+            places = stack_places(tuple(variable.shape), shape)
+            if places and len(shape) == len(product.axes):
+                survey.places[name] = places
     for call in all_calls(args, kwargs, calls):
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
         survey.trace(own)

@@ -93,11 +93,17 @@ def test_nn_jit_does_not_serve_another_plans_program():
     chex.assert_trees_all_equal(model.apply(variables, X), base)
 
 
-def test_other_scan_axes_are_refused():
-    trailing = nn.vmap(nn.Dense, **STACK | {"variable_axes": {"params": 1}})
-    variables = variables_of(trailing(12))
-    with pytest.raises(ValueError, match="stacked axes must come first"):
-        linen.plan(trailing(12), variables, CONFIG, X)
+def test_an_m_of_blocks_behind_the_kernels_features():
+    """There are more axes of M than of features: the stack is the last, or refused."""
+    config = MoRAConfig(rank=2, operator="block_diagonal")
+    for length in (3, 4):  # 4 is also the size of a block, which hides it from shapes
+        axes = STACK | {"variable_axes": {"params": 2}, "axis_size": length}
+        layers = nn.vmap(functools.partial(nn.Dense, use_bias=False), **axes)(12)
+        x = jnp.stack([X] * length)
+        shapes = jax.eval_shape(layers.init, KEY, x)
+        apply = wrap(layers, linen.plan(layers, shapes, config, x))
+        with pytest.raises(ValueError, match="(fails with an M|reads kernel_mora)"):
+            jax.eval_shape(apply, mora_jax.init(apply.plan), shapes, x)
 
 
 @pytest.mark.parametrize(

@@ -199,30 +199,50 @@ STACK: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 SHARED: Any = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
 
 
-def stack_axes(letters, block):
-    return {path: letters + axes for path, axes in block.axes.items()}
+def stack_axes(letters, block, axis=0):
+    """The axes of a block's kernels, with the stack's at one place of all of them."""
+    return {
+        path: axes + letters if axis == -1 else axes[:axis] + letters + axes[axis:]
+        for path, axes in block.axes.items()
+    }
 
 
-def stacked(lift, block):
+def stacked(lift, block, axis=0):
     """A layer that is a stack of blocks, which `lift()` makes in Linen."""
-    make = nnx.vmap(functools.partial(NNXBlock, block))
-    return Twin(lift, nnx.split_rngs(splits=EXPERTS)(make), stack_axes("s", block))
+    make = functools.partial(NNXBlock, block)
+    return Twin(lift, vmapped(make, EXPERTS, axis), stack_axes("s", block, axis))
 
 
-def scan(body, length=EXPERTS):
-    return nn.scan(body, **STACK, length=length)
+def vmapped(make, count, axis=0):
+    made = nnx.vmap(make, out_axes=nnx.StateAxes({...: axis}))
+    return nnx.split_rngs(splits=count)(made)
 
 
-def two_scans():
-    return scan(scan(LinenBlock), 2)(MLP, True)
+def scan(body, length=EXPERTS, axis=0):
+    return nn.scan(body, **STACK | {"variable_axes": {"params": axis}}, length=length)
 
 
-def one_after_another(model, x):
+def two_scans(axis=0):
+    return scan(scan(LinenBlock, axis=axis), 2, axis)(MLP, True)
+
+
+def one_after_another(model, x, axis=0):
     if in_linen(model):
         return model.layers(x, None)[0]
     call = nnx.remat(lambda layer, x: layer(x))
-    scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    axes = nnx.Carry, nnx.StateAxes({...: axis})
+    scan = nnx.scan(in_axes=axes, out_axes=nnx.Carry)
     return scan(lambda x, layer: call(layer, x))(x, model.layers)
+
+
+def layers_on(axis):
+    """A stack of attention, on any axis."""
+
+    def lift():
+        return scan(nn.remat(LinenBlock), axis=axis)(ATTENTION, True)
+
+    forward = functools.partial(one_after_another, axis=axis)
+    return built(forward, layers=stacked(lift, ATTENTION, axis))
 
 
 def mixture(model, x):
@@ -257,11 +277,7 @@ class BareExperts(nnx.Module):
 for bare in ("up", "down"):
     register_layer(BareExperts, equation=Folded("sio"), kernel=bare)
 BARE = Twin(None, BareExperts, {"up": "sio", "down": "sio"})
-STACKED_BARE = Twin(
-    None,
-    nnx.split_rngs(splits=2)(nnx.vmap(BareExperts)),
-    {"up": "ssio", "down": "ssio"},
-)
+STACKED_BARE = {"up": "ssio", "down": "ssio"}
 
 
 def jitted_twice(model, x):
@@ -397,16 +413,25 @@ LIFTED = {
         # No default target names a layer that is called so.
         router=dataclasses.replace(dense(WIDTH, EXPERTS), axes={}),
     ),
-    "scan-remat": built(
-        one_after_another,
-        layers=stacked(lambda: scan(nn.remat(LinenBlock))(ATTENTION, True), ATTENTION),
-    ),
+    "scan-remat": layers_on(0),
+    "scan-second": layers_on(1),
+    "scan-last": layers_on(-1),
     "scan-scan": built(
         lambda model, x: model.layers(x, None)[0],
         layers=Twin(two_scans, None, stack_axes("ss", MLP)),
     ),
+    "scan-scan-second": built(
+        lambda model, x: model.layers(x, None)[0],
+        layers=Twin(functools.partial(two_scans, 1), None, stack_axes("ss", MLP, 1)),
+    ),
     "bare-experts": BARE,
-    "bare-experts-scan": built(one_after_another, layers=STACKED_BARE),
+    "bare-experts-scan": built(
+        one_after_another, layers=Twin(None, vmapped(BareExperts, 2), STACKED_BARE)
+    ),
+    "bare-experts-second": built(
+        functools.partial(one_after_another, axis=1),
+        layers=Twin(None, vmapped(BareExperts, 2, 1), STACKED_BARE),
+    ),
     "jit": built(jitted_twice, **dict.fromkeys(("first", "second"), mlp(nn.jit))),
     "vmap-shared": built(
         on_each,
