@@ -1,16 +1,21 @@
 """Params and adapters as one tree, and split again: nested mappings, as Flax has."""
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from mora_jax._common import trees
+from mora_jax._common.axes import from_model, interleaved
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree import paths
 from mora_jax._tree.paths import Tree, adapters_in, nest
 
@@ -41,7 +46,8 @@ def combine(params: Any, adapters: Any) -> Any:
         leaves = paths.named_leaves(params)
         new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}
         params = paths.replace_leaves(params, new)
-    added: dict[Path, Any] = found.kernels.placed
+    placed = found.kernels.placed.items()
+    added: dict[Path, Any] = {place: a.replace(m=a.in_model()) for place, a in placed}
     if isinstance(params, nnx.State):  # an NNX variable keeps its box among others
         boxes = trees.located_leaves(adapters, "adapters")
         added = {place: boxes[place] for place in added}
@@ -87,17 +93,42 @@ def split(tree: Any) -> tuple[Any, Tree]:
       (['bias', 'kernel'],
        {'kernel_mora': Adapter(block_diagonal, float32[4, 2, 2])})
     """
-    base, adapters = {}, {}
-    for keys, leaf in _flat(tree, "tree").items():
+    base, adapters, flat = {}, {}, _flat(tree, "tree")
+    for keys, leaf in flat.items():
         path, copy = tuple(map(str, keys)), paths.adapter_of(leaf)
         if path[-1].endswith(SUFFIX):
-            adapters[path] = leaf
+            kernel = flat.get((*keys[:-1], path[-1].removesuffix(SUFFIX)))
+            taken = isinstance(leaf, Adapter) and isinstance(leaf.spec, AdapterSpec)
+            adapters[path] = _of_params(leaf, kernel) if taken else leaf
             continue
         if copy is not None:
             adapters[path] = copy
             leaf = paths.reboxed(leaf, copy.m.astype(copy.spec.base_dtype))
         base[keys] = leaf
     return _nested(base, tree), nest(adapters)
+
+
+def _of_params(adapter: Adapter, kernel: Any) -> Adapter:
+    """An adapter of a model's params, whose layers a transformation may have stacked.
+
+    Flax knows nothing of specs, and so makes a stack of M's with the spec of one layer.
+    """
+    m, spec = adapter.m, adapter.spec
+    count, shape = jnp.ndim(m) - len(spec.shape), jnp.shape(m)
+    if count <= 0 or shape[count:] == spec.shape:
+        return Adapter.of_model(m, spec)
+    for places in itertools.combinations(range(count + len(spec.axes)), count):
+        axes = "".join(interleaved("s" * count, spec.axes, places))
+        try:
+            stack = from_model(jax.ShapeDtypeStruct(shape, m.dtype), axes).shape[:count]
+        except ValueError:  # M has fewer axes than the kernel
+            continue
+        whole = tuple(interleaved(stack, spec.kernel_shape, places))
+        one = dataclasses.replace(spec, axes=axes, kernel_shape=whole)
+        fits = getattr(trees.unboxed(kernel), "shape", whole) == whole
+        if fits and one.shape_in_model == shape:
+            return Adapter.of_model(m, one)
+    return adapter
 
 
 def _flat(tree: Any, what: str) -> dict[tuple[Any, ...], Any]:

@@ -15,6 +15,7 @@ import qwix
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from mora_jax._common.axes import interleaved, stack_places
 from mora_jax._common.checks import patterns_of
 from mora_jax._common.trees import split_static
 from mora_jax._common.types import Path
@@ -241,10 +242,14 @@ def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
             other = "the base or what mora_jax.qwix.merge_adapters makes"
             remedy = f"give qwix a model without adapters, such as {other}"
             raise ValueError(f"{place}: model has an M there already: {remedy}")
-        if tuple(kernel.shape) != spec.kernel_shape:
-            used = f"{place} of shape {kernel.shape} is used as {spec.kernel_shape}"
-            why = "qwix knows no nnx.scan and nnx.vmap"
+        whole, more = tuple(kernel.shape), kernel.ndim - len(spec.axes)
+        places = stack_places(whole, spec.kernel_shape)
+        if len(places) != 1:
+            used = f"{place} of shape {whole} is used as {spec.kernel_shape}"
+            why = "which of its axes is the stack's is not known"
             raise ValueError(f"{used}: {why}; leave it out of module_path")
+        axes = "".join(interleaved("s" * more, spec.axes, places[0]))
+        spec = dataclasses.replace(spec, kernel_shape=whole, axes=axes)
         key = rngs.params() if rngs and spec.init == "gaussian" else None
         hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
 

@@ -21,7 +21,7 @@ from adapter_files import slow
 from cases import in_turns
 from flax import nnx
 from flax.errors import ScopeParamNotFoundError
-from helpers import bare, close, random, random_like, wide
+from helpers import bare, close, largest, random, random_like, wide
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
@@ -276,12 +276,14 @@ def test_merging_keeps_what_has_no_adapter():
 
 
 class Scanned(nn.Module):
+    axis: int = 0
+
     @nn.compact
     def __call__(self, x):
         def body(layer, x, _):
             return nn.relu(layer(x)), None
 
-        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        axes = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
         layer = nn.remat(nn.Dense)(16, name="layer")
         return nn.scan(body, length=3, **axes)(layer, x, None)[0]
 
@@ -309,6 +311,63 @@ def test_scanned_layers(types):
         close(way({"params": mora_jax.combine(base, given)}, x), y)
     close(merge(base, whole), merge(base, adapters), 0)
     close(model.apply({"params": merge(base, adapters)}, x), y, 1e-5)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("types", ["none", slow("int8")])
+def test_scanned_layers_on_other_axes(types, axis):
+    """Flax stacks M where it stacks the kernel; in a tree the stack is in front."""
+    model, x = Scanned(axis), random(1, 2, 16)
+    provider = MoRAProvider(rank=2, operator="rotation", **TYPES[types])
+    adapted = qwix.apply_lora_to_model(model, provider)
+    params = jax.jit(adapted.init)(KEY, x)["params"]
+    base, zeros = mora_jax.split(params)
+    (spec,) = plan_of(adapted, x).values()
+    assert spec.axes == {1: "iso", -1: "ios"}[axis] and spec.shape == (3, 8, 8)
+    adapters = random_like(zeros)
+    whole = jax.tree.map(jnp.shape, (mora_jax.combine(base, zeros), params))
+    assert jax.tree.leaves(whole[0]) == jax.tree.leaves(whole[1])
+    y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
+    close(model.apply({"params": merge(base, adapters)}, x), y, 1e-5)
+    assert largest(y - adapted.apply({"params": params}, x)) > 1e-2
+
+
+class ScannedNNX(nnx.Module):
+    """Layers under a scan of JAX, as MaxText has them, whatever qwix adds to them."""
+
+    def __init__(self, axis, layers):
+        make = nnx.vmap(
+            lambda key: nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(key)),
+            out_axes=nnx.StateAxes({...: axis}),
+        )
+        self.layers, self.axis = make(jax.random.split(KEY, layers)), axis
+
+    def __call__(self, x):
+        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)
+        params = jax.tree.map(lambda w: jnp.moveaxis(w, self.axis, 0), params)
+        count = jax.tree.leaves(params)[0].shape[0]
+        rest = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), rest)
+
+        def body(x, state):
+            return nnx.tanh(nnx.merge(graph, *state)(x)), None
+
+        return jax.lax.scan(body, x, (params, rest))[0]
+
+
+@pytest.mark.parametrize(("axis", "axes"), [(0, "sio"), (1, "iso"), (-1, "ios")])
+def test_layers_under_a_scan_in_nnx(axis, axes):
+    base, x = ScannedNNX(axis, 3), random(1, 2, 16)
+    provider = MoRAProvider(rank=2, operator="rotation")
+    model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
+    assert plan_of(model)["layers/kernel"].axes == axes
+    assert model.layers.kernel_mora.shape[axis] == 3
+    close(model(x), base(x), 0)
+    mora_jax.nnx.set_adapters(model, random_like(mora_jax.nnx.adapters(model)))
+    close(merge_adapters(model)(x), model(x), 1e-5)
+    assert largest(model(x) - base(x)) > 1e-2
+    as_many = ScannedNNX(axis, 16)
+    with pytest.raises(ValueError, match="which of its axes is the stack's"):
+        qwix.apply_lora_to_model(as_many, provider, x, rngs=nnx.Rngs(0))
 
 
 def test_a_call_without_adapters():
