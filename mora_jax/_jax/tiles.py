@@ -1,7 +1,6 @@
 """Vectors in blocks of neighbours, and in tiles, which repeat; sums of tiles."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,14 +59,6 @@ def places(features: int, n: int) -> np.ndarray:
     """The places of features in their blocks, block * width + offset: (features,)."""
     width = -(-features // n)
     return join(np.arange(n * width).reshape(n, width), features)
-
-
-def stored(by_rows: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`by_rows(x)`, a row for each of `x`, which XLA is to write to memory once."""
-    # The first row is written once more: XLA fuses nothing with what it updates in
-    # place. A concatenation has the same effect, and takes XLA's CPU compiler 8 ms.
-    whole = by_rows(x)
-    return jax.lax.dynamic_update_slice(whole, by_rows(x[:1]), (0,) * whole.ndim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,32 +193,21 @@ class Operator(DeltaMap):
         return (self.square_rank, self.square_rank)
 
     @property
-    def isometry(self) -> bool:
-        """True if C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
-
-        The delta of n blocks then has sqrt(n) times M's Frobenius norm at every width.
-        """
-        return False
-
-    @property
     def gains(self) -> tuple[float, float]:
         r"""Sizes c and d that C and D give to numbers, each a root mean square.
 
         .. math:: c = \|C\|_F / \sqrt{n q}, \qquad d = \|D\|_F / \sqrt{out}
 
         c is the size of a number of C(x) if the numbers of x are independent and of
-        size 1, and d is the norm of the weights of an output. An isometry has c = 1.
+        size 1, and d is the norm of the weights of an output.
 
         Raises:
-          NotImplementedError: The operator lacks gains, and is not an isometry.
+          NotImplementedError: The operator lacks gains.
         """
-        if not self.isometry:
-            raise NotImplementedError(
-                f"{type(self).__name__} is no isometry: give it a property `gains`, "
-                "the root mean squares (c, d), or use scale='paper'"
-            )
-        numbers = math.prod(self.compressed_shape)
-        return 1.0, math.sqrt(numbers / self.out_features)
+        raise NotImplementedError(
+            f"{type(self).__name__} lacks gains: give it a property `gains`, the root "
+            "mean squares (c, d), or use scale='paper'"
+        )
 
     @property
     def fine_tuning_scale(self) -> float:

@@ -1,5 +1,6 @@
 """Projections on orthonormal directions: fixed random ones, or those of a subclass."""
 
+import math
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ class Projection(Operator):
     """
 
     @property
-    def isometry(self) -> bool:
-        return True
+    def gains(self) -> tuple[float, float]:
+        """Sizes c = 1 and d = sqrt(q / out) of orthonormal maps."""
+        return 1.0, math.sqrt(self.square_rank / self.out_features)
 
     def basis(self, side: Side, dtype: DTypeLike) -> Array:
         """C, (in_features, q), or the transpose of D, (out_features, q)."""

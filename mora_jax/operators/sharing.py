@@ -65,11 +65,6 @@ class Sharing(Operator):
                 raise ValueError(f"{rule} {limit}, got {self.square_rank}")
 
     @property
-    def isometry(self) -> bool:
-        q, ins, outs = self.square_rank, self.in_features, self.out_features
-        return ins % q == outs % q == 0 and (self.normalised or ins == outs == q)
-
-    @property
     def gains(self) -> tuple[float, float]:
         """An output has one weight, and C(x) sums groups of numbers of either sign."""
         # What a group has in common adds up instead, and wants a smaller rate.

@@ -27,10 +27,6 @@ class Truncation(Operator):
     work = "sums"
 
     @property
-    def isometry(self) -> bool:
-        return True
-
-    @property
     def gains(self) -> tuple[float, float]:
         """1 each, of the inputs and outputs that are kept."""
         return 1.0, 1.0

@@ -75,6 +75,15 @@ def part(op, gradient):
     return found @ deltas
 
 
+def is_isometry(op):
+    """True if C and D are orthonormal."""
+    c = np.asarray(op.compress(np.eye(op.in_features, dtype="f")))
+    c = c.reshape(op.in_features, -1)
+    units = np.eye(c.shape[1], dtype="f")
+    d = np.asarray(op.decompress(units.reshape(-1, *op.compressed_shape)))
+    return all(np.allclose(gram, units, atol=1e-5) for gram in (c.T @ c, d @ d.T))
+
+
 # Those that are no isometry, those that are, with blocks and without.
 FEW = ("sharing", "rotation", "hadamard", "subspace")
 
@@ -99,7 +108,7 @@ def test_the_step_is_the_gradient_between_the_maps(operator):
         delta, gradient = (np.asarray(array, np.float64) for array in both)
         if name == "b":
             delta, gradient = delta.T, gradient.T
-        if plan[f"{name}/kernel"].operator.isometry or operator == "subspace":
+        if operator == "subspace" or is_isometry(plan[f"{name}/kernel"].operator):
             expected = projected(plan, f"{name}/kernel", gradient)
             lengths.append(-delta.ravel() @ expected / (expected @ expected))
             close(delta.ravel(), -lengths[-1] * expected, 1e-4)
