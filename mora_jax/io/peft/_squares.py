@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,11 +40,11 @@ def write_squares(
     names: dict[Hashable, str] = {}
     entries: dict[str, dict[str, Any]] = {}
 
-    def once(make: Callable[..., dict[str, np.ndarray]], *key: Hashable) -> str:
-        if (make, *key) not in names:
-            name = names[make, *key] = f"shared.{len(names)}"
-            tensors.update({f"{name}.{part}": a for part, a in make(*key).items()})
-        return names[make, *key]
+    def once(key: Hashable, make: Callable[[], dict[str, np.ndarray]]) -> str:
+        if key not in names:
+            name = names[key] = f"shared.{len(names)}"
+            tensors.update({f"{name}.{part}": a for part, a in make().items()})
+        return names[key]
 
     for pair, kernel, spec, m, outs in modules:
         op = spec.operator
@@ -56,12 +57,12 @@ def write_squares(
         entries[pair.module] = {
             "in": op.in_features,
             "out": outs.stop - outs.start,
-            "compress": once(_compress, inner),
-            "decompress": once(_decompress, inner, outs.start, outs.stop),
+            "compress": once(inner, partial(_map, inner.enter, (op.in_features,))),
+            "decompress": once((inner, str(outs)), partial(_decompress, inner, outs)),
         }
         if isinstance(op, Damped):
-            v = np.asarray(op.columns("float32"))
-            entries[pair.module]["damped"] = once(_stored, v.tobytes(), v.shape)
+            v = {"v": np.asarray(op.columns("float32"))}
+            entries[pair.module]["damped"] = once(op.digest, partial(dict, v))
     data = encode(tensors, {})
     record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
     config = {
@@ -75,22 +76,14 @@ def write_squares(
     _files.write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
 
 
-def _compress(op: Any) -> dict[str, np.ndarray]:
-    return _map(op.enter, (op.in_features,), slice(None))
-
-
-def _decompress(op: Any, start: int, stop: int) -> dict[str, np.ndarray]:
+def _decompress(op: Any, outs: slice) -> dict[str, np.ndarray]:
     x = jax.ShapeDtypeStruct((op.in_features,), "float32")
     rows = jax.eval_shape(op.enter, x).shape[:-1]
-    return _map(op.leave, (*rows, op.m_shape[-1]), slice(start, stop))
-
-
-def _stored(data: bytes, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    return {"v": np.frombuffer(data, "float32").reshape(shape)}
+    return _map(op.leave, (*rows, op.m_shape[-1]), outs)
 
 
 def _map(
-    call: Callable[[Any], Any], shape: tuple[int, ...], outs: slice
+    call: Callable[[Any], Any], shape: tuple[int, ...], outs: slice = slice(None)
 ) -> dict[str, np.ndarray]:
     """A linear map as the numbers that each output sums, or as a matrix."""
     found, counts, ins = [], np.array(0), math.prod(shape)
