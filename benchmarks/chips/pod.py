@@ -109,17 +109,17 @@ def cost_of(case: Case, topology: str) -> Row:
     }
 
 
-def rows_of(
-    model: str, chip: str, methods: Sequence[str], tokens: int
-) -> Iterator[Row]:
+def rows_of(args: argparse.Namespace, model: str, chip: str) -> Iterator[Row]:
     """A row for the frozen step and for each method."""
     topology = f"{chip}:{SLICES[model]}"
     devices, bases = len(topologies.devices(topology)), {}
-    for method in tqdm((FROZEN, *methods), topology):
-        step = Case(model, devices, method, tokens)
-        alone = Alone(model, 1, method, tokens, of=devices)
-        cost, alone = cost_of(step, topology), cost_of(alone, chip)
-        times = {"time": cost["milliseconds"], "alone": alone["milliseconds"]}
+    for method in tqdm((FROZEN, *args.methods), topology):
+        step = Case(model, devices, method, args.tokens)
+        alone = Alone(model, 1, method, args.tokens, of=devices)
+        cost, times = cost_of(step, topology), {"alone": None}
+        if not args.slices_only:
+            times["alone"] = cost_of(alone, chip)["milliseconds"]
+        times["time"] = cost["milliseconds"]
         bases = times if method == FROZEN else bases
         pairs = {key: (time, bases[key]) for key, time in times.items()}
         ratios = {key: a / b if a and b else None for key, (a, b) in pairs.items()}
@@ -156,6 +156,7 @@ def arguments() -> argparse.Namespace:
     add("--chips", nargs="+", choices=["v5e", "v6e"], default=["v5e", "v6e"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--tokens", type=positive, default=2048, help="the length of a sequence")
+    add("--slices-only", action="store_true", help="no chip alone, in half the time")
     add("--add-to", type=Path, help="a file of an earlier run, whose rows come first")
     args = parser.parse_args()
     if args.quick:
@@ -171,7 +172,7 @@ def main() -> None:
     figures = {name: dataclasses.asdict(CHIPS[name]) for name in args.chips}
     settings = {"chip_figures": figures, "libraries": {"libtpu": version("libtpu")}}
     for model, chip in itertools.product(args.models, args.chips):
-        for row in rows_of(model, chip, args.methods, args.tokens):
+        for row in rows_of(args, model, chip):
             rows.append(row)
             save(rows, args, leave_out=("quick", "add_to"), **settings)
     report(rows)
