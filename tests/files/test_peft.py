@@ -261,10 +261,12 @@ def test_what_cannot_be_written(tmp_path, write):
     assert not (tmp_path / "a").exists()
 
 
-def test_stacked_kernels(tmp_path):
-    """One module for each place in a stack."""
+@pytest.mark.parametrize("axes", ["sio", "iso", "ios"])
+def test_stacked_kernels(tmp_path, axes):
+    """One module for each place in a stack, wherever its axis is."""
     operator, path = reference_operator(1, 24, 40, 2), ("layers", "up", "kernel")
-    plan = single(operator, (3, 24, 40), path, axes="sio")
+    shape = tuple({"s": 3, "i": 24, "o": 40}[letter] for letter in axes)
+    plan = single(operator, shape, path, axes=axes)
     names = {"model.layers.{n}.mlp.{name}_proj": "layers/{name}/kernel[{n}]"}
     adapters = made(plan)
     (m,) = jax.tree.leaves(adapters)

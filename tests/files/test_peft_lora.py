@@ -242,7 +242,8 @@ def test_a_conv1d_of_gpt2(tmp_path):
     assert config_of(tmp_path / "b")["fan_in_fan_out"] is True
 
 
-def test_a_stack_of_layers(tmp_path):
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_stack_of_layers(tmp_path, axis):
     """Of different ranks and alphas: padded, and scaled by B."""
     modules = [f"model.layers.{k}.mlp.up_proj" for k in range(3)]
     sizes, ranks = dict.fromkeys(modules, (8, 16)), {modules[1]: 2}
@@ -250,14 +251,16 @@ def test_a_stack_of_layers(tmp_path):
     changes = {"rank_pattern": {"layers.1.mlp.up_proj": 2}}
     directory = write(tmp_path / "a", tensors, **changes)
     names = {"model.layers.{n}.mlp.{p}": "layers/{p}/kernel[{n}]"}
-    params = {"layers": {"up_proj": {"kernel": random(0, 3, 8, 16)}}}
-    config = MoRAConfig(rank=1, overrides={".*": {"axes": "sio"}})
+    kernel = np.moveaxis(random(0, 3, 8, 16), 0, axis)
+    params = {"layers": {"up_proj": {"kernel": kernel}}}
+    axes = {0: "sio", 1: "iso", -1: "ios"}[axis]
+    config = MoRAConfig(rank=1, overrides={".*": {"axes": axes}})
     model = mora_jax.plan(params, config)
     adapters = io.load_peft(directory, model, names)
     (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     for layer, module in enumerate(modules):
         factor = 6 / ranks.get(module, 4)
-        close(delta[layer], exact(tensors, module, factor))
+        close(np.moveaxis(delta, axis, 0)[layer], exact(tensors, module, factor))
 
 
 def test_a_name_asks_for_no_memory(tmp_path):

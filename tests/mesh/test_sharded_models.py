@@ -221,6 +221,48 @@ def test_attention_is_as_on_one_device_without_hidden_traffic(operator):
     assert set(sent(adapted) - sent(base)) == {("all-reduce", (8, 8))}
 
 
+class Scanned(nn.Module):
+    """Layers whose kernels are (in, layers, out), as MaxText has them."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(drawn, ("fsdp", "model"))
+        layers = nn.scan(
+            lambda layer, x, _: (nn.tanh(layer(x)), None),
+            variable_axes={"params": 1},
+            split_rngs={"params": True},
+            length=4,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        dense = nn.Dense(16, kernel_init=init, use_bias=False, name="layer")
+        return layers(dense, x, None)[0]
+
+
+@pytest.mark.parametrize("operator", ["block_diagonal", slow("rotation")])
+def test_layers_on_the_second_axis_learn_as_on_one_device(operator):
+    """Also where the mesh splits the layers: M's stack is split as the kernel's is."""
+    model, config = Scanned(), MoRAConfig(square_rank=8, operator=operator)
+    boxed = jax.eval_shape(model.init, KEY, X)
+    apply = linen.wrap(model, config, boxed, X)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(adapters, params, x):
+        return jnp.mean(apply(adapters, {"params": params}, x) ** 2)
+
+    adapters, params = made(apply.plan, scale=1 / 8), random_like(nn.unbox(boxed))
+    expected = loss(adapters, params["params"], X)
+    places = shardings(nn.get_partition_spec(boxed), MESH)["params"]
+    assert places["layer"]["kernel"].spec == P("fsdp", None, "model")
+    arrays = adapters, params["params"], X
+    there = sharding.adapter_shardings(adapters, places)
+    arrays = on_mesh(jax.device_put(arrays, (there, places, BATCH)), places)
+    assert_close(loss(*arrays), expected)
+    by_layer = {"layer": {"kernel": NamedSharding(MESH, P(None, "model", None))}}
+    (split,) = jax.tree.leaves(sharding.adapter_shardings(adapters, by_layer))
+    assert split.spec[0] == "model"
+
+
 SPLIT = {0: P("fsdp", "model"), 2: P("model", "fsdp")}
 
 
@@ -239,6 +281,47 @@ def place(model):
         layer: Any = model.layers[k]
         layer.kernel[...] = put(layer.kernel[...], MESH, spec)
         layer.bias[...] = put(layer.bias[...], MESH, P())
+
+
+class ScannedNNX(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self):
+        make = nnx.vmap(
+            lambda key: nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(key)),
+            out_axes=nnx.StateAxes({...: 1}),
+        )
+        self.layers: Any = make(jax.random.split(KEY, 4))
+
+    def __call__(self, x):
+        axes = nnx.StateAxes({...: 1}), nnx.Carry
+        scan = nnx.scan(in_axes=axes, out_axes=nnx.Carry)
+        return scan(lambda layer, x: nnx.tanh(layer(x)))(self.layers, x)
+
+
+@pytest.mark.parametrize("spec", [P("fsdp", None, "model"), P(None, "model", None)])
+def test_nnx_layers_on_the_second_axis_learn_as_on_one_device(spec):
+    """M is where its kernel is, with the layers on its second axis."""
+    grad = nnx.jit(
+        mora_jax.nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    )
+    model, x = ScannedNNX(), X
+    alone = wrap(model, MoRAConfig(square_rank=8, operator="rotation"), X)
+    adapters = random_like(mora_jax.nnx.adapters(alone))
+    set_adapters(alone, adapters)
+    expected = grad(alone, X)
+    kernel = model.layers.kernel
+    kernel[...] = put(kernel[...], MESH, spec)
+    adapted = wrap(model, mora_jax.nnx.plan_of(alone))
+    set_adapters(adapted, adapters)
+    m = adapted.layers.kernel_mora
+    assert m.shape == (8, 4, 8) and m[...].sharding.mesh == MESH
+    assert m[...].sharding.shard_shape(m.shape) == (
+        8,
+        4 // (1 + (spec[1] == "model")),
+        8,
+    )
+    assert_close(grad(adapted, jax.device_put(x, BATCH)), expected)
 
 
 @pytest.mark.parametrize("operator", ["sharing", slow("rotation")])
