@@ -1,6 +1,5 @@
 """Digests of adapted kernels, which tell the base of an adapter from others."""
 
-import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import Path
@@ -20,23 +20,27 @@ from mora_jax._plan.spec import AdapterSpec
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes.
 
-    If processes share the kernel, all of them must call this together.
+    Processes that share the kernel must call this together.
     """
+    # Only these rows are copied to the host, from the first to the last one.
     axes, stack = spec.axes, spec.stack_shape
     ins = sizes(spec.kernel_shape, axes, "i")
     count = min(8, math.prod(ins))
     numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
-    places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
+    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
+    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
     if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
         kernel = kernel.addressable_data(0)
     sharding = getattr(kernel, "sharding", None)
-    # Only these rows are copied to the host, from the first to the last one.
     if isinstance(sharding, NamedSharding):
-        there = NamedSharding(sharding.mesh, PartitionSpec())
-        bits = _row_bits(kernel, places, axes, there).addressable_data(0)
-        taken = np.asarray(bits).view(kernel.dtype)
+        # Devices send rows as a sum with zeros, which would make 0.0 of a float's -0.0.
+        bits = f"uint{jnp.finfo(kernel.dtype).bits}"
+        rows = jax.lax.bitcast_convert_type(kernel, bits).at[index]
+        # Where types name a mesh, JAX has to be told where the rows are to be.
+        rows = rows.get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
+        taken = np.asarray(gathered(rows)).view(kernel.dtype)
     else:
-        taken = kernel[_index(places, axes)]
+        taken = kernel[index]
     # NumPy puts the rows where the input axes are, or first if those are apart.
     together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
     rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
@@ -49,29 +53,18 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rounded)
 
 
-def _index(places: Any, axes: str) -> tuple[Any, ...]:
-    """The index of rows in a kernel, by their places along each of its input axes."""
-    each = iter(places)
-    return tuple(next(each) if letter == "i" else slice(None) for letter in axes)
+def shared_place(array: Any) -> str:
+    """Where processes share an array, or one that a shape stands for; "" if none do."""
+    sharding = getattr(array, "sharding", None)
+    abstract = isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+    local = sharding is None or abstract or sharding.is_fully_addressable
+    return "" if local else f"{array.dtype}{array.shape} {sharding}"
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "there"))
-def _row_bits(
-    kernel: jax.Array, places: jax.Array, axes: str, there: NamedSharding
-) -> jax.Array:
-    """Rows of a kernel on every device, as integers."""
-    # Devices send rows alone, as a sum in which others have zeros. It would make 0.0 of
-    # a -0.0, so it is a sum of integers.
-    unsigned = f"uint{8 * kernel.dtype.itemsize}"
-    bits = jax.lax.bitcast_convert_type(kernel, unsigned)
-    rows = bits.at[_index(places, axes)].get(out_sharding=there)
-    return jax.lax.with_sharding_constraint(rows, there)
-
-
-def is_shared(array: Any) -> bool:
-    """True if processes share an array, or one that a shape with a sharding is of."""
-    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
-    return not (sharding is None or sharding.is_fully_addressable)
+def gathered(array: Any) -> Any:
+    """An array that this process can read; those that share it must call this."""
+    shared = shared_place(array)
+    return multihost_utils.process_allgather(array, tiled=True) if shared else array
 
 
 def check_base(
@@ -81,19 +74,15 @@ def check_base(
 
     Nothing is known without a digest, or of shapes and tracers.
     """
-    found = {}
+    found = []
     for path, spec in specs.items():
-        name = "/".join(path)
-        if getattr(spec, "base_digest", None) is None or name not in leaves:
-            continue
-        kernel = leaves[name][1]
+        _, kernel = leaves.get(name := "/".join(path), (path, None))
         known = isinstance(kernel, np.ndarray | jax.Array)
-        known = known and not isinstance(kernel, Tracer)
-        if known and kernel.shape == spec.kernel_shape:  # others are refused
-            found[name] = spec, kernel_digests(spec, kernel)
-    # What processes compute together is behind them when one of them raises.
-    for name, (spec, digests) in found.items():
-        check_digests(name, spec, digests)
+        known = known and not isinstance(kernel, Tracer) and hasattr(spec, "axes")
+        if known and spec.base_digest and kernel.shape == spec.kernel_shape:
+            found.append((name, spec, kernel_digests(spec, kernel)))
+    for each in found:  # which all processes have computed before one may raise
+        check_digests(*each)
 
 
 def check_digests(

@@ -1,6 +1,8 @@
 """Paths and URLs, and files that are there whole or not at all."""
 
 import contextlib
+import hashlib
+import itertools
 import os
 import re
 import sys
@@ -8,8 +10,10 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 from urllib.request import url2pathname
+
+import jax
 
 
 class AdapterFileError(ValueError):
@@ -83,8 +87,48 @@ ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TEMPORARY = ".mora-jax-"
 """The beginning of the names of unfinished files and directories."""
 
+LIMIT, _steps = 300, itertools.count()
+"""The seconds that a process waits for the others, and the numbers of what they did."""
+
 Files = Iterable[tuple[str, Iterable[bytes]]]
 """The names of files, each with its content in pieces."""
+
+
+@contextlib.contextmanager
+def together(call: str, shared: bool = True) -> Iterator[list[Any]]:
+    """A step of `call`, which raises on all processes if it raises on one.
+
+    It yields a list for what must be alike on all of them before they go on.
+    """
+    alike, own = [], None
+    if not shared or jax.process_count() == 1:
+        yield alike
+        return
+    try:
+        yield alike
+        said = hashlib.sha256(repr(alike).encode()).hexdigest()
+    except Exception as error:
+        own, said = error, f"{type(error).__name__}: {error}"
+    # Private to JAX, and used by Orbax: what is public runs on devices, so it carries
+    # no error, and waits for ever for a process that died.
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client  # None without jax.distributed.initialize
+    step, place = next(_steps), f"{jax.process_index():06}"
+    try:
+        client.key_value_set(f"mora_jax/{step}/{place}", said)
+        client.wait_at_barrier(f"mora_jax/{step}", 1000 * LIMIT)
+        answers = sorted(client.key_value_dir_get(f"mora_jax/{step}/"))
+        client.key_value_delete(f"mora_jax/{step - 1}/{place}")  # all have read it
+    except Exception as error:
+        rule = f"{call} must be called on all processes within {LIMIT} s"
+        raise RuntimeError(f"{rule}, got one that ended or did not: {error}") from own
+    if own:
+        raise own
+    for number, (_, other) in enumerate(answers):
+        if other != said:
+            got = other if ":" in other else "other arguments than here"
+            raise RuntimeError(f"{call} failed on process {number}, so on all: {got}")
 
 
 # --- Reading ---

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax._src.distributed import global_state
 from processes import ROOT, environment
 
 DEVICES, SECONDS, GRACE = 2, 300, 5
@@ -40,9 +41,8 @@ class Group(NamedTuple):
         found = self.errors.get(case, {})
         missing = [n for n in range(len(self.codes)) if n not in found]
         text = "".join(f"process {n}: {error}" for n, error in found.items() if error)
-        assert not missing and not text, (
-            f"{case}: {text} no result of {missing}, exit status {self.codes}\n{self.logs}"
-        )
+        text += f"no result of processes {missing}" * bool(missing)
+        assert not text, f"{case}: {text}, exit status {self.codes}\n{self.logs}"
 
 
 def run(
@@ -125,9 +125,9 @@ def main(file: str, folder: str, *settings: str):
 
 def barrier(name: str, seconds: float = SECONDS) -> None:
     """Wait until all processes are here."""
-    from jax._src.distributed import global_state
-
-    global_state.client.wait_at_barrier(f"tests/{name}", int(1000 * seconds))
+    client = global_state.client
+    assert client is not None
+    client.wait_at_barrier(f"tests/{name}", int(1000 * seconds))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._common.types import Path, Shape
-from mora_jax._tree import paths
-from mora_jax._tree.base_digest import check_base, is_shared, kernel_digests
+from mora_jax._common.types import Shape
+from mora_jax._tree import base_digest, paths
 from mora_jax.io import _files
-from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location
-from mora_jax.io._hosts import together
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, together
 from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
@@ -42,7 +38,9 @@ def load(
     """Adapters as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned. A setting that the file lacks, of another version, has its default.
+    returned. A setting that the file lacks, of another version, has its default. If
+    several processes share params, all of them must call this together: each gets its
+    parts of the adapters, beside their kernels, and an error of one is one of all.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
@@ -58,6 +56,7 @@ def load(
         the params are of another base, without `any_base`. Messages name the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
+      RuntimeError: Another process failed, ended or waited too long, as in `save`.
 
     Example::
 
@@ -65,35 +64,34 @@ def load(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan))
+      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
+      ...     mora_jax.io.read_metadata(directory)
       ...     mora_jax.load(directory, params)
+      {'step': 3}
       {'fc': {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}}
     """
     path = _files.as_path("directory", directory)
     leaves = {} if params_or_shapes is None else paths.named_leaves(params_or_shapes)
-    shared = any(is_shared(leaf) for _, leaf in leaves.values())
+    shared = any(base_digest.shared_place(leaf) for _, leaf in leaves.values())
     try:
         with together("load", shared) as alike:
             config, arrays = _content(path)
-            shapes = (leaf.shape for _, leaf in leaves.values())
-            found = _restored(config, arrays, shapes)
+            found = _restored(config, arrays, (a.shape for _, a in leaves.values()))
             for place, spec in found.specs.items() if leaves else ():
-                alike.append(_place(*paths.find_array(leaves, place, spec)))
+                paths.find_array(leaves, place, spec)
             alike.append(config["sha256"])
         with together("load", shared):
             if not any_base:
-                check_base(found.specs, leaves)
+                base_digest.check_base(found.specs, leaves)
     except AdapterFileError:
         raise
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
-    tree = found.tree()
-    return _on_mesh(tree, adapter_shardings(tree, params_or_shapes)) if shared else tree
-
-
-def _place(path: Path, array: Any) -> tuple[object, ...]:
-    """What processes that share an array must agree on."""
-    return path, array.shape, array.dtype, array.sharding if is_shared(array) else None
+    tree, put = found.tree(), jax.make_array_from_callback
+    if not shared:
+        return tree
+    where = adapter_shardings(tree, params_or_shapes)
+    return jax.tree.map(lambda m, to: put(m.shape, to, m.__getitem__), tree, where)
 
 
 def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
@@ -104,15 +102,6 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
 
     Raises:
       io.AdapterFileError: The file is missing, damaged or of a newer format.
-
-    Example::
-
-      >>> import tempfile, jax.numpy as jnp, mora_jax
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
-      ...     mora_jax.io.read_metadata(directory)
-      {'step': 3}
     """
     return _content(_files.as_path("directory", directory))[0]["metadata"]
 
@@ -162,8 +151,8 @@ def save(
 
     PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything;
     `mora-jax inspect` shows it. Whenever the process is killed, the directory holds the
-    old adapter or the new one. Into an object store only one process at a time may
-    save.
+    old adapter or the new one. Into an object store only one program at a time may
+    save. All processes of a program must call this together: process 0 writes.
 
     Args:
       directory: As in `load`; made if it does not exist.
@@ -179,89 +168,54 @@ def save(
       FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
       ImportError: As in `load`.
-
-    Example::
-
-      >>> import tempfile, jax.numpy as jnp, mora_jax
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
-      ...     adapters = mora_jax.load(directory)
-      >>> adapters["fc"]["kernel_mora"].spec == plan["fc/kernel"]
-      True
+      RuntimeError: Another process failed or ended, has other adapters or params, or
+        did not call this within five minutes. The directory may hold the new adapter.
     """
+    chief, kernels = jax.process_index() == 0, {}
     with together("save") as alike:
-        if chief := jax.process_index() == 0:  # the others need not see the directory
-            _refuse_foreign(target := _files.as_path("directory", directory))
+        target, foreign = _files.as_path("directory", directory), ""
+        if chief:  # the others need not see the directory
+            foreign = CONFIG * (target / CONFIG).exists()
+            with contextlib.suppress(AdapterFileError):  # there is none, or is damaged
+                if not foreign and KEY not in TensorFile(target / TENSORS).metadata:
+                    foreign = TENSORS
+        if foreign:
+            rule = "directory must not hold an adapter of another format"
+            got = f"got {target}, whose {foreign} is not mora_jax's"
+            raise FileExistsError(f"{rule}, {got}; save to another one, or delete that")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
         kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
-        for place, adapter in found.placed.items():
-            check_concrete(adapter.m, "/".join(place), np.shape(adapter.m))
-            alike.append(_place(place, adapter.m))
         leaves = {} if params is None else paths.named_leaves(params)
-        kernels: dict[Path, Any] = {}
         for path, adapter in found.kernels.items() if leaves else ():
-            _, kernel = paths.find_array(leaves, path, spec := adapter.spec)
-            check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
-            kernels[path] = kernel
-            alike.append(_place(path, kernel))
+            _, kernels[path] = paths.find_array(leaves, path, spec := adapter.spec)
+            name = f"{'/'.join(path)} in params"
+            check_concrete(kernels[path], name, spec.kernel_shape)
+        used = [*kernels.values(), *(adapter.m for adapter in found.values())]
+        alike += [found.keys(), *map(base_digest.shared_place, used)]
     with together("save") as alike:
-        # What the processes compute together comes before checks, which end it on one.
+        # What all compute together comes before the checks, at which one may stop.
         for path, kernel in kernels.items():
-            spec = found[path].spec
-            spec = dataclasses.replace(spec, base_digest=kernel_digests(spec, kernel))
+            alike.append(digest := base_digest.kernel_digests(found[path].spec, kernel))
+            spec = dataclasses.replace(found[path].spec, base_digest=digest)
             found[path] = found[path].replace(spec=spec)
-            alike.append(spec.base_digest)
+        found |= {p: a.replace(m=base_digest.gathered(a.m)) for p, a in found.items()}
+        arrays: dict[str, np.ndarray] = {}
         for path, adapter in found.items():
-            if is_shared(adapter.m):
-                m = multihost_utils.process_allgather(adapter.m, tiled=True)
-                found[path] = adapter.replace(m=m)
-        arrays = _arrays_of(found)
+            name = "/".join(paths.place_of(path, adapter.spec))
+            arrays[name] = to_numpy(name, adapter.m)
+            op = getattr(adapter.spec, "operator", None)
+            if isinstance(op, Damped):
+                arrays[_records.directions_name(op.digest)] = np.asarray(op.directions)
+                op = op.inner
+            if op is not None and op.given:
+                arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
+    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
     with together("save"):
         if chief:
-            more = {"format": FORMAT, "metadata": kept}
-            more["tensors_sha256"] = _digest(arrays)
             text = _records.text_of(dict(sorted(found.items())), more)
             data = encode(arrays, {KEY: text})
             # Nothing is written that cannot be read.
             shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)
             _restored(*_content(target, data), shapes)
             _files.replace_file(target / TENSORS, data)
-
-
-def _arrays_of(found: paths.Found) -> dict[str, np.ndarray]:
-    """The arrays of a file, with those that operators were given."""
-    arrays: dict[str, np.ndarray] = {}
-    for path, adapter in found.items():
-        name = "/".join(paths.place_of(path, adapter.spec))
-        arrays[name] = to_numpy(name, adapter.m)
-        op = getattr(adapter.spec, "operator", None)
-        if isinstance(op, Damped):
-            arrays[_records.directions_name(op.digest)] = np.asarray(op.directions)
-            op = op.inner
-        if op is not None and op.given:
-            arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
-    return arrays
-
-
-def _refuse_foreign(target: Location) -> None:
-    """Raise if a directory holds an adapter of another format."""
-    foreign = CONFIG * (target / CONFIG).exists()
-    with contextlib.suppress(AdapterFileError):  # there is none, or it is damaged
-        if not foreign and KEY not in TensorFile(target / TENSORS).metadata:
-            foreign = TENSORS
-    if foreign:
-        rule = "directory must not hold an adapter of another format"
-        got = f"got {target}, whose {foreign} is not mora_jax's"
-        raise FileExistsError(f"{rule}, {got}; save to another one, or delete that")
-
-
-def _on_mesh(tree: paths.Tree, shardings: paths.Tree) -> paths.Tree:
-    """Adapters on a mesh of several processes, each of which has its parts."""
-
-    def put(m: jax.Array, sharding: NamedSharding) -> jax.Array:
-        read = np.asarray(m).__getitem__
-        return jax.make_array_from_callback(m.shape, sharding, read)
-
-    return jax.tree.map(put, tree, shardings)
