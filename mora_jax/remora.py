@@ -44,9 +44,9 @@ from mora_jax._tree.lora_trees import lora_adapter
 from mora_jax._tree.merge import merged_kernel
 from mora_jax._tree.optim import check_transformation, restarted_state
 from mora_jax._tree.paths import Found, Tree, checked_adapters
-from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Damped, Operator, Sharing
 from mora_jax.operators.low_rank import nearest_factors
+from mora_jax.operators.sharing import REFERENCE_GROUPS
 
 __all__ = ["Restarted", "learned", "restart"]
 

@@ -120,7 +120,6 @@ def on_mesh(
             if axis not in kernel.mesh.shape:
                 rule = f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}"
                 raise ValueError(f"{rule}, got {axis!r}")
-        # The last axis comes first, since Flax's transformations take off leading ones.
         axes = tuple(reversed(mesh_axes_of(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:

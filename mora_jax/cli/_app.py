@@ -131,8 +131,8 @@ def merge(
     console = Console(stderr=True)
     hidden = not console.is_terminal  # a log would keep every state of the bar
     with Progress(console=console, transient=True, disable=hidden) as bar:
-        size = io.Checkpoint(_files.as_path("base", base)).size
-        task = bar.add_task("merging", total=size)
+        files = io.Checkpoint(_files.as_path("base", base)).files
+        task = bar.add_task("merging", total=sum(file.size for file in files))
         settings["progress"] = functools.partial(bar.advance, task)
         lost = io.merge_checkpoint(base, adapters, out, names, **settings)
     arrays = adapters_in(adapters).trained

@@ -301,10 +301,9 @@ class Operator(DeltaMap):
         return undisturbed(self.matrix)(self._checked(m))
 
     def _checked(self, m: ArrayLike) -> Array:
-        array = self._fitting("m", m, *self.m_shape)
-        if array.ndim != len(self.m_shape):
-            rule = f"m must have shape {self.m_shape}"
-            raise ValueError(f"{rule}, got {m.shape}; use jax.vmap")
+        array = self._fitting("m", m, *(shape := self.m_shape))
+        if array.ndim != len(shape):
+            raise ValueError(f"m must have shape {shape}, got {m.shape}; use jax.vmap")
         return array
 
     def _fitting(self, name: str, array: ArrayLike, *end: int) -> Array:

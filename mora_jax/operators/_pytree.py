@@ -16,18 +16,13 @@ def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
     return dataclasses.field(init=init, **settings)
 
 
-def nested() -> Any:
-    """Field for an operator inside of another one, whose arrays are leaves, too."""
-    return dataclasses.field(metadata={"nested": True})
-
-
 def given(check: Compute, *, init: Literal[True] = True) -> Any:
     """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
     return seeded(check, init=init)  # type: ignore[arg-type]
 
 
 @dataclass_transform(
-    frozen_default=True, field_specifiers=(seeded, given, nested, dataclasses.field)
+    frozen_default=True, field_specifiers=(seeded, given, dataclasses.field)
 )
 def operator(cls: ClassT) -> ClassT:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its arrays."""
@@ -37,6 +32,7 @@ def operator(cls: ClassT) -> ClassT:
     cls.given = any(f.init for f in fields if "compute" in f.metadata)
     if cls.given:
         cls.__eq__ = _alike  # type: ignore[method-assign]
+    # An operator inside of another one, whose arrays are leaves, too.
     inner = [field.name for field in fields if "nested" in field.metadata]
     register_pytree(cls, [*cls.arrays, *inner])
     return cls

@@ -1,6 +1,7 @@
 """Damped inputs: another operator, which sees less of some directions."""
 
 import copy
+import dataclasses
 import operator
 from typing import Any
 
@@ -14,7 +15,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul, rows_product
 from mora_jax.operators import _pytree
 from mora_jax.operators._base import Operator, Precision
-from mora_jax.operators._pytree import given, nested
+from mora_jax.operators._pytree import given
 
 
 @_pytree.operator
@@ -50,7 +51,7 @@ class Damped(Operator):
     # Neither P nor P x is formed. An output is the inner operator's for x less (x V) B,
     # where B are its outputs for the rows of V^T: the work of a LoRA of rank k. The
     # derivative by M likewise is the inner one's for x, less the one for V^T.
-    inner: Operator = nested()
+    inner: Operator = dataclasses.field(metadata={"nested": True})
     directions: ArrayLike = given(lambda op: _checked(op))
 
     name = "damped"
@@ -58,8 +59,7 @@ class Damped(Operator):
     def __post_init__(self) -> None:
         inner = self.inner
         if not isinstance(inner, Operator) or isinstance(inner, Damped):
-            rule = "inner must be an operator that is not damped"
-            raise TypeError(f"{rule}, got {inner!r}")
+            raise TypeError(f"inner must be an operator, not damped, got {inner!r}")
         sizes_of = operator.attrgetter("in_features", "out_features", "square_rank")
         if (sizes := sizes_of(self)) != (got := sizes_of(inner)):
             raise ValueError(f"inner must have the sizes {sizes}, got {got}")

@@ -1,4 +1,4 @@
-"""Projections on orthonormal directions: fixed random ones, or those of a subclass."""
+"""Projection on orthonormal directions, and on fixed random ones."""
 
 import math
 from typing import Any

@@ -19,6 +19,14 @@ from mora_jax.operators.decoupling import block_positions
 
 Grouping = Literal["strided", "contiguous"]
 
+REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {
+    1: ("strided", "strided"),
+    2: ("contiguous", "contiguous"),
+    3: ("contiguous", "strided"),
+    4: ("strided", "contiguous"),
+}
+"""How the sharing types of the reference group inputs and outputs."""
+
 
 @operator
 class Sharing(Operator):

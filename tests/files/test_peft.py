@@ -27,7 +27,7 @@ import mora_jax
 from mora_jax import MoRAConfig, Plan, io, linen
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
-from mora_jax.io.peft._reference import reference_operator
+from mora_jax.io.peft._read import reference_operator
 from mora_jax.operators import make_operator
 
 MODEL = llama()

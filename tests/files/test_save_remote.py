@@ -22,7 +22,7 @@ from mora_jax import MoRAConfig, io, load, save
 from mora_jax.cli._app import read_adapter
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
-from mora_jax.io.peft._reference import reference_operator
+from mora_jax.io.peft._read import reference_operator
 
 PLAN_OF_ONE = single(reference_operator(1, 24, 40, 2), path=UP_PROJ)
 ADAPTED = made(PLAN_OF_ONE)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mora_jax import FrozenDense, delta_weight, mora_apply
-from mora_jax.io.peft._reference import reference_operator
+from mora_jax.io.peft._read import reference_operator
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = json.loads((DATA / "layers.json").read_text())

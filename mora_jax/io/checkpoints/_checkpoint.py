@@ -60,11 +60,6 @@ class Checkpoint:
                     both = f"{other.path.name} and in {file.path.name}"
                     raise AdapterFileError(f"{short(name)} is in {both}")
 
-    @property
-    def size(self) -> int:
-        """The number of bytes of all files that hold tensors."""
-        return sum(file.size for file in self.files)
-
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json there or beside the file, empty if it is missing."""

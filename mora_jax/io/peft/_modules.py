@@ -11,7 +11,7 @@ import numpy as np
 from mora_jax._common.warnings import warn
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError
 from mora_jax.io._json import short
-from mora_jax.io.peft._reference import REFERENCE_GROUPS
+from mora_jax.operators.sharing import REFERENCE_GROUPS
 
 PREFIX = "base_model.model."
 """The beginning of the names of tensors in PEFT."""

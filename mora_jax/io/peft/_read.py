@@ -25,8 +25,8 @@ from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
 from mora_jax.io.peft._modules import MatrixPair, checked, modules_in, turned
-from mora_jax.io.peft._reference import reference_operator
-from mora_jax.operators import LowRank, Operator
+from mora_jax.operators import LowRank, Operator, Rotation, Sharing
+from mora_jax.operators.sharing import REFERENCE_GROUPS
 
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
@@ -196,6 +196,23 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
     layers = [np.concatenate(blocks[k : k + parts], axis=1) for k in starts]
     rank = max(layer.shape[1] for layer in layers)
     return [np.pad(layer, ((0, 0), (0, rank - layer.shape[1]))) for layer in layers]
+
+
+def reference_operator(
+    mora_type: int, in_features: int, out_features: int, rank: int
+) -> Operator:
+    """The operator that the reference computes with, of a type that is in its config.
+
+    Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
+    fewer outputs than inputs.
+    """
+    # It rounds q to the nearest number, so M may have more parameters than a LoRA of
+    # that rank, unlike in this library.
+    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    if mora_type == 6:  # a rotation turns pairs of numbers
+        return Rotation(in_features, out_features, q // 2 * 2, truncate=True)
+    groups = REFERENCE_GROUPS[mora_type]
+    return Sharing(in_features, out_features, q, *groups, normalised=False)
 
 
 def _trained(
