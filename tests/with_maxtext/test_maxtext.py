@@ -1,0 +1,200 @@
+"""MaxText as it comes, with adapters in its decoder: nobody here wrote its trainer.
+
+Run by `make test-maxtext`, in an environment of its own, on one device and on eight.
+"""
+
+import contextlib
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from helpers import random_like
+
+import mora_jax
+from models import smollm2
+from mora_jax import MoRAConfig
+from mora_jax import nnx as mora
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::mora_jax.MoRAWarning"),
+]
+CONFIG = MoRAConfig(rank=4, exclude=".*/logits_dense/kernel")
+IDS = np.arange(128, dtype=np.int32).reshape(8, 16) * 7 % 128
+POSITIONS = np.tile(np.arange(16, dtype=np.int32), (8, 1))
+
+
+@pytest.fixture(scope="module")
+def adapt(maxtext):
+    from mora_jax import maxtext as ours
+
+    ours.adapt(CONFIG)
+    return ours.adapt
+
+
+@pytest.fixture(scope="module")
+def base(runs):
+    """The checkpoint of a model that MaxText has trained a little, and its arrays."""
+    _, state = runs.train(
+        lora=False,
+        run_name="base",
+        steps=2,
+        init_weights_seed=7,
+        enable_checkpointing=True,
+    )
+    path = runs.folder / "base/checkpoints/1/items"
+    return str(path), jax.device_get(nnx.to_pure_dict(state["model"]))
+
+
+@pytest.fixture(scope="module")
+def whole(runs, adapt, base):
+    """The losses and the state of a run with adapters on that base."""
+    return runs.train(load_parameters_path=base[0])
+
+
+def test_it_trains_ms_alone(whole, base):
+    losses, state = whole
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
+    ms = nnx.to_flat_state(nnx.state(state["model"], mora.MoRAParam))
+    assert len(ms) == 7 and all(np.abs(m[...]).max() > 0 for _, m in ms)
+    assert all(m.shape[1] == 3 for _, m in ms)  # param_scan_axis, as it comes
+    plain = nnx.filter_state(
+        state["model"], nnx.All(nnx.Param, nnx.Not(mora.MoRAParam))
+    )
+    of_base = nnx.traversals.flatten_mapping(base[1])
+    for path, param in nnx.to_flat_state(plain):
+        np.testing.assert_array_equal(param[...], of_base[path])
+
+
+def call(model, batch):
+    """The model as MaxText's loss calls it."""
+    return model(
+        decoder_input_tokens=batch["inputs"],
+        decoder_positions=batch["inputs_position"],
+        decoder_segment_ids=batch["inputs_segmentation"],
+        enable_dropout=False,
+        decoder_target_tokens=batch["targets"],
+        decoder_target_mask=batch["targets_segmentation"],
+    )
+
+
+def placed(config, model):
+    """Where MaxText's functions find mesh and rules."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(model.mesh))
+    stack.enter_context(logical_axis_rules(config.logical_axis_rules))
+    return stack
+
+
+def logits(runs, model):
+    graph, state = nnx.split(model)
+    ones = np.ones_like(IDS)
+    batch = {"inputs": IDS, "inputs_position": POSITIONS, "inputs_segmentation": ones}
+    batch |= {"targets": IDS, "targets_segmentation": ones}
+    with placed(runs.config(), model):
+        return jax.jit(lambda state: call(nnx.merge(graph, state), batch))(state)
+
+
+def test_our_own_loop_has_the_same_losses(runs, whole, base):
+    """With optax and our gradients: MaxText's model and batches alone are in it."""
+    config, model, loader = runs.start(load_parameters_path=base[0])
+    rate = runs.maxtext.train_utils.maxtext_utils.create_learning_rate_schedule(config)
+    decay = {"b1": config.adam_b1, "b2": config.adam_b2, "weight_decay": 0.1}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **decay))
+    optimizer = mora.adapter_optimizer(model, tx)
+
+    def loss(model, batch):
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        return jnp.mean(entropy(call(model, batch), batch["targets"]))
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        value, grads = mora.value_and_grad(loss)(model, batch)
+        optimizer.update(model, grads)
+        return value
+
+    with placed(config, model):
+        got = [float(step(model, optimizer, loader.load_next_batch())) for _ in range(6)]
+    np.testing.assert_allclose(got, whole[0], rtol=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_resumes_where_it_was(runs, whole, base, monkeypatch):
+    """From M's, moments and step alone: the base is read where it was."""
+    train = runs.maxtext.train
+    own, steps = train.training_loop_iteration, iter(range(3))
+
+    def iteration(*args):
+        if next(steps, None) is None:
+            raise Killed
+        return own(*args)
+
+    settings = {"run_name": "killed", "load_parameters_path": base[0]}
+    settings["enable_checkpointing"] = True
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "training_loop_iteration", iteration)
+        runs.train(**settings)
+    losses, state = runs.train(**settings)
+    assert losses == whole[0][3:]
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(s) for s in (state, whole[1])))
+    saved = runs.folder / "killed/checkpoints/2/items"
+    names = {
+        "/".join(str(key) for key in path)
+        for path in checkpoint_names(saved)
+    }
+    assert len([n for n in names if n.endswith("kernel_mora")]) == 3 * 7
+    assert not any(n.endswith("kernel") for n in names)
+
+
+def checkpoint_names(path):
+    import orbax.checkpoint as ocp
+
+    metadata = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+    return [tuple(getattr(k, "key", getattr(k, "idx", k)) for k in keys) for keys, _ in jax.tree_util.tree_flatten_with_path(metadata, is_leaf=lambda x: hasattr(x, "shape"))[0]]
+
+
+def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, base):
+    model = runs.model(whole[1])
+    merged = mora.merge_adapters(model)
+    expected, got = logits(runs, model), logits(runs, merged)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    plain = runs.model({"model": base[1]}, lora=False)
+    kinds = [[type(m) for _, m in nnx.iter_modules(own)] for own in (merged, plain)]
+    assert kinds[0] == kinds[1]
+    assert np.abs(expected - logits(runs, plain)).max() > 0.1
+
+
+def test_the_merged_model_is_exported_to_hugging_face_names(runs, whole, tmp_path):
+    """By MaxText's own maps, into the Llama of our examples."""
+    from safetensors.numpy import save_file
+
+    convert = runs.maxtext.to_huggingface
+    config, model = runs.config(), runs.model(whole[1])
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"vocab_size": 128, "tie_word_embeddings": False}
+    maps = convert._get_model_mappings("llama3.1-8b", True, sizes, config)
+    maps = [maps[f"{name}_mapping"] for name in ("param", "hook_fn", "shape")]
+    params = nnx.to_pure_dict(nnx.state(mora.merge_adapters(model), nnx.Param))
+    tensors = {}
+    for path, param in nnx.traversals.flatten_mapping(params).items():
+        name = "-".join(("params", *path))
+        found = convert.process_maxtext_param(name, param, *maps, config)
+        tensors |= {name: np.ascontiguousarray(array) for name, array in found}
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    llama = smollm2.Llama(smollm2.Config(128, 3, 32, 64, 4, 2, 10_000.0, 1e-5))
+    like = jax.eval_shape(llama.init, jax.random.key(0), IDS)["params"]
+    params = mora_jax.io.load_base(tmp_path, like, smollm2.NAMES)
+    _, seen = llama.apply({"params": params}, IDS, capture_intermediates=True)
+    (final,) = seen["intermediates"]["norm"]["__call__"]
+    np.testing.assert_allclose(final @ head.T, logits(runs, model), atol=1e-4)
