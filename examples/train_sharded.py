@@ -348,13 +348,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", skipped=int(skipped), refresh=False)
             bar.update()
 
-    adapters = multihost_utils.process_allgather(state["adapters"], tiled=True)
-    if chief and batches.position < args.steps:
-        print(f"SIGTERM: saved after batch {batches.position}, to continue from there")
-    elif chief:
+    if batches.position >= args.steps:
         directory = args.checkpoint / "adapter"
-        mora_jax.save(directory, adapters, metadata=checkpoints.settings)
-        print(f"the adapters are in {directory}")
+        # All processes call it, and the first one writes.
+        mora_jax.save(directory, state["adapters"], metadata=checkpoints.settings)
+        message = f"the adapters are in {directory}"
+    else:
+        at = batches.position
+        message = f"SIGTERM: saved after batch {at}, to continue from there"
+    if chief:
+        print(message)
     if args.coordinator:
         jax.distributed.shutdown()
 

@@ -18,10 +18,7 @@ from mora_jax._plan.spec import AdapterSpec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
-    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes.
-
-    Processes that share the kernel must call this together.
-    """
+    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes."""
     # Only these rows are copied to the host, from the first to the last one.
     axes, stack = spec.axes, spec.stack_shape
     ins = sizes(spec.kernel_shape, axes, "i")
@@ -34,8 +31,7 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     sharding = getattr(kernel, "sharding", None)
     if isinstance(sharding, NamedSharding):
         # Devices send rows as a sum with zeros, which would make 0.0 of a float's -0.0.
-        bits = f"uint{jnp.finfo(kernel.dtype).bits}"
-        rows = jax.lax.bitcast_convert_type(kernel, bits).at[index]
+        rows = kernel.view(f"uint{jnp.finfo(kernel.dtype).bits}").at[index]
         # Where types name a mesh, JAX has to be told where the rows are to be.
         rows = rows.get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
         taken = np.asarray(gathered(rows)).view(kernel.dtype)
@@ -62,7 +58,7 @@ def shared_place(array: Any) -> str:
 
 
 def gathered(array: Any) -> Any:
-    """An array that this process can read; those that share it must call this."""
+    """An array that this process can read; all that share it call this together."""
     shared = shared_place(array)
     return multihost_utils.process_allgather(array, tiled=True) if shared else array
 

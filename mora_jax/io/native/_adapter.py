@@ -38,9 +38,8 @@ def load(
     """Adapters as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned. A setting that the file lacks, of another version, has its default. If
-    several processes share params, all of them must call this together: each gets its
-    parts of the adapters, beside their kernels, and an error of one is one of all.
+    returned. A setting that the file lacks, of another version, has its default.
+    Processes that share params must call this together, and get their parts of M's.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
@@ -56,7 +55,7 @@ def load(
         the params are of another base, without `any_base`. Messages name the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
-      RuntimeError: Another process failed, ended or waited too long, as in `save`.
+      RuntimeError: Another process failed, as in `save`.
 
     Example::
 
@@ -64,10 +63,8 @@ def load(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
-      ...     mora_jax.io.read_metadata(directory)
+      ...     mora_jax.save(directory, mora_jax.init(plan))
       ...     mora_jax.load(directory, params)
-      {'step': 3}
       {'fc': {'kernel_mora': Adapter(block_diagonal, float32[1, 8, 8])}}
     """
     path = _files.as_path("directory", directory)
@@ -170,6 +167,15 @@ def save(
       ImportError: As in `load`.
       RuntimeError: Another process failed or ended, has other adapters or params, or
         did not call this within five minutes. The directory may hold the new adapter.
+
+    Example::
+
+      >>> import tempfile, jax.numpy as jnp, mora_jax
+      >>> adapters = mora_jax.init(mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}}))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     mora_jax.save(directory, adapters, metadata={"step": 3})
+      ...     mora_jax.io.read_metadata(directory)
+      {'step': 3}
     """
     chief, kernels = jax.process_index() == 0, {}
     with together("save") as alike:
@@ -187,10 +193,9 @@ def save(
             raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
         kept, found = plain(metadata or {}, "metadata"), paths.adapters_in(adapters)
         leaves = {} if params is None else paths.named_leaves(params)
-        for path, adapter in found.kernels.items() if leaves else ():
-            _, kernels[path] = paths.find_array(leaves, path, spec := adapter.spec)
-            name = f"{'/'.join(path)} in params"
-            check_concrete(kernels[path], name, spec.kernel_shape)
+        for path, spec in found.kernels.specs.items() if leaves else ():
+            kernels[path] = kernel = paths.find_array(leaves, path, spec)[1]
+            check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
         used = [*kernels.values(), *(adapter.m for adapter in found.values())]
         alike += [found.keys(), *map(base_digest.shared_place, used)]
     with together("save") as alike:
