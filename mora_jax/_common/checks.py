@@ -112,15 +112,6 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_array(name: str, array: Any, end: Shape = ()) -> jax.Array:
-    """Return `array` if it is floating-point and its shape ends in `end`."""
-    check_floating(array := as_jax_array(name, array), name)
-    if array.shape[array.ndim - len(end) :] != end:
-        expected = ", ".join(map(str, end))
-        raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
-    return array
-
-
 def check_floating(leaf: Any, name: str, otherwise: str = "") -> None:
     """Raise unless `leaf` is a floating-point array, or stands for one.
 

@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
-from mora_jax._common.checks import check_array, check_seed, positive_integer
+from mora_jax._common import checks
 from mora_jax._common.types import ArrayLike, Precision, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.qwix_guard import undisturbed
@@ -146,7 +146,7 @@ class Operator(DeltaMap):
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
-            positive_integer(field, getattr(self, field))
+            checks.positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
         if self.bounded and q > limit:
             most = f"at most min(in_features, out_features) = {limit}"
@@ -155,7 +155,7 @@ class Operator(DeltaMap):
         if q % step:
             rule = f"square_rank of {self.name} must be a multiple of {step}"
             raise ValueError(f"{rule}, got {q}; the nearest is {q + step - q % step}")
-        check_seed(getattr(self, "seed", 0))
+        checks.check_seed(getattr(self, "seed", 0))
         for field in self.arrays:
             compute = type(self).__dataclass_fields__[field].metadata["compute"]
             object.__setattr__(self, field, compute(self))
@@ -309,7 +309,11 @@ class Operator(DeltaMap):
     def _fitting(self, name: str, array: ArrayLike, *end: int) -> Array:
         if by_layer(self)[0]:
             raise ValueError(f"{self.name} differs from layer to layer: take at(index)")
-        return check_array(name, array, end)
+        checks.check_floating(array := checks.as_jax_array(name, array), name)
+        if array.shape[array.ndim - len(end) :] != end:
+            must = f"{name} must have shape (..., {', '.join(map(str, end))})"
+            raise ValueError(f"{must}, got {array.shape}")
+        return array
 
 
 # A program for each shape takes a tenth of the time that JAX's own functions take
