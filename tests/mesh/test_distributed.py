@@ -159,6 +159,17 @@ def test_one_of_two_processes_is_killed_and_another_mesh_goes_on(tmp_path, whole
 
 
 @pytest.mark.slow
+def test_two_processes_write_one_adapter(tmp_path, whole):
+    with running_pair(tmp_path) as pair:
+        for process in pair:
+            assert_ends_well(process, tmp_path)
+    got, expected = (mora_jax.load(run / "run/adapter") for run in (tmp_path, whole))
+    chex.assert_trees_all_close(got, expected, rtol=0, atol=1e-4)
+    assert "the adapters are in" in printed(tmp_path)
+    assert "the adapters are in" not in printed(tmp_path, "other")
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
     with running_pair(tmp_path, steps=10_000) as (first, second):
         wait_until(lambda: saved(tmp_path), first, tmp_path)
