@@ -50,7 +50,7 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
 
 
 def shared_place(array: Any) -> str:
-    """Where processes share an array, or one that a shape stands for; "" if none do."""
+    """The place of an array, or of a shape, if several processes share it, or ""."""
     sharding = getattr(array, "sharding", None)
     abstract = isinstance(getattr(sharding, "mesh", None), AbstractMesh)
     local = sharding is None or abstract or sharding.is_fully_addressable

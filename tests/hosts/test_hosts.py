@@ -84,7 +84,7 @@ def in_numpy(adapters):
 
 
 def is_whole(shared, array):
-    """True if all parts that this process has are those of an array, bit for bit."""
+    """True if all parts that this process has are an array's, bit for bit."""
     parts = ((part.data, array[part.index]) for part in shared.addressable_shards)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in parts)
 

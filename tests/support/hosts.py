@@ -21,14 +21,14 @@ DEVICES, SECONDS, GRACE = 2, 300, 5
 
 
 class Group(NamedTuple):
-    """What a group of processes did.
+    """Results of a group of processes.
 
     Attributes:
       errors: {case: the traceback on each process, "" where it passed}; a process that
         did not come to its end is missing.
       codes: The exit status of each process.
       seconds: The time that they took.
-      logs: What all of them printed.
+      logs: The output of all of them.
     """
 
     errors: dict[str, dict[int, str]]
@@ -51,7 +51,7 @@ def run(
     """Run functions of a file, one after the other, on `count` processes at once.
 
     Each gets a folder of its own, which the processes share. JAX takes a process for
-    dead that it has not heard of for `heartbeat` seconds.
+    dead that was silent for `heartbeat` seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
