@@ -19,7 +19,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
 from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
@@ -102,7 +102,8 @@ class Survey:
 
     def _see(self, name: str, shape: Shape) -> None:
         """Take note of the shape of a kernel, or of a scale, as its layer has it."""
-        whole = tuple(self.leaves[name].shape)
+        if (whole := tuple(self.leaves[name].shape)) == shape:
+            return
         places = stack_places(whole, shape)
         self.places[name] = [p for p in self.places.get(name, places) if p in places]
         if not self.places[name]:
@@ -146,21 +147,23 @@ class Survey:
             remedy = "exclude kernels whose params code takes apart"
             which = "as nn.WeightNorm and nn.map_variables do"
             raise ValueError(f"{told}: {error}; {remedy}, {which}") from error
-        for name, spec in () if plan is None else plan.items():
-            own = [p for p in self.places.get(name, ()) if p in spec.stacks(len(p))]
-            self.places[name] = own or [tuple(range(len(spec.stack_shape)))]
+        specs = {} if plan is None else dict(plan)
+        for name in specs.keys() & self.places:
+            known, spec = self.places[name], specs[name]
+            own = [places for places in known if places in spec.stacks(len(places))]
+            self.places[name] = own or known
         for name in [n for n, places in self.places.items() if len(places) > 1]:
             # As many layers as features: shapes do not tell which is which.
             choices = self.places[name]
             for self.places[name] in [[choice] for choice in (*choices, choices[0])]:
-                follow(program, list(self.leaves), self._axes(plan), uses := Uses())
+                follow(program, list(self.leaves), self._axes(specs), uses := Uses())
                 if name not in uses.faults:
                     break
         self.traced = True
-        follow(program, list(self.leaves), self._axes(plan), self.uses)
+        follow(program, list(self.leaves), self._axes(specs), self.uses)
         return program
 
-    def _axes(self, plan: Plan | None) -> dict[str, list[int]]:
+    def _axes(self, specs: Mapping[str, AdapterSpec]) -> dict[str, list[int]]:
         """Numbers of the axes of arrays, as layers see them; of stack axes negative."""
         own = {n: range(len(product.axes)) for n, product in self.products.items()}
         axes, own = {}, own | self.scales
@@ -168,8 +171,8 @@ class Survey:
             more = self.leaves[name].ndim - len(numbers)
             (places, *_) = self.places.get(name, [range(more)])
             axes[name] = interleaved(range(-more, 0), numbers, places)
-        for name, spec in () if plan is None else plan.items():
-            m = range(-len(spec.stack_shape), len(spec.operator.m_shape))
+        for name, spec in specs.items():
+            m = range(-spec.axes.count("s"), len(spec.operator.m_shape))
             axes[name + SUFFIX] = [m[k] for k in order_in_model(spec.axes, len(m))]
         return axes
 

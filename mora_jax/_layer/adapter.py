@@ -120,8 +120,9 @@ class Adapter:
 
     def in_model(self) -> Any:
         """M with stack axes where the kernel has them, as a model holds it."""
-        moved = isinstance(self.spec, AdapterSpec) and not self.spec.stacked_in_front
-        return to_model(self.m, self.spec.axes) if moved else self.m
+        spec = self.spec
+        moved = isinstance(spec, AdapterSpec) and not spec.stacked_in_front
+        return to_model(self.m, spec.axes) if moved else self.m
 
     @classmethod
     def of_model(cls, m: Any, spec: Any, given: Sequence[Array] = ()) -> "Adapter":
@@ -130,10 +131,12 @@ class Adapter:
         `given` are the arrays that its operator has for each layer.
         """
         shape = tuple(getattr(m, "shape", ()))
-        if not given and (isinstance(spec, TrainedArray) or spec.stacked_in_front):
-            # Where the first of a stack's axes are taken off, the plain equation knows.
-            several = not isinstance(spec, TrainedArray) and spec.axes.count("s") > 1
-            if not several or spec.shape[len(spec.shape) - len(shape) :] == shape:
+        if not isinstance(spec, AdapterSpec):
+            return cls(m, spec)
+        if not given and spec.stacked_in_front:
+            # The plain equation knows what to do where the first axes are taken off.
+            one, last = spec.axes.count("s") < 2, len(spec.shape) - len(shape)
+            if one or spec.shape[last:] == shape:
                 return cls(m, spec)
         for taken in spec.stacks(len(spec.shape) - len(shape)):
             axes, own = "".join(without(spec.axes, taken)), {}

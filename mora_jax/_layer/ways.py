@@ -353,6 +353,8 @@ def dropped(
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
     """Raise unless the layer reads the kernel's axes as the plan does."""
+    if product.fits(spec.axes):
+        return
     # A lifted transformation may take off stack axes of the plan.
     taken = spec.stacks(len(spec.axes) - len(product.axes))
     axes = ("".join(without(spec.axes, places)) for places in taken)

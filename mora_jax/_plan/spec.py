@@ -175,8 +175,8 @@ class AdapterSpec(AdapterSettings):
     @property
     def shape_in_model(self) -> Shape:
         """The shape of M in a model, with stack axes where the kernel has them."""
-        order = order_in_model(self.axes, len(self.shape))
-        return tuple([self.shape[k] for k in order])
+        shape = self.shape
+        return tuple([shape[k] for k in order_in_model(self.axes, len(shape))])
 
     @property
     def parameters(self) -> int:

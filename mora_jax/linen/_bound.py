@@ -45,9 +45,10 @@ def layer_calls(
         running.append(module)
         try:
             call = LayerCall(rule, module, run, args, kwargs)
-            if isinstance(adapter.spec, AdapterSpec):
+            spec = adapter.spec
+            if isinstance(spec, AdapterSpec) and "s" in spec.axes:  # of a stack
                 m, *given = adapter.m if isinstance(adapter.m, tuple) else (adapter.m,)
-                adapter = Adapter.of_model(m, adapter.spec, given)
+                adapter = Adapter.of_model(m, spec, given)
             return output_of(call, adapter)()
         finally:
             running.pop()

@@ -109,8 +109,9 @@ def program(
 
     def record(call: LayerCall, adapter: Adapter) -> Callable[[], Any]:
         _, name, spec = adapter.spec
-        own = spec and Adapter.of_model(adapter.m, spec)
-        return functools.partial(known.record_call, name, call, own)
+        if spec and "s" in spec.axes:
+            adapter = Adapter.of_model(adapter.m, spec)
+        return functools.partial(known.record_call, name, call, adapter)
 
     # A new one in each call: in an earlier trace of nn.jit no call would be recorded.
     mark = object()
@@ -171,10 +172,11 @@ class AdaptedApply:
             if spec.base_digest is not None:  # or equal layers would be told apart
                 plain = dataclasses.replace(spec, base_digest=None)
                 adapter = adapter.replace(spec=plain)
-            m: Any = adapter.in_model()
-            if given := by_layer(spec.operator)[0]:  # lifted transformations slice them
-                m = m, *(to_model(jnp.asarray(array), spec.axes) for array in given)
-            bound[place_of(path, spec)] = adapter.replace(m=m)
+            if "s" in spec.axes:  # lifted transformations slice M, and what is given
+                m, arrays = adapter.in_model(), by_layer(spec.operator)[0]
+                given = [to_model(jnp.asarray(array), spec.axes) for array in arrays]
+                adapter = adapter.replace(m=(m, *given) if given else m)
+            bound[place_of(path, spec)] = adapter
         drops = any(adapter.spec.dropout > 0 for adapter in kernels.values())
         if drops and adapter_deterministic is None:
             rule = "adapter_deterministic must be True or False"

@@ -71,6 +71,21 @@ def test_an_nnx_model_of_qwix():
     close(wrapped(X), lora(X), 1e-5)
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_factors_of_a_stack_are_stacked_as_their_kernel(axis):
+    """As qwix makes them under a scan; also where the layers are as many as the rank."""
+    a, b = random(0, 2, 16, 2), random(1, 2, 2, 12)
+    kernel = np.zeros(np.moveaxis(np.zeros((2, 16, 12)), 0, axis).shape, "f4")
+    axes = {0: "sio", 1: "iso", -1: "ios"}[axis]
+    config = MoRAConfig(rank=2, overrides={".*": {"axes": axes}})
+    plan = mora_jax.plan({"fc": {"kernel": kernel}}, config)
+    factors = {"kernel_lora_a": np.moveaxis(a, 0, axis)}
+    factors["kernel_lora_b"] = np.moveaxis(b, 0, axis)
+    adapters = from_lora({"fc": factors}, plan, alpha=3)
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
+    close(np.moveaxis(delta, axis, 0), 3 * a @ b, 1e-5)
+
+
 def test_lora_of_flax_itself():
     rngs = nnx.Rngs(0)
     base = nnx.Linear(16, 8, rngs=rngs)
