@@ -73,7 +73,7 @@ def test_an_nnx_model_of_qwix():
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_factors_of_a_stack_are_stacked_as_their_kernel(axis):
-    """As qwix makes them under a scan; also where the layers are as many as the rank."""
+    """As qwix makes them under a scan; also where the layers are as many as r."""
     a, b = random(0, 2, 16, 2), random(1, 2, 2, 12)
     kernel = np.zeros(np.moveaxis(np.zeros((2, 16, 12)), 0, axis).shape, "f4")
     axes = {0: "sio", 1: "iso", -1: "ios"}[axis]
