@@ -120,7 +120,7 @@ def main(file: str, folder: str, *settings: str):
             except Exception:
                 error = traceback.format_exc()
             print(json.dumps((case, error)), file=results, flush=True)
-    barrier("end")
+    barrier("end", 2 * GRACE)  # the first process must not end before the others
 
 
 def barrier(name: str, seconds: float = SECONDS) -> None:
