@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax.linen import spmd
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mora_jax
 from benchmarks.common.by_hand import adapted_by_hand, lora_by_hand
@@ -101,7 +102,7 @@ def make_step(case: Case, devices: Sequence[Any] | None = None) -> Step:
         case: The model, mesh and method.
         devices: The devices of the mesh; by default those that JAX computes on.
     """
-    mesh = llama.make_mesh(*MESHES[case.devices], devices)
+    mesh = make_mesh(MESHES[case.devices], devices)
     model = llama.Llama(case.shape, mesh)
     rows = NamedSharding(mesh, PartitionSpec(llama.BATCH_AXES))
     size = case.sequences or math.prod(MESHES[case.devices][:2]), case.tokens
@@ -139,6 +140,17 @@ def make_step(case: Case, devices: Sequence[Any] | None = None) -> Step:
         transform_non_params=lambda s: placed(s, whole),
     )
     return Step(run, trained, state, {} if trained is params else params, ids)
+
+
+def make_mesh(sizes: tuple[int, int, int], devices: Sequence[Any] | None) -> Mesh:
+    """A mesh of these sizes along data, fsdp and model."""
+    try:
+        return llama.make_mesh(*sizes, devices)
+    except NotImplementedError:  # `jax.make_mesh` splits axes of a v5e's torus alone
+        split = {"allow_split_physical_axes": True}
+        arranged = mesh_utils.create_device_mesh(sizes, devices, **split)
+        types = (AxisType.Auto,) * 3
+        return Mesh(arranged, ("data", "fsdp", "model"), axis_types=types)
 
 
 def placed(like: Any, where: Any) -> jax.ShapeDtypeStruct:
