@@ -19,7 +19,7 @@ run = $(VENV)/bin/python
 .PHONY: help demo demo-nnx demo-sharded demo-many quickstart bench bench-layer \
   bench-growth bench-many bench-scale bench-torch bench-chips bench-pod bench-quality \
   bench-vllm test test-slow test-exhaustive test-all test-tunix test-gemma \
-  test-peft test-vllm test-chips docs lint wheel release clean env tools
+  test-maxtext test-peft test-vllm test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -108,6 +108,11 @@ test-gemma: VENV = .venv-gemma
 test-gemma: ## adapters in gemma, Kauldron and Keras, on Python 3.12 or newer
 	$(setup) gemma
 	$(run) -m pytest tests/with_gemma
+
+test-maxtext: VENV = .venv-maxtext
+test-maxtext: ## adapters in MaxText's own trainer, on Python 3.12 or newer
+	$(setup) maxtext
+	$(run) -m pytest tests/with_maxtext $(PYTEST_ARGS)
 
 test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from maxtext.common import checkpointing
-from maxtext.layers import linears, moe
+from maxtext.layers import embeddings, linears, moe, normalizations
 from maxtext.utils import lora_utils, model_creation_utils
 
 from mora_jax import MoRAConfig, nnx, register_layer
 from mora_jax._plan.settings import check_config
 from mora_jax._plan.spec import SUFFIX
-from mora_jax.products import Folded
+from mora_jax.products import Folded, Lookup
 
 
 def _replaces(module: Any, name: str, *first: str) -> Callable[[Any], None]:
@@ -42,7 +42,9 @@ def _equation(layer: Any, *_: Any, **__: Any) -> str:
 
 
 register_layer(linears.DenseGeneral, equation=_equation)
-register_layer(moe.GateLogit, equation=Folded("io", adapted_by_default=False))
+register_layer(moe.GateLogit, equation=Folded("io", False))
+register_layer(embeddings.Embed, equation=Lookup(), kernel="embedding")
+register_layer(normalizations.RMSNorm, equation=Folded("o", False), kernel="scale")
 for _name in ("wi_0", "wi_1", "wi", "wo"):
     register_layer(moe.RoutedMoE, equation=Folded("sio"), kernel=_name)
 

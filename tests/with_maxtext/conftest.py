@@ -39,6 +39,13 @@ TINY = {
     "enable_tensorboard": False,
     "sharding_tolerance": 1.0,  # M's are on all devices, and all else is tiny here
 }
+EXPERTS = {
+    "decoder_block": "mixtral",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "base_moe_mlp_dim": 64,
+    "megablox": False,  # a kernel of TPUs; without it jax.lax.ragged_dot
+}
 MESHES = {1: {}, 8: {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}}
 
 

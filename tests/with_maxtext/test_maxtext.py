@@ -14,12 +14,13 @@ import optax
 import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
-from helpers import random_like
 
 import mora_jax
 from models import smollm2
 from mora_jax import MoRAConfig
 from mora_jax import nnx as mora
+
+from .conftest import EXPERTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -70,6 +71,24 @@ def test_it_trains_ms_alone(whole, base):
     of_base = nnx.traversals.flatten_mapping(base[1])
     for path, param in nnx.to_flat_state(plain):
         np.testing.assert_array_equal(param[...], of_base[path])
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_routed_experts_have_an_m_each(runs, adapt, ragged, tmp_path):
+    """In ragged products under shard_map, and in dense ones of all experts."""
+    settings = EXPERTS | {"sparse_matmul": ragged, "steps": 3}
+    losses, state = runs.train(**settings)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
+    model = runs.model(state, **settings)
+    ms = mora.adapters(model)["decoder"]["layers"]["MoeBlock_0"]
+    assert {name: m.m.shape[:2] for name, m in ms.items()} == {
+        f"{name}_mora": (4, 3) for name in ("wi_0", "wi_1", "wo")
+    }
+    expected, got = logits(runs, model), logits(runs, mora.merge_adapters(model))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    before = nnx.state(runs.start(**settings)[1], mora.MoRAParam)
+    zero = runs.model({"model": nnx.merge_state(state["model"], before)}, **settings)
+    assert np.abs(logits(runs, zero) - expected).max() > 0.1
 
 
 def call(model, batch):
