@@ -185,7 +185,7 @@ class Operator(DeltaMap):
     @property
     def compressed_shape(self) -> Shape:
         """Shape of one compressed vector: (q,), or (n, q) for a block operator."""
-        return (self.square_rank,)
+        return self.m_shape[:-1]
 
     @property
     def m_shape(self) -> Shape:

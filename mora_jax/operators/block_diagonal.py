@@ -89,11 +89,6 @@ class BlockDiagonal(Operator):
         return n, -(-self.in_features // n), -(-self.out_features // n)
 
     @property
-    def compressed_shape(self) -> Shape:
-        """Shape of the blocks of one vector: (n, p)."""
-        return self.m_shape[:2]
-
-    @property
     def aligned(self) -> bool:
         """True if blocks are slices of features, all of one width."""
         widths = self.in_features, self.out_features
