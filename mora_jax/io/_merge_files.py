@@ -98,8 +98,9 @@ def _changes(
     source: Source, adapters: Any
 ) -> tuple[dict[str, Layer], dict[str, tuple[str, np.ndarray]]]:
     """{tensor: its layer}, and {tensor: name and numbers of the array replacing it}."""
-    sites, trained = {}, {}
-    for path, adapter in adapters_in(adapters).items():
+    sites, trained, found = {}, {}, adapters_in(adapters)
+    in_front = all(a.spec.stacked_in_front for a in found.kernels.values())
+    for path, adapter in found.items():
         if adapter.of_kernel:
             for layer in _layers(source, path, adapter):
                 sites |= dict.fromkeys(layer.tensors, layer)
@@ -107,6 +108,9 @@ def _changes(
         name, shape = "/".join(path), adapter.spec.shape
         numbers = to_numpy(name, adapter.m)
         stack = source.own_name(path, shape) or source.stack(name, shape)
+        if not in_front and () not in stack:  # its own place is not known
+            rule = "the stack of an array that is trained must be in front"
+            raise ValueError(f"{name}: {rule}, as those of kernels; or merge in memory")
         for index, part in stack.items():
             trained[part.name] = join_index(name, index), part.in_rows(numbers[index])
     source.check_missing()
