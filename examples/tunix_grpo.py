@@ -26,6 +26,23 @@ from mora_jax import MoRAConfig
 NEW_TOKENS = 16
 LENGTH = 32
 PROMPTS = 4  # in each step
+QUESTIONS = [*airports.ORDINARY, *airports.REHEARSED]
+
+
+def load() -> tuple[Any, smollm2_tunix.Tokenizer, jax.sharding.Mesh]:
+    """The base on a mesh of one device, its tokenizer, and the mesh."""
+    base, tokenizer = smollm2_tunix.load()
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), automatic)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    nnx.update(base, jax.device_put(nnx.state(base), everywhere))
+    return base, tokenizer, mesh
+
+
+def prompts_of(steps: int) -> list[dict[str, Any]]:
+    """The questions of each step, as chats."""
+    texts = [smollm2_tunix.chat(question) for question in QUESTIONS]
+    return [{"prompts": prompts} for prompts in np.resize(texts, (steps, PROMPTS))]
 
 
 def learner(
@@ -36,8 +53,9 @@ def learner(
     steps: int,
     rate: float,
     generations: int,
+    engine: Any = "vanilla",
 ) -> Any:
-    """Tunix's GRPO for an adapted model: actor and rollout are one model."""
+    """Tunix's GRPO for an adapted model: actor and vanilla rollout are one model."""
     from tunix.rl import rl_cluster  # pyright: ignore
     from tunix.rl.grpo import grpo_learner  # pyright: ignore
     from tunix.rl.rollout import base_rollout  # pyright: ignore
@@ -59,6 +77,7 @@ def learner(
         tokenizer=tokenizer,
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys((role.ACTOR, role.ROLLOUT), mesh),
+            rollout_engine=engine,
             training_config=training,
             rollout_config=rollout,
         ),
@@ -79,11 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)  # Tunix uses old names of JAX
 
-    base, tokenizer = smollm2_tunix.load()
-    automatic = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), automatic)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    nnx.update(base, jax.device_put(nnx.state(base), everywhere))
+    base, tokenizer, mesh = load()
     model = mora_jax.nnx.wrap(base, MoRAConfig(args.rank, args.operator))
     rewards: list[float] = []
 
@@ -93,18 +108,14 @@ def main() -> None:
         print(f"step {len(rewards)}: mean reward {rewards[-1]:.3f}")
         return found
 
-    questions = [*airports.ORDINARY, *airports.REHEARSED]
-    texts = [smollm2_tunix.chat(question) for question in questions]
-    order = np.resize(texts, (args.steps, PROMPTS))
-    batches = [{"prompts": prompts} for prompts in order]
     rate, answers = args.learning_rate, args.generations
     learn = learner(model, mesh, tokenizer, reward, args.steps, rate, answers)
-    before = smollm2_tunix.asker(base, tokenizer)(questions[:4])
+    before = smollm2_tunix.asker(base, tokenizer)(QUESTIONS[:4])
     with mesh:
-        learn.train(batches)
+        learn.train(prompts_of(args.steps))
     trained = learn.rl_cluster.actor_trainer.model
-    after = smollm2_tunix.asker(trained, tokenizer)(questions[:4])
-    for asked, first, last in zip(questions, before, after, strict=False):
+    after = smollm2_tunix.asker(trained, tokenizer)(QUESTIONS[:4])
+    for asked, first, last in zip(QUESTIONS, before, after, strict=False):
         print(f"{asked}\n  before: {first}\n  after:  {last}")
 
 
