@@ -1,4 +1,4 @@
-"""Products: how layers multiply their input with their kernel, one file for each kind.
+"""Products: how layers multiply their input with their kernel.
 
 Kinds::
 
@@ -17,11 +17,11 @@ For a product of your own::
 """
 
 from mora_jax._trace_check import Claim as Claim
+from mora_jax.products._product import Convolution as Convolution
+from mora_jax.products._product import Folded as Folded
 from mora_jax.products._product import KernelDelta as KernelDelta
+from mora_jax.products._product import Lookup as Lookup
 from mora_jax.products._product import Product as Product
 from mora_jax.products.contraction import ATTEND as ATTEND
 from mora_jax.products.contraction import DENSE as DENSE
 from mora_jax.products.contraction import Contraction as Contraction
-from mora_jax.products.convolution import Convolution as Convolution
-from mora_jax.products.folded import Folded as Folded
-from mora_jax.products.lookup import Lookup as Lookup

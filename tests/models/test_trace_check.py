@@ -24,7 +24,7 @@ from mora_jax._flax.layers import convolution
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._trace_check.views import named, reshape
 from mora_jax.products import ATTEND, Claim, Lookup, Product
-from mora_jax.products.lookup import MODES
+from mora_jax.products._product import MODES
 
 WIDTH = 8
 CONFIG = MoRAConfig(square_rank=4, operator="rotation", targets=".*(kernel|w|table)")
