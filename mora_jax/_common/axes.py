@@ -111,21 +111,17 @@ def order_in_model(axes: str, ndim: int) -> tuple[int, ...]:
     return tuple([at[k] if k in at else next(features) for k in range(ndim)])
 
 
-def to_model(array: Any, axes: str) -> Any:
-    """An array (*stack, ...), or its shape, with stack axes where a model has them."""
-    return _transposed(array, order_in_model(axes, array.ndim))
+def to_model(array: Any, axes: str, *, back: bool = False) -> Any:
+    """An array (*stack, ...), or its shape, with stack axes where a model has them.
 
-
-def from_model(array: Any, axes: str) -> Any:
-    """Undo `to_model`."""
+    Or the other way `back`.
+    """
     order = order_in_model(axes, array.ndim)
-    return _transposed(array, sorted(range(array.ndim), key=order.__getitem__))
-
-
-def _transposed(array: Any, order: Sequence[int]) -> Any:
+    if back:
+        order = tuple(sorted(range(array.ndim), key=order.__getitem__))
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct([array.shape[k] for k in order], array.dtype)
-    return array.transpose(*order)
+    return array.transpose(order)
 
 
 def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
-from mora_jax._common.axes import from_model, to_model, without
+from mora_jax._common.axes import to_model, without
 from mora_jax._common.checks import as_jax_array, check_leaf
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
@@ -141,11 +141,11 @@ class Adapter:
         for taken in spec.stacks(len(spec.shape) - len(shape)):
             axes, own = "".join(without(spec.axes, taken)), {}
             if given:
-                arrays = [from_model(array, axes) for array in given]
+                arrays = [to_model(array, axes, back=True) for array in given]
                 own["operator"] = by_layer(spec.operator)[1](arrays)
             one = spec.one_of(taken, **own)
             if one.shape_in_model == shape:
-                return cls(from_model(m, axes), one)
+                return cls(to_model(m, axes, back=True), one)
         return cls(m, spec)  # which is refused for its shape
 
     def _kernel_spec(self, what: str) -> AdapterSpec:

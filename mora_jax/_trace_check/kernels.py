@@ -50,7 +50,7 @@ def follow(
     `names` are the paths of its first inputs, the arrays of the model, and `axes` has
     the numbers of the axes of kernels, companions and parameters that scale kernels:
     the positions of their letters in the einsum of the layer, which sees one of a
-    stack; those of a stack are negative.
+    stack. Numbers of stack axes are negative.
     """
     program, paths = needed(program, names)
     companions = {call.companion for call in calls_in(program)}

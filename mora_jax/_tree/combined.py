@@ -1,7 +1,6 @@
 """Params and adapters as one tree, and split again: nested mappings, as Flax has."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,11 @@ from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from mora_jax._common import trees
-from mora_jax._common.axes import from_model, interleaved
+from mora_jax._common.axes import interleaved, stack_places
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.paths import Tree, adapters_in, nest
 
@@ -98,8 +97,8 @@ def split(tree: Any) -> tuple[Any, Tree]:
         path, copy = tuple(map(str, keys)), paths.adapter_of(leaf)
         if path[-1].endswith(SUFFIX):
             kernel = flat.get((*keys[:-1], path[-1].removesuffix(SUFFIX)))
-            taken = isinstance(leaf, Adapter) and isinstance(leaf.spec, AdapterSpec)
-            adapters[path] = _of_params(leaf, kernel) if taken else leaf
+            own = kernel is not None and isinstance(leaf, Adapter) and leaf.of_kernel
+            adapters[path] = _of_params(leaf, kernel) if own else leaf
             continue
         if copy is not None:
             adapters[path] = copy
@@ -117,16 +116,11 @@ def _of_params(adapter: Adapter, kernel: Any) -> Adapter:
     count, shape = jnp.ndim(m) - len(spec.shape), jnp.shape(m)
     if count <= 0 or shape[count:] == spec.shape:
         return Adapter.of_model(m, spec)
-    for places in itertools.combinations(range(count + len(spec.axes)), count):
+    whole = tuple(trees.unboxed(kernel).shape)
+    for places in stack_places(whole, spec.kernel_shape):
         axes = "".join(interleaved("s" * count, spec.axes, places))
-        try:
-            stack = from_model(jax.ShapeDtypeStruct(shape, m.dtype), axes).shape[:count]
-        except ValueError:  # M has fewer axes than the kernel
-            continue
-        whole = tuple(interleaved(stack, spec.kernel_shape, places))
         one = dataclasses.replace(spec, axes=axes, kernel_shape=whole)
-        fits = getattr(trees.unboxed(kernel), "shape", whole) == whole
-        if fits and one.shape_in_model == shape:
+        if one.shape_in_model == shape:
             return Adapter.of_model(m, one)
     return adapter
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from mora_jax._common.axes import from_model
+from mora_jax._common.axes import to_model
 from mora_jax._common.checks import above_zero
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._layer.adapter import Adapter
@@ -59,7 +59,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
-            factor = from_model(jnp.asarray(pair[letter]), spec.axes)
+            factor = to_model(jnp.asarray(pair[letter]), spec.axes, back=True)
             is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
             if not is_rank or factor.size != math.prod(shape):
                 raise ValueError(

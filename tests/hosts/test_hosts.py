@@ -233,6 +233,8 @@ def an_error_of_one_is_one_of_all(folder):
     check(None, RuntimeError, other, adapters, one)
     one = changed(adapters, lambda tree: tree.pop("fc"))
     check(None, RuntimeError, other, one, params)
+    one = changed(plain, lambda tree: tree.update(fc=in_numpy(made(PLAN, 2))["fc"]))
+    check(None, RuntimeError, other, one, params)  # each has an M of its own
     wrong["fc"]["kernel"] = wrong["fc"]["kernel"] + 1
     one = changed(local, lambda tree: tree.update(wrong))
     check(None, RuntimeError, other, plain, one)

@@ -201,8 +201,8 @@ def save(
     with together("save") as alike:
         # What all compute together comes before the checks, at which one may stop.
         for path, kernel in kernels.items():
-            alike.append(digest := base_digest.kernel_digests(found[path].spec, kernel))
-            spec = dataclasses.replace(found[path].spec, base_digest=digest)
+            alike.append(rows := base_digest.kernel_digests(found[path].spec, kernel))
+            spec = dataclasses.replace(found[path].spec, base_digest=rows)
             found[path] = found[path].replace(spec=spec)
         found |= {p: a.replace(m=base_digest.gathered(a.m)) for p, a in found.items()}
         arrays: dict[str, np.ndarray] = {}
@@ -215,7 +215,8 @@ def save(
                 op = op.inner
             if op is not None and op.given:
                 arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
-    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": _digest(arrays)}
+        alike.append(digest := _digest(arrays))
+    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
     with together("save"):
         if chief:
             text = _records.text_of(dict(sorted(found.items())), more)
