@@ -18,12 +18,9 @@ from jax.tree_util import register_dataclass
 
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
+from mora_jax.operators import BlockDiagonal, Damped, Decoupling, Sharing, SignedSharing
 from mora_jax.operators._base import DeltaMap, Operator, Precision
-from mora_jax.operators.block_diagonal import BlockDiagonal
-from mora_jax.operators.damped import Damped
-from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.orthogonal import Projection
-from mora_jax.operators.sharing import Sharing, SignedSharing
 
 
 @register_dataclass

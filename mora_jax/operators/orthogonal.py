@@ -1,18 +1,24 @@
-"""Projection on orthonormal directions, and on fixed random ones."""
+"""Projection on orthonormal directions: random, structured or given ones."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul
 from mora_jax.operators._base import Operator, Side
-from mora_jax.operators._pytree import operator, seeded
-from mora_jax.operators._random import orthonormal
+from mora_jax.operators._pytree import given, operator, seeded
+from mora_jax.operators._random import orthonormal, permutation, signs
+from mora_jax.operators.decoupling import divide
+
+TOLERANCE = 1e-3
+"""Largest distance of the columns' products from the unit matrix."""
 
 
 class Projection(Operator):
@@ -79,8 +85,119 @@ class Orthogonal(Projection):
     name = "orthogonal"
 
 
+@operator
+class Hadamard(Projection):
+    r"""Projection on q columns of a structured orthogonal matrix with random signs.
+
+    .. math:: C = S\, (H_{2^a} \otimes Q_b)\, P, \qquad in = 2^a b,\ b \text{ odd}
+
+    S holds signs, H is the Walsh-Hadamard matrix scaled to be orthogonal, Q a random
+    orthogonal matrix, and P picks coordinates. D is the transpose of the same for
+    `out_features`. It computes as `Orthogonal` does and stores b * b numbers instead of
+    q * in: C is made of them whenever it is used.
+
+    Attributes:
+      seed: The seed of the signs, Q and the picked coordinates.
+
+    Example::
+
+      >>> from mora_jax.operators import Hadamard
+      >>> op = Hadamard(in_features=12, out_features=12, square_rank=2)
+      >>> op.compress(op.decompress(jnp.eye(2))).round(3) + 0.0
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+
+    seed: int = 0
+    in_arrays: tuple[ArrayLike, ...] = seeded(lambda op: _seeded(op, op.in_features))
+    out_arrays: tuple[ArrayLike, ...] = seeded(lambda op: _seeded(op, op.out_features))
+
+    name = "hadamard"
+
+    def basis(self, side: Side, dtype: DTypeLike) -> Array:
+        arrays = self.in_arrays if side == "in" else self.out_arrays
+        signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
+        size = len(signs) // len(odd)
+        column, entry = divide(coordinates, len(odd))
+        row = np.arange(size, dtype=np.uint32)[:, None]
+        # An entry of H is negative where its indices share an odd number of bits.
+        shared = jax.lax.population_count(row & column)
+        scale = np.asarray(1 / math.sqrt(size), jnp.promote_types(dtype, np.float32))
+        walsh = jnp.where(shared % 2 == 1, -scale, scale)
+        picked = odd.at[:, entry].get(mode="promise_in_bounds")
+        basis = (walsh[:, None, :] * picked).reshape(len(signs), -1)
+        # Made once: XLA would compute it again for each tile of a product. A fast
+        # transform was slower than that product from a few rows on, on CPUs and chips.
+        return jax.lax.optimization_barrier((signs[:, None] * basis).astype(dtype))
+
+
+@operator
+class Subspace(Projection):
+    r"""Projection on q given orthonormal directions, and back along others.
+
+    `gradient_bases` makes it from a gradient: inputs of the layer lie in its leading
+    directions, and outputs should move in them. No seed gives such directions, so they
+    are stored with the adapter: q (in + out) numbers.
+
+    Attributes:
+      in_basis, out_basis: The directions of each side, (features, q), as float32; of
+        a stack's layers, (*stack, features, q).
+
+    Raises:
+      TypeError: A basis is not a floating-point array, or is a tracer.
+      ValueError: A basis has another shape, or its columns are not orthonormal.
+
+    Example::
+
+      >>> import numpy as np
+      >>> from mora_jax.operators import Subspace
+      >>> first_two = np.eye(6, 2)
+      >>> op = Subspace(6, 6, 2, in_basis=first_two, out_basis=first_two[::-1])
+      >>> op.delta_weight(np.eye(2)).tolist()[0]
+      [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    """
+
+    in_basis: ArrayLike = given(lambda op: _orthonormal(op, "in"))
+    out_basis: ArrayLike = given(lambda op: _orthonormal(op, "out"))
+
+    name = "subspace"
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        """Sizes c = sqrt(in / q) and d = sqrt(q / out) for numbers in the subspace."""
+        # If all of x lies in the directions of C, then the q numbers of C(x) hold what
+        # the `in` numbers of x held: their sum of squares is the same.
+        c = math.sqrt(self.in_features / self.square_rank)
+        return c, math.sqrt(self.square_rank / self.out_features)
+
+
 def _times_transpose(h: Array, basis: Array) -> Array:
     """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
     # Not by a transpose: if the basis is a constant, XLA would compute its transpose
     # while it compiles, once for each layer.
     return jax.lax.dot_general(h, basis, (((h.ndim - 1,), (1,)), ((), ())))
+
+
+def _seeded(op: Hadamard, features: int) -> tuple[np.ndarray, ...]:
+    """Signs (features,), Q (b, b) and coordinates (q,)."""
+    b = features // (features & -features)  # without its factors of two
+    coordinates = permutation(features, op.seed)[: op.square_rank]
+    return signs(features, op.seed), orthonormal(b, b, op.seed), coordinates
+
+
+def _orthonormal(op: Subspace, side: Side) -> np.ndarray:
+    """A basis of `op` as a float32 array of its own, checked."""
+    name = f"{side}_basis"
+    basis: Any = getattr(op, name)
+    shape = getattr(op, f"{side}_features"), op.square_rank
+    check_concrete(basis, name, (*np.shape(basis)[:-2], *shape))
+    basis = np.array(basis, np.float32)
+    # Not by NumPy, whose threads keep the cores busy for a while after a product: the
+    # directions of a model's gradient took twice as long beside them.
+    with jax.ensure_compile_time_eval():
+        transposed = jnp.swapaxes(basis, -2, -1)
+        products = np.asarray(jnp.matmul(transposed, basis, precision="highest"))
+    if not np.allclose(products, np.eye(op.square_rank), atol=TOLERANCE):
+        raise ValueError(f"the columns of {name} must be orthonormal")
+    basis.setflags(write=False)
+    return basis
