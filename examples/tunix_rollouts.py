@@ -134,7 +134,7 @@ def main() -> None:
     add("--steps", type=positive, default=4, help="number of steps")
     add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
     add("--operator", default="auto", help="rotation, sharing, ...")
-    add("--learning-rate", type=float, default=3e-4)
+    add("--learning-rate", type=float, default=1e-4)
     add("--generations", type=positive, default=8, help="answers to each question")
     args = parser.parse_args()
     if args.save:
