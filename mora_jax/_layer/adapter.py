@@ -130,14 +130,9 @@ class Adapter:
 
         `given` are the arrays that its operator has for each layer.
         """
-        shape = tuple(getattr(m, "shape", ()))
-        if not isinstance(spec, AdapterSpec):
+        if not isinstance(spec, AdapterSpec) or "s" not in spec.axes:
             return cls(m, spec)
-        if not given and spec.stacked_in_front:
-            # The plain equation knows what to do where the first axes are taken off.
-            one, last = spec.axes.count("s") < 2, len(spec.shape) - len(shape)
-            if one or spec.shape[last:] == shape:
-                return cls(m, spec)
+        shape = tuple(getattr(m, "shape", ()))
         for taken in spec.stacks(len(spec.shape) - len(shape)):
             axes, own = "".join(without(spec.axes, taken)), {}
             if given:

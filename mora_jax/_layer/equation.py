@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import kernel_from_rows, sizes
+from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import matmul, transposed
 from mora_jax._jax.linear_map import LinearMap
@@ -103,16 +103,14 @@ class Delta(KernelDelta):
         m: ArrayLike,
         *,
         dtype: DTypeLike | None = None,
-        ndim: int | None = None,
         precision: jax.lax.PrecisionLike = None,
         x: Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes.
+        """The delta of an adapter, in `dtype` or M's own.
 
         With the layer's input `x` its M is on the devices that `x` is on.
         """
-        shape, axes = spec.seen_by(ndim)
-        expected = (*sizes(shape, axes, "s"), *spec.operator.m_shape)
+        shape, axes, expected = spec.kernel_shape, spec.axes, spec.shape
         if (got := jnp.shape(m)) != expected:
             many = many_if(got, expected)
             raise ValueError(f"M must have shape {expected}, got {got}{many}")
@@ -227,7 +225,7 @@ def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: Array) -> Array:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
         return placement.with_auto_axes(fold, sharding, m, kernel)
     dtype = jnp.result_type(m, kernel, jnp.float32)
-    delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
+    delta = Delta.of(spec, m, dtype=dtype, x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
 
 

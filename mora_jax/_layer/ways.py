@@ -263,27 +263,26 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    shape, axes = spec.seen_by(len(product.axes))
     # A delta can be added to numbers, and a kernel may stand for quantized ones.
     is_array = isinstance(kernel, Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     takes_delta = floating and placement.explicit_sharding(kernel) is None
-    if not (takes_delta and joins(product, axes, x, dropout_key is not None)):
+    if not (takes_delta and joins(product, spec.axes, x, dropout_key is not None)):
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel = jnp.asarray(kernel)
-    if kernel.shape != shape:
+    if kernel.shape != spec.kernel_shape:
         raise ValueError(
             f"the layer multiplies by a kernel of shape {kernel.shape}, the adapter's "
-            f"has {shape}; say execution='activation' in overrides for it"
+            f"has {spec.kernel_shape}; say execution='activation' in overrides for it"
         )
     assert isinstance(product, Contraction)  # or it would not have joined
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.
-    settings = axes, precision, spec.layout, spec.execution
+    settings = spec.axes, precision, spec.layout, spec.execution
     layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
     wide = jnp.promote_types(jnp.result_type(m), x.dtype)
-    delta = Delta.of(spec, m, dtype=wide, ndim=kernel.ndim, x=x)
+    delta = Delta.of(spec, m, dtype=wide, x=x)
     return Adapted(layer)((spec.operator, delta.m, kernel), x)
 
 
@@ -330,8 +329,8 @@ def add_delta(
 
     @undisturbed
     def added(x: Array) -> Array:
-        settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
-        return product.delta(Delta.of(spec, m, x=x, **settings), x)
+        delta = Delta.of(spec, m, dtype=y.dtype, precision=precision, x=x)
+        return product.delta(delta, x)
 
     if product.takes_indices:  # they cannot be zero, and are dropped with their rows
         rows = dropped(added(x), dropout_key, rate, (*x.shape, 1))

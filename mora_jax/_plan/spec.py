@@ -151,12 +151,6 @@ class AdapterSpec(AdapterSettings):
         """The product of the kernel's output axes."""
         return self.operator.out_features
 
-    def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
-        """The shape and the axes of the kernel as a layer sees it: the last `ndim`."""
-        # None is for all. A lifted transformation takes off leading stack axes.
-        first = 0 if ndim is None else len(self.axes) - ndim
-        return self.kernel_shape[first:], self.axes[first:]
-
     @property
     def stack_shape(self) -> Shape:
         """The sizes of the kernel's stack axes."""
