@@ -4,10 +4,15 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 from helpers import python_blocks
+from meshes import make_mesh
 from processes import ROOT, python
 from tunix_models import qwen_as_transformers, tiny
+
+from mora_jax import nnx as mora
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
@@ -30,6 +35,12 @@ def words(prompts, completions, **_):
 """
 
 
+def lines():
+    """The lines of the page."""
+    (found,) = [b for b in python_blocks(ROOT / "docs/tunix.md") if "runpy" in b]
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint and a tokenizer as Hugging Face has them, and the page's lines."""
@@ -46,8 +57,7 @@ def folder(tmp_path_factory):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
     settings |= {"unk_token": "<unk>", "chat_template": TEMPLATE}
     (found / "tokenizer_config.json").write_text(json.dumps(settings))
-    (block,) = [b for b in python_blocks(ROOT / "docs/tunix.md") if "runpy" in b]
-    (found / "with_mora.py").write_text(block)
+    (found / "with_mora.py").write_text(lines())
     (found / "prompts.py").write_text(PROMPTS)
     (found / "reward.py").write_text(REWARD)
     return found
@@ -124,3 +134,20 @@ def test_they_serve_grpo_as_well(folder):
     changes, losses = run(folder, ["with_mora.py"], "grpo_main", config)
     check(changes)
     assert len(losses) == 2
+
+
+def test_keys_are_settings(monkeypatch):
+    """All kernels by default, on the mesh that is given, and no quantized base."""
+    from tunix.cli.utils import model as models  # pyright: ignore
+
+    monkeypatch.setattr(models, "apply_lora_to_model", None)  # to be put back
+    exec(lines(), {})
+    (base, kernels), mesh = tiny("qwen2"), make_mesh(fsdp=2, tp=2)
+    config = {"rank": 2, "alpha": 2.0, "operator": "sharing", "param_dtype": None}
+    model = models.apply_lora_to_model(base, mesh, config)
+    plan = mora.plan_of(model)
+    assert {path.split("/", 3)[-1] for path in plan} == kernels
+    assert {spec.operator.name for spec in plan.specs.values()} == {"sharing"}
+    assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(nnx.state(model)))
+    with pytest.raises(TypeError, match="no setting 'weight_qtype'"):
+        models.apply_lora_to_model(base, mesh, config | {"weight_qtype": "nf4"})
