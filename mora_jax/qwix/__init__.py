@@ -10,9 +10,9 @@ Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
   merge_adapters        an NNX model with its adapters merged into it
 """
 
-from mora_jax.qwix import _private  # first: its error says what to install
-from mora_jax.qwix._dequantized import dequantize as dequantize
-from mora_jax.qwix._dequantized import merge_adapters as merge_adapters
+# First: its error says what to install.
+from mora_jax.qwix._private import dequantize as dequantize
+from mora_jax.qwix._private import merge_adapters as merge_adapters
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
 from mora_jax.qwix._provider import MoRARule as MoRARule
 from mora_jax.qwix._provider import plan_of as plan_of

@@ -1,8 +1,10 @@
-"""Names of qwix that are not public, in this file alone.
+"""Models and params as qwix has them, and as it never saw them.
 
-Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differed.
+Names of qwix that are not public are in this file alone. Versions 0.1.5 to 0.1.8 have
+all of them; from one to the next only places differed.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._common.trees import is_end, path_of
+from mora_jax._common.trees import is_end, located_leaves, path_of
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import reboxed
-from mora_jax.nnx._held import named_modules, set_class
+from mora_jax.nnx import _held
 
 try:
     import qwix
-    from qwix._src.providers.ptq import WithAux as WithAux
-    from qwix._src.providers.ptq import flax_util
+    from qwix._src.providers.ptq import WithAux, flax_util
 except ImportError as error:
     remedy = "mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]'"
     raise ImportError(f"{remedy} ({error})") from error
@@ -45,13 +47,13 @@ def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
 
 def forget(model: nnx.Module) -> None:
     """Make a model one that qwix never saw, of arrays."""
-    for _, module in named_modules(model):
+    for _, module in _held.named_modules(model):
         for name, parameter in parameters_of(module).items():
             if is_quantized(parameter):
                 setattr(module, name, dequantized(parameter))
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
             vars(module).pop(name, None)
-    set_class(model, getattr(type(model), "_unquantized_type", type(model)))
+    _held.set_class(model, getattr(type(model), "_unquantized_type", type(model)))
 
 
 def parameters_of(module: Any) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def named_parameters(model: Any) -> dict[str, Any]:
         return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
     return {
         "/".join((*path, name)): parameter
-        for path, module in named_modules(model)
+        for path, module in _held.named_modules(model)
         for name, parameter in parameters_of(module).items()
     }
 
@@ -110,3 +112,65 @@ def dequantized(parameter: Any) -> Any:
     else:
         values = qwix.dequantize(jax.tree.map(jnp.asarray, array))
     return reboxed(parameter.array.qvalue, values)
+
+
+def dequantize(params: Any) -> Any:
+    """Params with an array instead of each quantized kernel.
+
+    It is the base that adapters were trained on, for `mora_jax.save(..., params=)` and
+    `mora_jax.merge`, or to compute with without qwix. Shapes give shapes.
+
+    Args:
+      params: Nested dicts that qwix quantized, without adapters; or an NNX model, with
+        adapters or without. A state of it does not say how its numbers are to be read.
+
+    Returns:
+      The params, in the same structure; for a model their `nnx.State` without adapters.
+
+    Raises:
+      TypeError: A Linen model, a state of a quantized model, or not a tree of arrays.
+
+    Example::
+
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
+      >>> params, adapters = mora_jax.split(variables["params"])
+      >>> merged = mora_jax.merge(mora_jax.qwix.dequantize(params), adapters)
+      >>> y = nn.Dense(16).apply({"params": merged}, x)
+      >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
+      True
+    """
+    if isinstance(params, nnx.Module):
+        forget(model := nnx.clone(params))
+        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
+    if not located_leaves(params) and not isinstance(params, Mapping):
+        rule = f"params must be a tree of arrays, got {type(params).__name__}"
+        raise TypeError(f"{rule}: give variables['params'], or an NNX model")
+    named, structure = parameters_in(params)
+    for name in named:
+        if name.endswith("/array/qvalue"):
+            parts = f"parts of the quantized kernel {name[:-13]!r}"
+            why = "which do not say how it is quantized"
+            raise TypeError(f"params hold {parts}, {why}: write dequantize(model)")
+    return structure.unflatten(map(dequantized, named.values()))
+
+
+def merge_adapters(model: _held.Model, *, any_base: bool = False) -> _held.Model:
+    """An NNX model with its adapters merged into its kernels, which qwix never saw.
+
+    `model`, as a `MoRAProvider` makes it (see its example), stays as it is. `any_base`
+    is as in `mora_jax.merge`.
+
+    Returns:
+      A new model of floating-point kernels, of the class that the base has.
+
+    Raises:
+      TypeError, ValueError: As `mora_jax.merge`; `model` is not of NNX, or lacks
+        adapters.
+    """
+    forget(plain := _held.detached(model))
+    params, adapters = nnx.state(plain, nnx.Param), _held.adapters(model)
+    nnx.update(plain, merge(params, adapters, any_base=any_base))
+    return plain
