@@ -15,9 +15,5 @@ those are the same beside the kernel and merged into it, then so are x_k, b_k, a
 :math:`(x_k W + b_k) + x_k \Delta W = x_k (W + \Delta W) + b_k`.
 """
 
-from mora_jax._trace_check.kernels import Uses as Uses
-from mora_jax._trace_check.kernels import follow as follow
-from mora_jax._trace_check.marks import Claim as Claim
-from mora_jax._trace_check.marks import MarkedCall as MarkedCall
-from mora_jax._trace_check.marks import mark as mark
-from mora_jax._trace_check.same import difference as difference
+from mora_jax._trace_check.kernels import Uses, follow
+from mora_jax._trace_check.marks import Claim, MarkedCall, difference, mark

@@ -17,15 +17,12 @@ Public names::
 """
 
 import mora_jax._flax.layers as _layers  # registers them
-from mora_jax._flax.layer_rules import register_layer as register_layer
-from mora_jax.nnx._classes import MoRALinear as MoRALinear
-from mora_jax.nnx._held import MoRAParam as MoRAParam
-from mora_jax.nnx._held import adapters as adapters
-from mora_jax.nnx._held import plan_of as plan_of
-from mora_jax.nnx._held import set_adapters as set_adapters
-from mora_jax.nnx._model import merge_adapters as merge_adapters
-from mora_jax.nnx._model import plan as plan
-from mora_jax.nnx._model import unwrap as unwrap
-from mora_jax.nnx._model import wrap as wrap
-from mora_jax.nnx._training import adapter_optimizer as adapter_optimizer
-from mora_jax.nnx._training import value_and_grad as value_and_grad
+from mora_jax._flax.layer_rules import register_layer
+from mora_jax.nnx._classes import MoRALinear
+from mora_jax.nnx._held import MoRAParam, adapters, plan_of, set_adapters
+from mora_jax.nnx._model import merge_adapters, plan, unwrap, wrap
+from mora_jax.nnx._training import adapter_optimizer, value_and_grad
+
+__all__ = ["MoRALinear", "MoRAParam", "adapter_optimizer", "adapters", "merge_adapters"]
+__all__ += ["plan", "plan_of", "register_layer", "set_adapters", "unwrap"]
+__all__ += ["value_and_grad", "wrap"]

@@ -16,12 +16,9 @@ For a product of your own::
   Claim                 the primitives by which a trace recognises the product
 """
 
-from mora_jax._trace_check import Claim as Claim
-from mora_jax.products._product import Convolution as Convolution
-from mora_jax.products._product import Folded as Folded
-from mora_jax.products._product import KernelDelta as KernelDelta
-from mora_jax.products._product import Lookup as Lookup
-from mora_jax.products._product import Product as Product
-from mora_jax.products.contraction import ATTEND as ATTEND
-from mora_jax.products.contraction import DENSE as DENSE
-from mora_jax.products.contraction import Contraction as Contraction
+from mora_jax._trace_check import Claim
+from mora_jax.products._product import Convolution, Folded, KernelDelta, Lookup, Product
+from mora_jax.products.contraction import ATTEND, DENSE, Contraction
+
+__all__ = ["ATTEND", "DENSE", "Claim", "Contraction", "Convolution", "Folded"]
+__all__ += ["KernelDelta", "Lookup", "Product"]
