@@ -56,6 +56,7 @@ After training::
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
   mixing                adapters of one base scaled and summed
   serving               a different adapter for each row of a batch
+  mora_jax.maxtext      (import it) adapters in MaxText's own trainer
   mora_jax.vllm         (vLLM imports it) adapters that vLLM serves as they are
 
 What is between M and the layer::

@@ -1,7 +1,7 @@
 """MoRA in MaxText 0.2.5: its own trainer and checkpoints, with M's in its models.
 
 MaxText makes models, and writes checkpoints, by functions that no setting chooses.
-Importing this replaces those of checkpoints, and `adapt` the one of models.
+Importing this replaces the latter, and `adapt` the former.
 """
 
 # pyright: reportMissingImports=false
@@ -19,14 +19,15 @@ from maxtext.common import checkpointing
 from maxtext.layers import embeddings, linears, moe, normalizations
 from maxtext.utils import lora_utils, model_creation_utils
 
-from mora_jax import MoRAConfig, nnx, register_layer
-from mora_jax._plan.settings import check_config
+from mora_jax._flax.layer_rules import register_layer
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
+from mora_jax.nnx import plan, wrap
 from mora_jax.products import Folded, Lookup
 
 
 def _replaces(module: Any, name: str, *first: str) -> Callable[[Any], None]:
-    """Put a function of (MaxText's own, *its arguments) in the place of that."""
+    """Replace a function of MaxText by one of (MaxText's own, *its arguments)."""
     own = inspect.unwrap(getattr(module, name, _replaces))
     if tuple(inspect.signature(own).parameters)[: len(first)] != first:
         must = f"{module.__name__}.{name} must be MaxText 0.2.5's, of {first}"
@@ -74,9 +75,9 @@ def adapt(config: MoRAConfig | None = None) -> None:
         if settings not in plans:
             shape = settings.micro_batch_size_to_train_on, settings.max_target_length
             ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-            targets = {"decoder_target_tokens": ids, "decoder_target_mask": ids}
-            plans[settings] = nnx.plan(model, config, ids, ids, ids, **targets)
-        return nnx.wrap(model, plans[settings], rngs=rngs)
+            targets: Any = {"decoder_target_tokens": ids, "decoder_target_mask": ids}
+            plans[settings] = plan(model, config, ids, ids, ids, **targets)
+        return wrap(model, plans[settings], rngs=rngs)
 
     @_replaces(lora_utils, "apply_lora_to_model", "model")
     def _(_own: Any, model: Any, *_: Any) -> Any:
@@ -87,25 +88,25 @@ def _is_m(path: Any) -> bool:
     return str(path[-1]).endswith(SUFFIX)
 
 
+def _filtered(tree: Any, keeps: Callable[[Any], bool]) -> Any:
+    leaves = flatten_dict(tree)
+    return unflatten_dict({path: leaves[path] for path in leaves if keeps(path)})
+
+
 @_replaces(checkpointing, "_filter_lora_trainable_state", "state")
-def _(own: Any, state: Any) -> Any:
-    if not isinstance(state, dict):
-        return own(state)
-    if not any(map(_is_m, leaves := flatten_dict(state))):
+def _(_own: Any, state: Any) -> Any:
+    if not _filtered(state, _is_m):
         remedy = "call mora_jax.maxtext.adapt before MaxText makes the model"
-        raise ValueError(
-            f"a checkpoint must have M's, and the state has none: {remedy}"
-        )
+        raise ValueError(f"a checkpoint must have M's, got a state without: {remedy}")
     # MaxText's own drops all moments of a chain of optimizers, since it is a list.
-    kept = [p for p in leaves if _is_m(p) or p[0] in ("step", "opt_state")]
-    return unflatten_dict({path: leaves[path] for path in kept})
+    always = "step", "opt_state"
+    return _filtered(state, lambda path: path[0] in always or _is_m(path))
 
 
 @_replaces(checkpointing, "_raise_on_weight_mismatch", "want", "have", "config")
 def _(own: Any, want: Any, have: Any, config: Any = None) -> None:
-    if not config:  # a base, which has no M's
-        leaves = flatten_dict(want).items()
-        want = unflatten_dict({path: leaf for path, leaf in leaves if not _is_m(path)})
+    if not config:  # a base, which lacks M's
+        want = _filtered(want, lambda path: not _is_m(path))
     own(want, have, config)
 
 

@@ -114,7 +114,7 @@ FLOORS = [
     "nnx",
     "diagnostics io mixing serving",
     "qwix remora",
-    "cli vllm",
+    "cli maxtext vllm",
 ]
 """The rooms from the ground up. A room may import its own floor and those below it."""
 

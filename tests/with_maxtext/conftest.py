@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -49,17 +50,23 @@ EXPERTS = {
 MESHES = {1: {}, 8: {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}}
 
 
+MODULES = {
+    "checkpointing": "common.checkpointing",
+    "creation": "utils.model_creation_utils",
+    "globals": "utils.globals",
+    "maxtext_utils": "utils.maxtext_utils",
+    "pyconfig": "configs.pyconfig",
+    "to_huggingface": "checkpoint_conversion.to_huggingface",
+    "train": "trainers.pre_train.train",
+    "train_utils": "utils.train_utils",
+}
+
+
 @pytest.fixture(scope="session")
 def maxtext():
     """The modules of MaxText that tests use."""
-    from maxtext.checkpoint_conversion import to_huggingface
-    from maxtext.common import checkpointing
-    from maxtext.configs import pyconfig
-    from maxtext.trainers.pre_train import train
-    from maxtext.utils import lora_utils, model_creation_utils, train_utils
-    from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR
-
-    return SimpleNamespace(**locals())
+    found = {n: import_module(f"maxtext.{path}") for n, path in MODULES.items()}
+    return SimpleNamespace(**found)
 
 
 @pytest.fixture(scope="module", params=[1, 8])
@@ -81,7 +88,7 @@ class Runs:
         own = {"run_name": "run", "base_output_directory": str(self.folder)}
         own |= {"per_device_batch_size": 8 // self.devices, "steps": 6}
         own |= {"lora": {"enable_lora": lora}, "metrics_file": str(self.losses)}
-        file = os.path.join(self.maxtext.MAXTEXT_CONFIGS_DIR, "base.yml")
+        file = os.path.join(self.maxtext.globals.MAXTEXT_CONFIGS_DIR, "base.yml")
         initialize = self.maxtext.pyconfig.initialize
         return initialize(["", file], **TINY | MESHES[self.devices] | own | settings)
 
@@ -96,12 +103,14 @@ class Runs:
     def start(self, **settings):
         """The config, and what MaxText's loop begins with: model and batches."""
         config = self.config(**settings)
-        *_, loader, _, _, state = self.maxtext.train_utils.setup_train_loop(config, None)
+        *_, loader, _, _, state = self.maxtext.train_utils.setup_train_loop(
+            config, None
+        )
         return config, state.model, loader
 
     def model(self, state, **settings):
         """The model of a run, of the state after it."""
-        make = self.maxtext.model_creation_utils.create_nnx_abstract_model
+        make = self.maxtext.creation.create_nnx_abstract_model
         _, model = make(self.config(**settings))
         nnx.update(model, state["model"])
         return model

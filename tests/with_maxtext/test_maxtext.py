@@ -5,15 +5,20 @@ Run by `make test-maxtext`, in an environment of its own, on one device and on e
 
 import contextlib
 import inspect
+import itertools
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
+from helpers import python_blocks
+from processes import ROOT
 
 import mora_jax
 from models import smollm2
@@ -27,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error::mora_jax.MoRAWarning"),
 ]
 CONFIG = MoRAConfig(rank=4, exclude=".*/logits_dense/kernel")
+PAGE = ROOT / "docs/maxtext-and-keras.md"
 IDS = np.arange(128, dtype=np.int32).reshape(8, 16) * 7 % 128
 POSITIONS = np.tile(np.arange(16, dtype=np.int32), (8, 1))
 
@@ -123,7 +129,7 @@ def logits(runs, model):
 def test_our_own_loop_has_the_same_losses(runs, whole, base):
     """With optax and our gradients: MaxText's model and batches alone are in it."""
     config, model, loader = runs.start(load_parameters_path=base[0])
-    rate = runs.maxtext.train_utils.maxtext_utils.create_learning_rate_schedule(config)
+    rate = runs.maxtext.maxtext_utils.create_learning_rate_schedule(config)
     decay = {"b1": config.adam_b1, "b2": config.adam_b2, "weight_decay": 0.1}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **decay))
     optimizer = mora.adapter_optimizer(model, tx)
@@ -139,7 +145,9 @@ def test_our_own_loop_has_the_same_losses(runs, whole, base):
         return value
 
     with placed(config, model):
-        got = [float(step(model, optimizer, loader.load_next_batch())) for _ in range(6)]
+        got = [
+            float(step(model, optimizer, loader.load_next_batch())) for _ in range(6)
+        ]
     np.testing.assert_allclose(got, whole[0], rtol=1e-5)
 
 
@@ -166,19 +174,10 @@ def test_a_killed_run_resumes_where_it_was(runs, whole, base, monkeypatch):
     assert losses == whole[0][3:]
     chex.assert_trees_all_equal(*(nnx.to_pure_dict(s) for s in (state, whole[1])))
     saved = runs.folder / "killed/checkpoints/2/items"
-    names = {
-        "/".join(str(key) for key in path)
-        for path in checkpoint_names(saved)
-    }
-    assert len([n for n in names if n.endswith("kernel_mora")]) == 3 * 7
-    assert not any(n.endswith("kernel") for n in names)
-
-
-def checkpoint_names(path):
-    import orbax.checkpoint as ocp
-
-    metadata = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
-    return [tuple(getattr(k, "key", getattr(k, "idx", k)) for k in keys) for keys, _ in jax.tree_util.tree_flatten_with_path(metadata, is_leaf=lambda x: hasattr(x, "shape"))[0]]
+    metadata: Any = ocp.PyTreeCheckpointer().metadata(saved)
+    found = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)[0]
+    kinds = [str(path[-1]) for path, _ in found]
+    assert kinds.count("['kernel_mora']") == 3 * 7 and "['kernel']" not in kinds
 
 
 def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, base):
@@ -190,6 +189,12 @@ def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, bas
     kinds = [[type(m) for _, m in nnx.iter_modules(own)] for own in (merged, plain)]
     assert kinds[0] == kinds[1]
     assert np.abs(expected - logits(runs, plain)).max() > 0.1
+    # MaxText goes on from it as from any other base.
+    path, params = runs.folder / "merged", nnx.state(merged, nnx.Param)
+    save = runs.maxtext.checkpointing.save_params_to_path
+    save(str(path), {"params": nnx.to_pure_dict(params)})
+    loaded = {"lora": False, "load_parameters_path": f"{path}/items"}
+    np.testing.assert_array_equal(logits(runs, runs.start(**loaded)[1]), got)
 
 
 def test_the_merged_model_is_exported_to_hugging_face_names(runs, whole, tmp_path):
@@ -217,3 +222,55 @@ def test_the_merged_model_is_exported_to_hugging_face_names(runs, whole, tmp_pat
     _, seen = llama.apply({"params": params}, IDS, capture_intermediates=True)
     (final,) = seen["intermediates"]["norm"]["__call__"]
     np.testing.assert_allclose(final @ head.T, logits(runs, model), atol=1e-4)
+
+
+def test_a_checkpoint_without_ms_is_refused(maxtext, adapt):
+    """MaxText's own function would drop M's, and all moments of a chain."""
+    keep = maxtext.checkpointing._filter_lora_trainable_state
+    moments = [{"count": 2, "mu": {"params": {"query": {"kernel_mora": 3}}}}, None]
+    params = {"params": {"query": {"kernel": 4, "kernel_mora": 5}}}
+    state = {"params": params, "opt_state": moments, "step": 1, "nnx_aux": {"key": 6}}
+    kept = {"params": {"params": {"query": {"kernel_mora": 5}}}}
+    assert keep(state) == {**kept, "opt_state": moments, "step": 1}
+    assert inspect.unwrap(keep)(state) == {"step": 1}
+    del params["params"]["query"]["kernel_mora"]
+    with pytest.raises(ValueError, match="must have M's.*call mora_jax.maxtext.adapt"):
+        keep(state)
+
+
+def test_another_version_of_maxtext_is_refused(maxtext, adapt, monkeypatch):
+    def create_model(settings, rngs):
+        raise NotImplementedError
+
+    creation = maxtext.creation
+    monkeypatch.setattr(creation, "create_model", create_model)
+    with pytest.raises(ImportError, match="create_model must be MaxText 0.2.5's"):
+        adapt(CONFIG)
+    monkeypatch.delattr(creation, "create_model")
+    with pytest.raises(ImportError, match="create_model must be MaxText 0.2.5's"):
+        adapt(CONFIG)
+
+
+@pytest.mark.parametrize("setting", [{"train": ".*scale"}, {"dropout": 0.1}])
+def test_what_its_checkpoints_and_evaluation_do_not_know_is_refused(adapt, setting):
+    with pytest.raises(ValueError, match="train and dropout must be left out"):
+        adapt(MoRAConfig(rank=4, **setting))
+    with pytest.raises(TypeError, match="config must be a MoRAConfig"):
+        adapt(4)
+
+
+def test_without_lora_models_stay_as_they_are(runs, adapt):
+    model = runs.start(lora=False)[1]
+    assert not nnx.state(model, mora.MoRAParam)
+
+
+def test_the_page_runs(maxtext, adapt, tmp_path, monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    scope, blocks = {"directory": tmp_path}, python_blocks(PAGE)
+    for block in itertools.takewhile(lambda block: "import keras" not in block, blocks):
+        exec(block, scope)
+    adapt(CONFIG)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"items"}
+    assert np.abs(scope["model"].decoder.layers.mlp.wo.kernel_mora[...]).max() > 0
+    compile(scope["program"], "program", "exec")
