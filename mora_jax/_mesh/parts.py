@@ -20,6 +20,7 @@ from mora_jax._jax.linear_algebra import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators import BlockDiagonal, Damped, Decoupling, Sharing, SignedSharing
 from mora_jax.operators._base import DeltaMap, Operator, Precision
+from mora_jax.operators.low_rank import LowRank
 from mora_jax.operators.orthogonal import Projection
 
 
@@ -180,6 +181,22 @@ class DiagonalPart(OperatorPart):
 
 
 @register_dataclass
+class FactorsPart(OperatorPart):
+    """The part of a LoRA: some rows of A, and some columns of B."""
+
+    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
+        a, b = self._factors(m)
+        return matmul(matmul(x, a, precision), b, precision)
+
+    def matrix(self, m: Array) -> Array:
+        return matmul(*self._factors(m))
+
+    def _factors(self, m: Array) -> tuple[Array, Array]:
+        a, b = self.operator.factors(m)
+        return self.take_inputs(a), self.take_outputs(b)
+
+
+@register_dataclass
 class DampedPart(OperatorPart):
     """The part of a damped operator, by the part of the inner one.
 
@@ -221,6 +238,7 @@ part_of = functools.singledispatch(OperatorPart)
 part_of.register(Projection, BasisPart)
 part_of.register(Decoupling, _blocks_or_all)
 part_of.register(BlockDiagonal, _whole_blocks_or_all)
+part_of.register(LowRank, FactorsPart)
 part_of.register(Damped, DampedPart)
 part_of.register(Sharing, SharingPart)
 part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature

@@ -59,7 +59,8 @@ def assert_shardings(arrays, expected):
 def sums_of_m(op):
     """Sums over devices of M's gradient, which may be one for each factor."""
     widths = (op.in_features, op.out_features) if not op.linear else ()
-    pairs = [(n, op.square_rank) for n in widths]
+    # Of a factor a device may sum the rows or columns that it has, and then all of it.
+    pairs = [(n // parts, op.square_rank) for n in widths for parts in (1, 2)]
     if op.name == "damped":  # as of a LoRA's B, on one device or on several
         k, outs = op.directions.shape[1], op.out_features
         pairs += [(n, k) for n in (op.in_features, outs, outs // 2)]
