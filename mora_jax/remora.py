@@ -38,15 +38,9 @@ from mora_jax._common.checks import check_concrete, check_finite, check_number
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
-from mora_jax._tree import paths
-from mora_jax._tree.gradients import specs_along
-from mora_jax._tree.lora_trees import lora_adapter
-from mora_jax._tree.merge import merged_kernel
+from mora_jax._tree import gradients, lora_trees, merge, paths
 from mora_jax._tree.optim import check_transformation, restarted_state
-from mora_jax._tree.paths import Found, Tree, checked_adapters
-from mora_jax.operators import Damped, Operator, Sharing
-from mora_jax.operators.low_rank import nearest_factors
-from mora_jax.operators.sharing import REFERENCE_GROUPS
+from mora_jax.operators import Damped, Operator, Sharing, low_rank, sharing
 
 __all__ = ["Restarted", "learned", "restart"]
 
@@ -104,7 +98,7 @@ def restart(
         for these adapters.
     """
     check_transformation(tx)
-    found = checked_adapters(adapters)
+    found = paths.checked_adapters(adapters)
     old, arrays = found.kernels, found.in_base(params, any_base=any_base)
     following, sums = {}, {}
     for path, adapter in old.items():
@@ -122,7 +116,7 @@ def restart(
         following[path] = dataclasses.replace(spec, operator=op, init=init)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
-        following = specs_along(grads(merged), following, "tree of adapters")
+        following = gradients.specs_along(grads(merged), following, "tree of adapters")
     new = {p: Adapter(_started(p, s, old[p].m), s) for p, s in following.items()}
     adapters = paths.replace_adapters(adapters, new)
     return Restarted(merged, adapters, restarted_state(opt_state, tx, merged, adapters))
@@ -130,7 +124,7 @@ def restart(
 
 def learned(
     base: Any, merged: Any, adapters: Any, *, max_error: float | int = 0.01
-) -> tuple[Tree, dict[str, float]]:
+) -> tuple[paths.Tree, dict[str, float]]:
     """The difference that many restarts made to the base, as one tree of adapters.
 
     It is a LoRA ("low_rank") for each kernel, of the least rank that keeps it within
@@ -162,7 +156,7 @@ def learned(
     max_error = check_number(
         "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
     )
-    found, made, lost = paths.adapters_in(adapters), Found(), {}
+    found, made, lost = paths.adapters_in(adapters), paths.Found(), {}
     old, new = found.kernels.in_base(base, "base"), found.in_base(merged, "merged")
     for path, adapter in found.items():
         name, spec = "/".join(path), adapter.spec
@@ -174,9 +168,9 @@ def learned(
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
-        a, b, lost[name], _ = nearest_factors(delta, max_error)
+        a, b, lost[name], _ = low_rank.nearest_factors(delta, max_error)
         spec = dataclasses.replace(spec, base_digest=None)
-        made[path] = lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))
+        made[path] = lora_trees.lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))
     return made.tree(), lost
 
 
@@ -198,7 +192,7 @@ def _next_operator(name: str, op: Operator) -> Operator:
     if hasattr(op, "seed"):
         return dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
     if isinstance(op, Sharing):
-        types = list(REFERENCE_GROUPS.values())
+        types = list(sharing.REFERENCE_GROUPS.values())
         at = types.index((op.compress_groups, op.decompress_groups))
         ins, outs = types[(at + 1) % len(types)]
         return dataclasses.replace(op, compress_groups=ins, decompress_groups=outs)
@@ -212,4 +206,4 @@ def _next_operator(name: str, op: Operator) -> Operator:
 def _dithered(spec: AdapterSpec, m: Array, kernel: Array, shift: Any) -> Array:
     """The kernel plus the delta, rounded with the dither that starts at `shift`."""
     start = shift, shift
-    return merged_kernel(Adapter(m, spec), kernel, rounding="dither", start=start)
+    return merge.merged_kernel(Adapter(m, spec), kernel, rounding="dither", start=start)

@@ -3,16 +3,15 @@
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import check_alike
 from mora_jax._tree.plan import Plan, check_plan
-from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Field, Fields, record_of
+from mora_jax.io import _files, _json
 from mora_jax.io.native import _records
 
 FORMAT, WHERE = "mora_jax plan", "the plan"
 """The format, and the name of the text in messages."""
 
-PLAN: Fields = {
-    "base_parameters": Field(int, lambda plan: plan.base_parameters),
-    "traced": Field(bool, lambda plan: plan.traced),
+PLAN: _json.Fields = {
+    "base_parameters": _json.Field(int, lambda plan: plan.base_parameters),
+    "traced": _json.Field(bool, lambda plan: plan.traced),
 }
 """The fields of a plan beside the record of its adapters."""
 
@@ -41,7 +40,7 @@ def plan_to_json(plan: Plan) -> str:
             why = f"JSON cannot hold the directions of a {spec.operator.name}"
             raise ValueError(f"{name}: {why}; keep its adapters with mora_jax.save")
     parts = {path: Adapter(None, spec) for path, spec in plan.parts.items()}
-    return _records.text_of(parts, {"format": FORMAT} | record_of(plan, PLAN))
+    return _records.text_of(parts, {"format": FORMAT} | _json.record_of(plan, PLAN))
 
 
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
@@ -79,5 +78,5 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
         try:
             check_alike(parts, like.parts, "the plan")
         except ValueError as error:
-            raise AdapterFileError(str(error)) from error
+            raise _files.AdapterFileError(str(error)) from error
     return Plan(parts, content["base_parameters"], content["traced"])

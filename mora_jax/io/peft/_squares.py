@@ -12,11 +12,8 @@ import numpy as np
 
 from mora_jax._common.squares import KEY, VERSION
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io import _files
+from mora_jax.io import _files, _json, _names, _tensors
 from mora_jax.io._files import CONFIG, TENSORS
-from mora_jax.io._json import dump
-from mora_jax.io._names import Pair
-from mora_jax.io._tensors import encode
 from mora_jax.operators import Damped, LowRank
 
 CHUNK = 256  # rows of a map that are in memory at once
@@ -26,7 +23,7 @@ DENSE = 8
 
 def write_squares(
     path: _files.Location,
-    modules: Iterable[tuple[Pair, str, AdapterSpec, np.ndarray, slice]],
+    modules: Iterable[tuple[_names.Pair, str, AdapterSpec, np.ndarray, slice]],
     base_model: str,
 ) -> None:
     """Write M's, with C and D as maps of numbers: a server need not know operators.
@@ -63,7 +60,7 @@ def write_squares(
         if isinstance(op, Damped):
             v = {"v": np.asarray(op.columns("float32"))}
             entries[pair.module]["damped"] = once(op.digest, partial(dict, v))
-    data = encode(tensors, {})
+    data = _tensors.encode(tensors, {})
     record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
     config = {
         "peft_type": "MORA",
@@ -73,7 +70,7 @@ def write_squares(
         "lora_alpha": 1,
         KEY: record | {"modules": entries},
     }
-    _files.write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
+    _files.write_directory(path, [(TENSORS, [data]), (CONFIG, [_json.dump(config)])])
 
 
 def _decompress(op: Any, outs: slice) -> dict[str, np.ndarray]:
