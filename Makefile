@@ -112,7 +112,7 @@ test-gemma: ## adapters in gemma, Kauldron and Keras, on Python 3.12 or newer
 test-maxtext: VENV = .venv-maxtext
 test-maxtext: ## adapters in MaxText's own trainer, on Python 3.12 or newer
 	$(setup) maxtext
-	$(run) -m pytest tests/with_maxtext $(PYTEST_ARGS)
+	$(run) -m pytest tests/with_maxtext --durations 25
 
 test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch
