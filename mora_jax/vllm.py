@@ -115,18 +115,13 @@ class Squares(LoRAModel):
 def read(
     directory: str, named: Callable[[str], str], dtype: torch.dtype
 ) -> dict[str, Square]:
-    """Read adapters by their modules, as `named` calls them.
-
-    Raises:
-      ValueError: The file is damaged, or of another version.
-    """
+    """Read adapters by their modules, as `named` calls them."""
     folder = pathlib.Path(directory)
     record = json.loads((folder / "adapter_config.json").read_bytes())[KEY]
     if record.get("version") != VERSION:
-        raise ValueError(
-            f"{directory} must have version {VERSION} of the format, got "
-            f"{record.get('version')!r}: export it again, or update mora_jax"
-        )
+        rule = f"{directory} must have version {VERSION} of the format"
+        got = f"got {record.get('version')!r}: export it again, or update mora_jax"
+        raise ValueError(f"{rule}, {got}")
     data = (folder / "adapter_model.safetensors").read_bytes()
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise ValueError(f"{directory} is damaged: export it again")
@@ -171,12 +166,7 @@ def _check(fits: Any, name: str, array: torch.Tensor) -> None:
 
 
 def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
-    """The parts of adapters that this process computes, by vLLM's layers.
-
-    Raises:
-      ValueError: vLLM computes in a way that passes them by, or an adapter is not of a
-        linear layer, or of one of another size.
-    """
+    """The parts of adapters that this process computes, by vLLM's layers."""
     config, left, placed = manager.lora_config, dict(squares), {}
     if config.fully_sharded_loras or base_linear.envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ValueError("M's are served without fully sharded LoRAs or dual streams")
@@ -188,10 +178,9 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
         own = {k: m for k, m in enumerate(modules) if m in left}
         if own and not (isinstance(layer, Layer) and name.startswith(language)):
             raise ValueError(f"{own[min(own)]} must be a linear layer of a text model")
-        if own:
-            placed[name] = [
-                _part(layer, k, len(modules), m, left.pop(m)) for k, m in own.items()
-            ]
+        for k, m in own.items():
+            part = _part(layer, k, len(modules), m, left.pop(m))
+            placed.setdefault(name, []).append(part)
     lost = [name for name in left if not is_pp_missing_parameter(name, manager.model)]
     if lost:
         names = ", ".join(sorted(lost)[:3])
@@ -209,10 +198,8 @@ def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
     shards = (devices, devices // copies) if columns else (1,)
     sizes = {(inputs, widths[k] * n) for n in shards}
     if square.shape not in sizes:
-        raise ValueError(
-            f"{name} must have {' or '.join(map(str, sizes))} inputs and outputs, got "
-            f"{square.shape}: this adapter is of another base"
-        )
+        rule = f"{name} must have {' or '.join(map(str, sizes))} inputs and outputs"
+        raise ValueError(f"{rule}, got {square.shape}: this adapter is of another base")
     start = sum(widths[:k])
     if devices == 1:
         return Part(start, square, None, None)
