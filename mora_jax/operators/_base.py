@@ -204,10 +204,8 @@ class Operator(DeltaMap):
         Raises:
           NotImplementedError: The operator lacks gains.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} lacks gains: give it a property `gains`, the root "
-            "mean squares (c, d), or use scale='paper'"
-        )
+        remedy = "give it a property `gains`, sizes (c, d), or use scale='paper'"
+        raise NotImplementedError(f"{type(self).__name__} lacks gains: {remedy}")
 
     @property
     def fine_tuning_scale(self) -> float:
@@ -256,10 +254,7 @@ class Operator(DeltaMap):
         return self._decompress(h)
 
     def factors(self, m: Array) -> tuple[Array, Array]:
-        """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
-
-        The delta is their product.
-        """
+        """C, (in, q), and M D, (q, out), of one block: the delta is their product."""
         units = jnp.arange(self.in_features)
         return self._compress_units(units, m.dtype), self._decompress(m)
 

@@ -111,11 +111,10 @@ def square_rank(
     step = math.lcm(cls.q_multiple_of, multiple_of)
     q -= q % (step if q >= step else cls.q_multiple_of)
     if q == 0:
-        raise ValueError(
-            f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
-            f"for {cls.name}; leave it out with exclude, or give it an operator that "
-            "a narrower square suits, such as 'sharing'"
-        )
+        kernel = f"a kernel of {in_features} x {out_features}"
+        remedy = "leave it out with exclude, or give it another one, such as 'sharing'"
+        what = f"rank {rank} on {kernel} leaves no room for {cls.name}"
+        raise ValueError(f"{what}; {remedy}")
     return q
 
 

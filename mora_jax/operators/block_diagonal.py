@@ -13,8 +13,7 @@ from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import cut, join, places
 from mora_jax.operators._base import Operator, Precision
-from mora_jax.operators._pytree import operator, seeded
-from mora_jax.operators._random import permutation
+from mora_jax.operators._pytree import operator, permutation, seeded
 
 LEAST_USE = 2 / 3
 """The part of the parameters that blocks which divide both widths must have."""
@@ -64,10 +63,7 @@ class BlockDiagonal(Operator):
     def widest(  # type: ignore[override]
         cls, rank: int, in_features: int, out_features: int
     ) -> int:
-        """The least number of blocks with no more parameters than a LoRA of `rank`.
-
-        It divides both widths if blocks then have two thirds of the parameters or more.
-        """
+        """The least number of blocks with no more parameters than a LoRA of `rank`."""
 
         def parameters(n: int) -> int:
             return n * -(-in_features // n) * -(-out_features // n)

@@ -149,9 +149,8 @@ def _checked(op: Damped) -> np.ndarray:
     largest = np.abs(products).max(initial=0, where=np.eye(k, dtype=bool))
     others = np.abs(products).max(initial=0, where=~np.eye(k, dtype=bool))
     if not (others <= 0.02 and largest <= 1.01):
-        raise ValueError(
-            "directions must be orthogonal columns of lengths up to 1, got squares of "
-            f"up to {largest:.3g} and products of up to {others:.3g}"
-        )
+        rule = "directions must be orthogonal columns of lengths up to 1"
+        got = f"got squares of up to {largest:.3g} and products of up to {others:.3g}"
+        raise ValueError(f"{rule}, {got}")
     v.setflags(write=False)
     return v

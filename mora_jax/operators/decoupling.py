@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Precision
-from mora_jax.operators._pytree import operator, seeded
-from mora_jax.operators._random import signs
+from mora_jax.operators._pytree import operator, seeded, signs
 
 
 def block_positions(

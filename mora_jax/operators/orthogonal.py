@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul
+from mora_jax.operators import _pytree
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import given, operator, seeded
-from mora_jax.operators._random import orthonormal, permutation, signs
 from mora_jax.operators.decoupling import divide
 
 TOLERANCE = 1e-3
@@ -76,10 +76,10 @@ class Orthogonal(Projection):
 
     seed: int = 0
     in_basis: ArrayLike = seeded(
-        lambda op: orthonormal(op.in_features, op.square_rank, op.seed)
+        lambda op: _pytree.orthonormal(op.in_features, op.square_rank, op.seed)
     )
     out_basis: ArrayLike = seeded(
-        lambda op: orthonormal(op.out_features, op.square_rank, op.seed)
+        lambda op: _pytree.orthonormal(op.out_features, op.square_rank, op.seed)
     )
 
     name = "orthogonal"
@@ -181,8 +181,9 @@ def _times_transpose(h: Array, basis: Array) -> Array:
 def _seeded(op: Hadamard, features: int) -> tuple[np.ndarray, ...]:
     """Signs (features,), Q (b, b) and coordinates (q,)."""
     b = features // (features & -features)  # without its factors of two
-    coordinates = permutation(features, op.seed)[: op.square_rank]
-    return signs(features, op.seed), orthonormal(b, b, op.seed), coordinates
+    coordinates = _pytree.permutation(features, op.seed)[: op.square_rank]
+    q = _pytree.orthonormal(b, b, op.seed)
+    return _pytree.signs(features, op.seed), q, coordinates
 
 
 def _orthonormal(op: Subspace, side: Side) -> np.ndarray:

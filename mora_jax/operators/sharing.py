@@ -13,8 +13,7 @@ from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.tiles import cut, join, places, sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
-from mora_jax.operators._pytree import operator, seeded
-from mora_jax.operators._random import signs
+from mora_jax.operators._pytree import operator, seeded, signs
 from mora_jax.operators.decoupling import block_positions
 
 Grouping = Literal["strided", "contiguous"]

@@ -145,7 +145,7 @@ CHANGES = {
         ("    seed: int = setting(0, lambda _, value: checks.check_seed(value))\n",
          "    warmth: float = setting(0.5, _rate)\n"),
     ],
-    "operators/rotation.py": [
+    "operators/decoupling.py": [
         ("import jax\n", "import dataclasses\n"),
         ('    name = "rotation"\n',
          "    flip: bool = dataclasses.field(\n"
