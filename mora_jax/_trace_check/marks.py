@@ -46,11 +46,8 @@ class Claim:
     reads: bool = False
 
     def axis_names(self, k: int, ndim: int) -> list[str | int]:
-        """The names in views of an input's axes (k = 0) or an output's (2); [] for any.
-
-        A kernel's axes are numbered, since it may be read by several einsums.
-        """
-        if self.einsum:
+        """Names in views of the axes of an input (k = 0) or output (2); [] for any."""
+        if self.einsum:  # a kernel's are numbers, since several einsums may read it
             kernel = self.einsum[1]
             return [kernel.index(c) if c in kernel else c for c in self.einsum[k]]
         if k == 0:

@@ -12,8 +12,7 @@ from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import Tree, adapters_in
 from mora_jax._tree.plan import summary
-from mora_jax.io import _files
-from mora_jax.io._json import parse, read_json
+from mora_jax.io import _files, _json
 from mora_jax.io._names import bijection
 
 app = typer.Typer(
@@ -28,9 +27,9 @@ def _names_of(text: str | None) -> io.Names:
     """The `names` of an option: a family, templates, or templates in a file."""
     names: io.Names = text
     if text is not None and text.lstrip().startswith("{"):
-        names = parse(text.encode(), "--names")
+        names = _json.parse(text.encode(), "--names")
     elif text is not None and text.endswith(".json"):
-        names = read_json(_files.as_path("--names", text))
+        names = _json.read_json(_files.as_path("--names", text))
     bijection(names)  # refuses them now, also for commands that come to need none
     return names
 
@@ -77,7 +76,7 @@ def read_adapter(
     config = path / _files.CONFIG
     if not config.exists():
         return io.load(path), "mora", io.read_metadata(path)
-    content = read_json(config)
+    content = _json.read_json(config)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         why = "is of no adapter that we know"
         raise io.AdapterFileError(f"{config.name} in {path} {why}")
@@ -155,20 +154,11 @@ def export(
         str, typer.Option(help="The base, a directory or a name on the Hub.")
     ] = "",
     rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="The most singular values that a LoRA keeps; by default as many as "
-            "--max-error asks for.",
-        ),
+        int | None, typer.Option(min=1, help="The most singular values of a LoRA.")
     ] = None,
     max_error: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="The share of its delta a LoRA may lose; 1 accepts any loss.",
-        ),
+        typer.Option(min=0, max=1, help="The share of its delta it may lose."),
     ] = 0.1,
     native: Annotated[
         bool, typer.Option(help="For vLLM with this library: M's as they are, no LoRA.")

@@ -1,4 +1,4 @@
-"""How layers multiply their input with their kernel; einsums are in `contraction`."""
+"""Products of an input and a kernel, except those that are an einsum."""
 
 import abc
 import dataclasses
@@ -101,11 +101,9 @@ class Product(abc.ABC):
         Raises:
           ValueError: No such factors exist, or the product does not know them.
         """
-        raise ValueError(
-            "scale= of register_layer must be of an einsum, or a number or one for "
-            f"each feature of an embedding, got {type(self).__name__} scaled by shape "
-            f"{jnp.shape(scale)}"
-        )
+        rule = "must be of an einsum, or one number, or one a feature of an embedding"
+        got = f"got {type(self).__name__} scaled by shape {jnp.shape(scale)}"
+        raise ValueError(f"scale= of register_layer {rule}, {got}")
 
 
 @dataclasses.dataclass(frozen=True)

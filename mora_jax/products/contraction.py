@@ -140,10 +140,9 @@ class Contraction(Product):
                 factor = jnp.transpose(scale.squeeze(), order)
                 factor = factor.reshape([varies.get(c, 1) for c in letters])
                 return (None, factor) if letters is self.outputs else (factor, None)
-        raise ValueError(
-            f"scale of shape {scale.shape} must vary along the input features or the "
-            f"output features of a kernel with axes {self.axes!r}, not along both"
-        )
+        rule = "must vary along the input features or the output features, not both"
+        kernel = f"of a kernel with axes {self.axes!r}"
+        raise ValueError(f"scale of shape {scale.shape} {rule}, {kernel}")
 
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
         """Raise unless an input of `x_shape` fits a kernel of `kernel_shape`."""

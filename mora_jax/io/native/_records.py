@@ -24,19 +24,12 @@ from mora_jax._common.checks import check_finite, check_leaf
 from mora_jax._common.types import FIRST, Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
-from mora_jax._plan.spec import (
-    SUFFIX,
-    AdapterSpec,
-    Spec,
-    TrainedArray,
-    operator_settings,
-)
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, operator_settings
 from mora_jax._tree.paths import Found, place_of
 from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
-from mora_jax.operators import Damped, Operator, Subspace, make_operator
+from mora_jax.operators import OPERATORS, Damped, Operator, Subspace, make_operator
 from mora_jax.operators._pytree import by_layer
-from mora_jax.operators._registry import OPERATORS
 
 VERSION = 1
 
@@ -209,7 +202,7 @@ def restore(
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
                 if key == "layers":
-                    spec: Spec = _kernel_spec(record, name, file)
+                    spec: Any = _kernel_spec(record, name, file)
                 else:
                     shape = _shape("shape", record["shape"], least=0)
                     spec = TrainedArray(shape, record["dtype"], record["base_dtype"])
@@ -323,7 +316,7 @@ def _inner(record: Record) -> Record:
     return inner
 
 
-def _check_same(record: Record, own: dict[str, Any], spec: Spec) -> None:
+def _check_same(record: Record, own: dict[str, Any], spec: Any) -> None:
     """Raise unless a record says what the record of its `own` adapter says."""
     if isinstance(spec, AdapterSpec):  # a record may hold all settings
         own["settings"] = spec.to_json()

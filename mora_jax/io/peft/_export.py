@@ -132,12 +132,10 @@ def export(
     matrices, lost = _make_lora(adapters, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
     if program != "peft":
-        if most > RANKS[-1]:
-            raise ValueError(
-                f"{worst} needs rank {most} to lose at most {max_error:.1%} of its "
-                f"delta, and servers take {RANKS[-1]} at most; rank={RANKS[-1]} with a "
-                f"larger max_error cuts it, and {MERGE}"
-            )
+        if most > (limit := RANKS[-1]):
+            needs = f"needs rank {most} to lose at most {max_error:.1%} of its delta"
+            cut = f"servers take {limit} at most; rank={limit} with a larger max_error"
+            raise ValueError(f"{worst} {needs}, and {cut} cuts it, and {MERGE}")
         if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
             matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
@@ -188,11 +186,9 @@ def _make_lora(
         matrices.append(turned(found, kernel, spec.axes, also))
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
-        raise ValueError(
-            f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
-            f"than max_error={max_error:g}; rank={enough} keeps every module within "
-            f"{max_error:.1%}, and max_error=1 accepts any loss"
-        )
+        loses = f"would lose {lost[worst]:.1%} of its delta at rank {rank}"
+        remedy = f"rank={enough} keeps all within it, and max_error=1 accepts any loss"
+        raise ValueError(f"{worst} {loses}, more than {max_error=:g}; {remedy}")
     return matrices, lost
 
 
@@ -281,11 +277,9 @@ def _modules(
         axes = spec.axes.replace("s", "")
         called = re.search("conv", kernel, re.IGNORECASE)
         if re.fullmatch("ii+(io|oi)", axes) or called and axes in ("iio", "ioi"):
-            raise ValueError(
-                f"{kernel}: what is written here for PEFT must be of dense layers "
-                f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
-                "mora_jax.merge merges it"
-            )
+            rule = "what PEFT can have must be of dense layers and embeddings"
+            got = f"got axes {spec.axes!r} of a convolution; mora_jax.merge merges it"
+            raise ValueError(f"{kernel}: {rule}, {got}")
         found = known.layers(kernel, *_names.stack_first(spec.kernel_shape, spec.axes))
         stack, m = spec.stack_shape, to_numpy(kernel, adapter.m)
         width = spec.out_features * math.prod(stack) // len(found)
@@ -316,10 +310,8 @@ def _trained(adapters: Any, names: Names, program: Program) -> dict[str, np.ndar
         # A vector is the same in both, whatever its template says of axes.
         axes = pair.kernel_axes if pair else ""
         if pair is None or len(axes) > 2 or len(shape) > len(axes):
-            raise ValueError(
-                f"{name}: names have no tensor of the shape {shape} for this trained "
-                f"array; {MERGE}"
-            )
+            lacks = f"names have no tensor of the shape {shape} for this trained array"
+            raise ValueError(f"{name}: {lacks}; {MERGE}")
         numbers = to_numpy(name, adapter.m)
         whole[pair.tensor] = numbers.T if pair.transposed else numbers
     return whole

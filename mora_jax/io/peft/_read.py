@@ -201,11 +201,7 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
 def reference_operator(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> Operator:
-    """The operator that the reference computes with, of a type that is in its config.
-
-    Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
-    fewer outputs than inputs.
-    """
+    """The operator of the reference for a type that is in its config."""
     # It rounds q to the nearest number, so M may have more parameters than a LoRA of
     # that rank, unlike in this library.
     q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)

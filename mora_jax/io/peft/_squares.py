@@ -26,13 +26,7 @@ def write_squares(
     modules: Iterable[tuple[_names.Pair, str, AdapterSpec, np.ndarray, slice]],
     base_model: str,
 ) -> None:
-    """Write M's, with C and D as maps of numbers: a server need not know operators.
-
-    Modules that have the same C or D share it.
-
-    Raises:
-      ValueError: A kernel is an embedding's, or has a LoRA.
-    """
+    """Write M's, with C and D as maps of numbers: a server need not know operators."""
     tensors: dict[str, np.ndarray] = {}
     names: dict[Hashable, str] = {}
     entries: dict[str, dict[str, Any]] = {}
