@@ -82,15 +82,17 @@ class Runs:
     def __init__(self, maxtext, devices, folder):
         self.maxtext, self.devices, self.folder = maxtext, devices, folder
         self.losses = folder / "losses"
+        self.base = os.path.join(maxtext.globals.MAXTEXT_CONFIGS_DIR, "base.yml")
 
     def config(self, lora=True, **settings):
         """MaxText's settings; eight rows a step, on one device or on several."""
         own = {"run_name": "run", "base_output_directory": str(self.folder)}
         own |= {"per_device_batch_size": 8 // self.devices, "steps": 6}
         own |= {"lora": {"enable_lora": lora}, "metrics_file": str(self.losses)}
-        file = os.path.join(self.maxtext.globals.MAXTEXT_CONFIGS_DIR, "base.yml")
         initialize = self.maxtext.pyconfig.initialize
-        return initialize(["", file], **TINY | MESHES[self.devices] | own | settings)
+        return initialize(
+            ["", self.base], **TINY | MESHES[self.devices] | own | settings
+        )
 
     def train(self, **settings):
         """The losses of a run of MaxText's own loop, and the state after it."""

@@ -6,6 +6,7 @@ Run by `make test-maxtext`, in an environment of its own, on one device and on e
 import contextlib
 import inspect
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -18,14 +19,15 @@ import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from helpers import python_blocks
-from processes import ROOT
+from processes import ROOT, python
+from safetensors.numpy import load_file, save_file
 
 import mora_jax
 from models import smollm2
 from mora_jax import MoRAConfig
 from mora_jax import nnx as mora
 
-from .conftest import EXPERTS
+from .conftest import EXPERTS, TINY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -197,28 +199,34 @@ def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, bas
     np.testing.assert_array_equal(logits(runs, runs.start(**loaded)[1]), got)
 
 
-def test_the_merged_model_is_exported_to_hugging_face_names(runs, whole, tmp_path):
-    """By MaxText's own maps, into the Llama of our examples."""
-    from safetensors.numpy import save_file
+def test_the_merged_model_is_exported_to_hugging_face(
+    runs, whole, tmp_path, monkeypatch
+):
+    """By MaxText's own converter, into the Llama of our examples."""
+    from absl import flags
 
-    convert = runs.maxtext.to_huggingface
-    config, model = runs.config(), runs.model(whole[1])
-    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    sizes |= {"vocab_size": 128, "tie_word_embeddings": False}
-    maps = convert._get_model_mappings("llama3.1-8b", True, sizes, config)
-    maps = [maps[f"{name}_mapping"] for name in ("param", "hook_fn", "shape")]
+    convert, model = runs.maxtext.to_huggingface, runs.model(whole[1])
     params = nnx.to_pure_dict(nnx.state(mora.merge_adapters(model), nnx.Param))
+    save = runs.maxtext.checkpointing.save_params_to_path
+    save(str(tmp_path / "merged"), {"params": params})
+    no_hub = SimpleNamespace(save_pretrained=lambda *_: None)
+    tokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: no_hub)
+    monkeypatch.setattr(convert, "AutoTokenizer", tokenizer)
+    flags.FLAGS(["", "--override_model_architecture"])
+    settings = {"model_name": "llama3.1-8b", "override_model_config": True} | TINY
+    settings["load_parameters_path"] = tmp_path / "merged/items"
+    settings["base_output_directory"] = tmp_path / "exported"
+    given = [f"{name}={value}" for name, value in settings.items()]
+    convert.main(["", runs.base, *given])
+    (tmp_path / "llama").mkdir()
     tensors = {}
-    for path, param in nnx.traversals.flatten_mapping(params).items():
-        name = "-".join(("params", *path))
-        found = convert.process_maxtext_param(name, param, *maps, config)
-        tensors |= {name: np.ascontiguousarray(array) for name, array in found}
+    for file in (tmp_path / "exported").glob("*.safetensors"):
+        tensors |= load_file(file)
     head = tensors.pop("lm_head.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "llama/model.safetensors")
     llama = smollm2.Llama(smollm2.Config(128, 3, 32, 64, 4, 2, 10_000.0, 1e-5))
     like = jax.eval_shape(llama.init, jax.random.key(0), IDS)["params"]
-    params = mora_jax.io.load_base(tmp_path, like, smollm2.NAMES)
+    params = mora_jax.io.load_base(tmp_path / "llama", like, smollm2.NAMES)
     _, seen = llama.apply({"params": params}, IDS, capture_intermediates=True)
     (final,) = seen["intermediates"]["norm"]["__call__"]
     np.testing.assert_allclose(final @ head.T, logits(runs, model), atol=1e-4)
@@ -236,6 +244,18 @@ def test_a_checkpoint_without_ms_is_refused(maxtext, adapt):
     del params["params"]["query"]["kernel_mora"]
     with pytest.raises(ValueError, match="must have M's.*call mora_jax.maxtext.adapt"):
         keep(state)
+
+
+def test_a_model_is_refused_without_the_module_that_keeps_its_ms():
+    """Or a user who wraps it alone would train M's that no checkpoint has."""
+    program = """
+from flax import nnx
+from maxtext.layers.linears import DenseGeneral
+import mora_jax
+mora_jax.nnx.wrap(DenseGeneral(16, 16, rngs=nnx.Rngs(0)))
+"""
+    told = python("-c", program, code=1, JAX_PLATFORMS="cpu")
+    assert "teach its class DenseGeneral with mora_jax.register_layer" in told
 
 
 def test_another_version_of_maxtext_is_refused(maxtext, adapt, monkeypatch):
