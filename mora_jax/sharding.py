@@ -14,7 +14,7 @@ Example::
   >>> adapters = mora_jax.sharding.on_mesh(
   ...     adapters, where, batch_axes="data", mesh=mesh)
   >>> adapters["fc"]["kernel_mora"].spec.layout.mesh_axes
-  (('model',), ('data',))
+  (('data',), ('model',))
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def on_mesh(
             if axis not in kernel.mesh.shape:
                 rule = f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}"
                 raise ValueError(f"{rule}, got {axis!r}")
-        axes = tuple(reversed(mesh_axes_of(kernel, spec)))
+        axes = tuple(mesh_axes_of(kernel, spec))
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"

@@ -177,7 +177,7 @@ class Fold(_OfLayer):
         delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layout)
         folded = delta.added_to(kernel)
         if layout and gathers:
-            sharding = layout.gathered_sharding(kernel.ndim)
+            sharding = layout.gathered_sharding
             folded = jax.lax.with_sharding_constraint(folded, sharding)
         # Of aligned blocks the fold changes some in place, and copies the rest.
         in_place = isinstance(op, chips.InBlocks) and op.aligned and not gathers

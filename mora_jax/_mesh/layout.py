@@ -37,15 +37,13 @@ class KernelLayout:
 
     Attributes:
       mesh: The devices.
-      mesh_axes: For each axis of the kernel, its last one first, the mesh axes that
-        split it.
+      mesh_axes: For each axis of the kernel the mesh axes that split it.
       batch_axes: The mesh axes that split the rows of inputs. Where they also split a
         kernel, the kernel is gathered before it is used (FSDP). Features that other
         axes split stay split.
     """
 
     mesh: Mesh | AbstractMesh
-    # The last axis comes first, since `nn.scan` and `nn.vmap` remove leading axes.
     mesh_axes: tuple[MeshAxes, ...]
     batch_axes: MeshAxes = ()
 
@@ -68,9 +66,10 @@ class KernelLayout:
         moves = safe != batch and split.intersection(batch) and split.difference(batch)
         return tuple(safe) if moves else self.batch_axes
 
-    def gathered_sharding(self, ndim: int) -> NamedSharding:
-        """Sharding of a kernel while it is used, by a layer that sees `ndim` axes."""
-        split, batch = reversed(self.mesh_axes[:ndim]), self.batch_axes
+    @property
+    def gathered_sharding(self) -> NamedSharding:
+        """The sharding of the kernel while it is used."""
+        split, batch = self.mesh_axes, self.batch_axes
         kept = (tuple(axis for axis in axes if axis not in batch) for axes in split)
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
@@ -90,8 +89,8 @@ class KernelLayout:
     ) -> FeatureSharding | None:
         def split(letter: str) -> MeshAxes:
             # An axis of one device splits nothing, and XLA fails to sum over it.
-            kernel = zip(reversed(axes), reversed(shape), self.mesh_axes, strict=False)
-            *inner, first = [
+            kernel = zip(axes, shape, self.mesh_axes, strict=True)
+            first, *inner = [
                 tuple(a for a in split if a not in without and self.mesh.shape[a] > 1)
                 for axis, size, split in kernel
                 if axis == letter and size > 1

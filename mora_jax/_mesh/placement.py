@@ -91,7 +91,7 @@ def explicit_layout(labels: tuple[str, ...], x: Any, y: Any) -> KernelLayout:
     split: dict[str, MeshAxes] = {}
     for letters, spec in ((inputs, jax.typeof(x).sharding.spec), (outputs, y.spec)):
         split |= dict(zip(letters, map(mesh_axes, spec), strict=False))
-    return KernelLayout(y.mesh, tuple(split.get(c, ()) for c in reversed(kernel)))
+    return KernelLayout(y.mesh, tuple(split.get(c, ()) for c in kernel))
 
 
 def with_auto_axes(function: Callable[..., Any], y: NamedSharding, *args: Any) -> Any:

@@ -243,7 +243,7 @@ class AdapterSpec(AdapterSettings):
             return self
         (shape, axes), layout = self._without(taken), self.layout
         if layout:
-            split = without(layout.mesh_axes[::-1], taken)[::-1]
+            split = without(layout.mesh_axes, taken)
             layout = dataclasses.replace(layout, mesh_axes=split)
         # Digests are of the whole stack.
         own: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}

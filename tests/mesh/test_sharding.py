@@ -356,7 +356,7 @@ def test_shardings_of_adapters():
             layouts = [
                 s.layout.mesh_axes for s in plan.values() if s.layout is not None
             ]
-            assert layouts == [(("model",), (), ("fsdp",)), ((), BATCH)]
+            assert layouts == [(("fsdp",), (), ("model",)), (BATCH, ())]
             assert hash(plan) == hash(again)
             laid = sharding.on_mesh(adapters, tree, batch_axes=BATCH, mesh=MESH)
             assert jax.tree.structure(laid) == jax.tree.structure(mora_jax.init(plan))
