@@ -3,10 +3,9 @@
     python offline.py REPORT python -m tunix.cli.peft_main CONFIG KEY=VALUE ...
     python offline.py REPORT python LAUNCHER.py tunix.cli.peft_main CONFIG ...
 
-What would download is replaced: the checkpoint of Hugging Face is
-already where it would be put, and a data set is made here; for `grpo_main`, too, the
-choice of devices, which knows TPUs alone. Tunix knows one size of Qwen2 more,
-"qwen2.5-tiny".
+What would download is replaced: the checkpoint of Hugging Face is already where it
+would be put, and a data set is made here; for `grpo_main`, too, the choice of devices,
+which knows TPUs alone. Tunix knows one size of Qwen2 more, "qwen2.5-tiny".
 """
 
 import json
@@ -14,14 +13,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import datasets  # pyright: ignore[reportMissingImports]
 import jax
 import numpy as np
 from flax import nnx
-from tunix.models.qwen2.model import ModelConfig  # pyright: ignore
-from tunix.oss import utils  # pyright: ignore
-from tunix.sft.peft_trainer import PeftTrainer  # pyright: ignore
-from tunix.utils import mesh  # pyright: ignore
 from tunix_models import tiny
 
 
@@ -58,6 +52,8 @@ def place_of(array):
 
 def watch(report):
     """Write which parameters each trainer moved."""
+    from tunix.sft.peft_trainer import PeftTrainer  # pyright: ignore
+
     train, buffer_metrics = PeftTrainer.train, PeftTrainer._buffer_metrics
     first, losses = {}, []
 
@@ -78,6 +74,11 @@ def watch(report):
 
 
 def main():
+    import datasets  # pyright: ignore[reportMissingImports]
+    from tunix.models.qwen2.model import ModelConfig  # pyright: ignore
+    from tunix.oss import utils  # pyright: ignore
+    from tunix.utils import mesh  # pyright: ignore
+
     report, python, *words = sys.argv[1:]
     assert python == "python"
     config = tiny("qwen2")[0].config

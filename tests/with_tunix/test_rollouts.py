@@ -43,7 +43,7 @@ def log_probabilities(model, ids):
 
 
 class StandIn(http.server.ThreadingHTTPServer):
-    """What the example asks of vLLM; the `actor` says how likely its answers are.
+    """A vLLM as far as the example asks; the `actor` says how likely its answers are.
 
     Attributes:
       asked: The path and the content of each request.
@@ -88,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def log_message(self, *_):
+    def log_message(self, format, *_):
         """Print nothing."""
 
 
@@ -101,7 +101,7 @@ def server():
 
 
 def files_of(folder, model):
-    """What the server should be given of a model."""
+    """The files that the server should be given of a model."""
     io.export(folder, mora.adapters(model), "vllm", "tunix", native=True)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
