@@ -1,4 +1,4 @@
-"""The operators: the fixed maps C and D around M, one idea in each file."""
+"""The operators: the fixed maps C and D around M, one family in each file."""
 
 from mora_jax.operators._base import Operator
 from mora_jax.operators._registry import OPERATORS, make_operator, square_rank

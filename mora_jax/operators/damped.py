@@ -15,7 +15,6 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import matmul, rows_product
 from mora_jax.operators import _pytree
 from mora_jax.operators._base import Operator, Precision
-from mora_jax.operators._pytree import given
 
 
 @_pytree.operator
@@ -52,7 +51,7 @@ class Damped(Operator):
     # where B are its outputs for the rows of V^T: the work of a LoRA of rank k. The
     # derivative by M likewise is the inner one's for x, less the one for V^T.
     inner: Operator = dataclasses.field(metadata={"nested": True})
-    directions: ArrayLike = given(lambda op: _checked(op))
+    directions: ArrayLike = _pytree.given(lambda op: _checked(op))
 
     name = "damped"
 

@@ -140,7 +140,7 @@ class Contraction(Product):
                 factor = jnp.transpose(scale.squeeze(), order)
                 factor = factor.reshape([varies.get(c, 1) for c in letters])
                 return (None, factor) if letters is self.outputs else (factor, None)
-        rule = "must vary along the input features or the output features, not both"
+        rule = "must vary along the input features or the output ones, not along both"
         kernel = f"of a kernel with axes {self.axes!r}"
         raise ValueError(f"scale of shape {scale.shape} {rule}, {kernel}")
 

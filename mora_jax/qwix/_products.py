@@ -70,8 +70,10 @@ def find_kernel(
     elif relation == DERIVED:
         why = "its module multiplies by what it makes of the kernel, not by itself"
     else:
-        why = "its module multiplies by an array of this shape that is not the kernel"
-        why += ", or does so in jit, as x @ kernel does: use jnp.dot or jnp.einsum"
+        array = "an array of this shape that is not the kernel itself and may be"
+        told = "in a function that JAX compiles, as x @ kernel is, nothing tells"
+        why = f"its module multiplies by {array} what it makes of the kernel; {told}"
+        why += ": use jnp.dot or jnp.einsum of the kernel"
     place = "/".join((*_private.path_of_call(), name))
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
 

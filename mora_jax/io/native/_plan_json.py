@@ -26,14 +26,6 @@ def plan_to_json(plan: Plan) -> str:
     Raises:
       TypeError: `plan` is not a plan.
       ValueError: An operator has arrays that no settings determine, as a subspace.
-
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> text = mora_jax.io.plan_to_json(plan)
-      >>> mora_jax.io.plan_from_json(text) == plan
-      True
     """
     for name, spec in check_plan(plan).items():
         if spec.operator.given:
@@ -63,6 +55,8 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
       >>> text = mora_jax.io.plan_to_json(doubled)
+      >>> mora_jax.io.plan_from_json(text) == doubled
+      True
       >>> mora_jax.io.plan_from_json(text, like=mora_jax.plan(params))
       Traceback (most recent call last):
       mora_jax.io.AdapterFileError: fc/kernel_mora was made for alpha 2.0, not 1.0
