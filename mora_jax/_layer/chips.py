@@ -107,13 +107,16 @@ def _blocks_shape(op: InBlocks) -> Shape:
 
 
 def _blocks(op: InBlocks, m: Array) -> Array:
-    """The factor of each slice of x: R_k M, or several M's with zeros between."""
+    """The factor of each slice of x: R_k M, or several M's with zeros between.
+
+    Of M's that are not shared, `m` may hold those of some neighbouring slices alone.
+    """
     (n, p, s), one = _blocks_shape(op), m.shape[-2:]
     if isinstance(op, Decoupling):
         return jnp.broadcast_to(op.rotate_m(m), (n, p, s))
     t = p // one[0]
     apart = jnp.eye(t, dtype=m.dtype)[:, None, :, None]
-    return (m.reshape(n, t, one[0], 1, one[1]) * apart).reshape(n, p, s)
+    return (m.reshape(-1, t, one[0], 1, one[1]) * apart).reshape(-1, p, s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +213,19 @@ def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Arra
     first_in, row_in_m = divide(starts[0], rows)
     first_out, column_in_m = divide(starts[1], columns)
     in_m = np.uint32(0), row_in_m, column_in_m
-    blocks = jax.lax.dynamic_slice(_blocks(op, m), in_m, (n, ins, outs))
     here_in, here_out = part.in_features // ins, part.out_features // outs
+    by_in = n > p or (n == p and here_in <= here_out)
+    first, count = (first_in, here_in) if by_in else (first_out, here_out)
+    first_of_m = np.uint32(0)
+    if isinstance(op, BlockDiagonal):  # M's that are away would be laid out in vain
+        first_of_m, each = first, len(m) // n
+        m = jax.lax.dynamic_slice_in_dim(m, first * np.uint32(each), count * each)
+    blocks = _blocks(op, m)
+    blocks = jax.lax.dynamic_slice(blocks, in_m, (len(blocks), ins, outs))
 
     def add_copy(k: Array, folded: Array) -> Array:
         k = k.astype(jnp.uint32)
-        if n >= p:
+        if by_in:
             block_in = first_in + k
             block_out = block_in % np.uint32(p)
         else:
@@ -228,10 +238,12 @@ def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Arra
         # Of a whole kernel each block comes once. XLA keeps an array more for `folded`.
         source = kernel if part.is_whole else folded
         block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
-        copy = jax.lax.dynamic_index_in_dim(blocks, block_in, keepdims=False)
+        copy = jax.lax.dynamic_index_in_dim(
+            blocks, block_in - first_of_m, keepdims=False
+        )
         copy = jnp.where(is_here, copy, 0)
         start = starts[0] + row, starts[1] + column
         block = add_rounded(block, copy, "io", kernel.dtype, "dither", start)
         return jax.lax.dynamic_update_slice(folded, block, (row, column))
 
-    return jax.lax.fori_loop(0, here_in if n >= p else here_out, add_copy, kernel)
+    return jax.lax.fori_loop(0, count, add_copy, kernel)
