@@ -89,7 +89,7 @@ def run(folder, launcher, program, config, *arguments):
 
 
 SFT = {"dataset_name": "Helsinki-NLP/opus-100", "max_target_length": 16}
-SFT |= {"batch_size": 8, "num_train_epochs": None, "tfds_download": False}
+SFT |= {"batch_size": 4, "num_train_epochs": None, "tfds_download": False}
 SFT |= {"optimizer_config": {"opt_type": "adamw", "learning_rate": 3e-2}}
 SFT |= {"training_config": {"eval_every_n_steps": 100, "max_steps": 2}}
 
@@ -106,6 +106,7 @@ def check(changes):
 
 def test_the_lines_of_the_page_train_adapters(folder):
     steps = "training_config.eval_every_n_steps=100", "training_config.max_steps=6"
+    steps += ("batch_size=8",)
     changes, losses = run(folder, ["with_mora.py"], "peft_main", SFT, *steps)
     check(changes)
     assert len(losses) == 9  # of three batches: before, and in two rounds
