@@ -119,6 +119,7 @@ def test_without_them_tunix_trains_loras(folder):
     assert kinds == {"LoRAParam"}
 
 
+@pytest.mark.slow
 def test_they_serve_grpo_as_well(folder):
     """The model that is not adapted is the reference."""
     config = {"batch_size": 4, "data_module": "prompts"}
