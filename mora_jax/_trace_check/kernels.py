@@ -93,12 +93,9 @@ class Kernels:
         return [trails.after(eqn, values)] * len(eqn.outvars)
 
     def join(self, left: Value, right: Value) -> Value:
-        return {
-            start: trail
-            if left.get(start) == right.get(start)
-            else trail.passed("a branch or a loop")
-            for start, trail in trails.joined([left, right]).items()
-        }
+        both = trails.joined([left, right]).items()
+        same = {start for start, _ in both if left.get(start) == right.get(start)}
+        return {s: t if s in same else t.passed("a branch or a loop") for s, t in both}
 
     def sliced(self, value: Value) -> Value:
         return changed(value, lambda trail: trail.moved(lambda view: view[1:]))
@@ -128,9 +125,8 @@ class Kernels:
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
-                    result[kernel] = trails.multiplied(
-                        eqn, kernel, trail, operand, is_first
-                    )
+                    args = kernel, trail, operand, is_first
+                    result[kernel] = trails.multiplied(eqn, *args)
         return result
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:

@@ -20,12 +20,8 @@ from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import Field, parse, read_record, short
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-}
+_KINDS: dict[str, Any] = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16}
+DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 """The dtypes of tensors that can be an M or a kernel."""
 
 KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F(16)|F(4|32|64)|C(64)|F([68])_[A-Z0-9]+")

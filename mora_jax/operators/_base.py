@@ -112,8 +112,7 @@ class Operator(DeltaMap):
     arrays of another shape.
 
     Attributes:
-      in_features: The length of the vectors that `compress` takes.
-      out_features: The length of the vectors that `decompress` returns.
+      in_features, out_features: The lengths of the vectors x and y.
       square_rank: q, the width of M (r-hat in the paper).
     """
 

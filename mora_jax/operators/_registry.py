@@ -78,7 +78,7 @@ def square_rank(
     Args:
       rank: The budget r.
       in_features: The number of the kernel's input features.
-      out_features: The number of the kernel's output features.
+      out_features: The number of its output features.
       operator: The operator that q is for.
       multiple_of: A number that q is rounded down to a multiple of, unless q is below
         it; 1 takes all of the budget. None is for the rule above, or 8 from q = 64 on.
@@ -89,7 +89,6 @@ def square_rank(
 
     Example::
 
-      >>> from mora_jax import square_rank
       >>> square_rank(8, 1024, 1024)
       128
     """
@@ -154,7 +153,6 @@ def make_operator(
 
     Example::
 
-      >>> from mora_jax import make_operator
       >>> make_operator("rotation", 8, 8, 4)
       Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
     """

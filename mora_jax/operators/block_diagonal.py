@@ -40,7 +40,6 @@ class BlockDiagonal(Operator):
 
     Example::
 
-      >>> from mora_jax.operators import BlockDiagonal
       >>> op = BlockDiagonal(in_features=4, out_features=2, square_rank=2)
       >>> op.delta_weight(jnp.array([[[1.0], [2.0]], [[3.0], [4.0]]]))
       Array([[1., 0.],

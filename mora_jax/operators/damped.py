@@ -40,7 +40,6 @@ class Damped(Operator):
 
     Example::
 
-      >>> import numpy as np
       >>> from mora_jax.operators import Damped, Truncation
       >>> op = Damped(3, 3, 3, inner=Truncation(3, 3, 3), directions=0.5 * np.eye(3, 1))
       >>> op.delta_weight(jnp.eye(3)).tolist()[0]

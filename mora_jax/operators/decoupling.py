@@ -51,7 +51,6 @@ class Decoupling(Operator):
 
     Example::
 
-      >>> from mora_jax.operators import Decoupling
       >>> op = Decoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.delta_weight(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
       Array([[1., 2., 0., 0.],
@@ -176,7 +175,6 @@ class SignedDecoupling(Decoupling):
 
     Example::
 
-      >>> from mora_jax.operators import SignedDecoupling
       >>> op = SignedDecoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.decompress(op.compress(op.decompress(op.compress(jnp.arange(4.0)))))
       Array([0., 1., 2., 3.], dtype=float32)
@@ -184,9 +182,7 @@ class SignedDecoupling(Decoupling):
 
     seed: int = 0
     in_signs: ArrayLike = seeded(
-        lambda op: signs(math.prod(op.compressed_shape), op.seed).reshape(
-            op.compressed_shape
-        )
+        lambda op: signs(math.prod(s := op.compressed_shape), op.seed).reshape(s)
     )
 
     name = "signed_decoupling"
@@ -211,7 +207,6 @@ class Rotation(Decoupling):
 
     Example::
 
-      >>> from mora_jax.operators import Rotation
       >>> op = Rotation(in_features=4, out_features=4, square_rank=2)
       >>> op.compress(jnp.array([1.0, 0.0, 1.0, 0.0])).round(3)
       Array([[1.   , 0.   ],

@@ -32,8 +32,6 @@ class LowRank(Operator):
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> from mora_jax.operators import LowRank
       >>> op = LowRank(in_features=3, out_features=2, square_rank=1)
       >>> a, b = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[5.0, 7.0]])
       >>> op.delta_weight(op.joined(a, b))

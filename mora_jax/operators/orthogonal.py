@@ -68,7 +68,6 @@ class Orthogonal(Projection):
 
     Example::
 
-      >>> from mora_jax.operators import Orthogonal
       >>> op = Orthogonal(in_features=6, out_features=6, square_rank=3)
       >>> round(float(jnp.linalg.norm(op.delta_weight(jnp.eye(3))) ** 2), 3)
       3.0
@@ -101,7 +100,6 @@ class Hadamard(Projection):
 
     Example::
 
-      >>> from mora_jax.operators import Hadamard
       >>> op = Hadamard(in_features=12, out_features=12, square_rank=2)
       >>> op.compress(op.decompress(jnp.eye(2))).round(3) + 0.0
       Array([[1., 0.],
@@ -149,8 +147,6 @@ class Subspace(Projection):
 
     Example::
 
-      >>> import numpy as np
-      >>> from mora_jax.operators import Subspace
       >>> first_two = np.eye(6, 2)
       >>> op = Subspace(6, 6, 2, in_basis=first_two, out_basis=first_two[::-1])
       >>> op.delta_weight(np.eye(2)).tolist()[0]

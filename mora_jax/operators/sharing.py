@@ -45,7 +45,6 @@ class Sharing(Operator):
 
     Example::
 
-      >>> from mora_jax.operators import Sharing
       >>> op = Sharing(in_features=4, out_features=4, square_rank=2, normalised=False)
       >>> op.compress(jnp.array([1.0, 2.0, 3.0, 4.0]))
       Array([4., 6.], dtype=float32)
@@ -120,7 +119,6 @@ class SignedSharing(Sharing):
 
     Example::
 
-      >>> from mora_jax.operators import SignedSharing
       >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
       >>> op.compress(op.decompress(jnp.array([1.0, 2.0]))).round(3)
       Array([1., 2.], dtype=float32)

@@ -62,11 +62,8 @@ def parameters_of(module: Any) -> dict[str, Any]:
         kinds, own = nnx.Param | WithAux, vars(module)
     else:
         kinds, own = object, module.variables.get("params", {})
-    return {
-        name: value
-        for name, value in own.items()
-        if isinstance(value, kinds) and not name.endswith(SUFFIX)
-    }
+    found = {name: own[name] for name in own if not name.endswith(SUFFIX)}
+    return {name: value for name, value in found.items() if isinstance(value, kinds)}
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
