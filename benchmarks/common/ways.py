@@ -31,7 +31,9 @@ def choose(
       dropout: True if the adapter drops some of its input.
       tuning: The constants of the platform; None for the one JAX computes on.
     """
-    shape, axes = spec.seen_by(len(product.axes))
+    more = len(spec.axes) - len(product.axes)
+    spec = spec.one_of(next(spec.stacks(more)))  # as a layer of a stack has it
+    shape, axes = spec.kernel_shape, spec.axes
     if dtype is None or not joins(product, axes, x, dropout):
         return "activation"
     assert isinstance(product, Contraction)  # or it would not join
