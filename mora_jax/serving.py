@@ -43,7 +43,7 @@ from jax.core import Tracer
 from mora_jax._common import checks
 from mora_jax._common.trees import located_leaves
 from mora_jax._layer.adapter import Adapter
-from mora_jax._mesh.placement import explicit_sharding
+from mora_jax._mesh.places import explicit_sharding
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import Found, Tree, alike_adapters
 

@@ -31,8 +31,8 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
-from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._mesh.on_mesh import OnMesh
+from mora_jax._mesh.places import KernelLayout, mesh_axes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import Found, Tree, adapters_in, replace_adapters
 from mora_jax._tree.plan import Plan

@@ -16,7 +16,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.ways import adapted_product
-from mora_jax._mesh.layout import KernelLayout
+from mora_jax._mesh.places import KernelLayout
 from mora_jax._plan.settings import SETTINGS, AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax.operators._base import Operator

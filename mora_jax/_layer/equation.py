@@ -33,9 +33,9 @@ from mora_jax._jax.platform import Chip, current_chip
 from mora_jax._jax.qwix_guard import undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh import placement
-from mora_jax._mesh.layout import FeatureSharding, KernelLayout
+from mora_jax._mesh import places
 from mora_jax._mesh.on_mesh import OnMesh
+from mora_jax._mesh.places import FeatureSharding, KernelLayout
 from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._pytree import by_layer
 from mora_jax.products._product import KernelDelta
@@ -122,7 +122,7 @@ class Delta(KernelDelta):
         if x is not None:
             features = layout and layout.for_activations(axes, shape)
             split = OnMesh(op, features).m_spec if features else ()
-            scaled = placement.gather_m(scaled, layout, x, len(op.m_shape), split)
+            scaled = places.gather_m(scaled, layout, x, len(op.m_shape), split)
         return cls(op, scaled, shape, axes, precision, layout)
 
     def rows(self, x: Array) -> Array:
@@ -134,7 +134,7 @@ class Delta(KernelDelta):
         if features or not op.linear:
             return delta.rows(x, self.m, self.precision)
         kept = op.kept(x, self.m, self.precision)
-        return self._by_m(kept, placement.row_shards(layout, x))
+        return self._by_m(kept, places.row_shards(layout, x))
 
     def _by_m(self, kept: Any, shards: int = 1) -> Array:
         """D(C(x) M) for a delta that is linear in M: its derivative by M, of M."""
@@ -221,9 +221,9 @@ def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> Array:
 
 def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: Array) -> Array:
     """The kernel of a layer that reads it itself, with the delta as `merge` adds it."""
-    if (sharding := placement.explicit_sharding(kernel)) is not None:
+    if (sharding := places.explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
-        return placement.with_auto_axes(fold, sharding, m, kernel)
+        return places.with_auto_axes(fold, sharding, m, kernel)
     dtype = jnp.result_type(m, kernel, jnp.float32)
     delta = Delta.of(spec, m, dtype=dtype, x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())

@@ -40,9 +40,9 @@ from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning
-from mora_jax._mesh import placement
-from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
+from mora_jax._mesh import places
 from mora_jax._mesh.on_mesh import OnMesh
+from mora_jax._mesh.places import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
 from mora_jax.products._product import Product
@@ -136,7 +136,7 @@ class Adapted(_OfLayer):
         features = layer.features(kernel.shape)
         delta = OnMesh(op, features) if features else op
         x = product.to_rows(operand.astype(dtype))
-        shards = placement.row_shards(layer.layout, x)
+        shards = places.row_shards(layer.layout, x)
         outs = sizes(kernel.shape, layer.axes, "o")
         by_m = ByM(m.dtype, dtype, precision, shards, features, product, outs)
         return by_m, (op, delta.kept(x, m.astype(dtype), precision))
@@ -266,7 +266,7 @@ def adapted_product(
     # A delta can be added to numbers, and a kernel may stand for quantized ones.
     is_array = isinstance(kernel, Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
-    takes_delta = floating and placement.explicit_sharding(kernel) is None
+    takes_delta = floating and places.explicit_sharding(kernel) is None
     if not (takes_delta and joins(product, spec.axes, x, dropout_key is not None)):
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
@@ -293,7 +293,7 @@ def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """
     # With a stack axis it would be a batched product.
     fits = isinstance(product, Contraction) and product.axes == axes and "s" not in axes
-    if not fits or placement.explicit_sharding(x) is not None:
+    if not fits or places.explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
@@ -316,15 +316,15 @@ def add_delta(
 
     `factor` is an array that the layer multiplies its output by, instead of its kernel.
     """
-    if (sharding := placement.explicit_sharding(y)) is not None:
+    if (sharding := places.explicit_sharding(y)) is not None:
         labels = product.claim.einsum
-        layout = placement.explicit_layout(labels, x, sharding) if labels else None
+        layout = places.explicit_layout(labels, x, sharding) if labels else None
         spec = dataclasses.replace(spec, layout=layout)
 
         def add(y: Array, m: Any, x: ArrayLike, key: Any) -> Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
-        return placement.with_auto_axes(add, sharding, y, m, x, dropout_key)
+        return places.with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, rate = jnp.asarray(x), spec.dropout
 
     @undisturbed
@@ -356,7 +356,7 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         return
     # A lifted transformation may take off stack axes of the plan.
     taken = spec.stacks(len(spec.axes) - len(product.axes))
-    axes = ("".join(without(spec.axes, places)) for places in taken)
+    axes = ("".join(without(spec.axes, one)) for one in taken)
     if not any(map(product.fits, axes)):
         raise ValueError(
             f"the adapter reads the kernel's axes as {spec.axes!r}, the layer computes "

@@ -22,7 +22,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._flax.proofs import Proofs
 from mora_jax._layer.adapter import Adapter
-from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
+from mora_jax._mesh.places import explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_alike
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
