@@ -35,7 +35,7 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import MoRAConfig, linen, serving
-from mora_jax._jax.platform import chosen_platform, current_platform
+from mora_jax._jax.tracing import chosen_platform, current_platform
 
 FROZEN, ONE, EACH = "no adapter", "one adapter", "one for each row"
 EQUAL, MERGED, LORA = "LoRA of equal budget", "merged copies", "LoRA of rank q"

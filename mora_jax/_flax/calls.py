@@ -14,7 +14,7 @@ from mora_jax._common.checks import check_kernel
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import static
-from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._jax.tracing import intercepted
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import adapted_product, add_delta, check_product
 from mora_jax.products import Product

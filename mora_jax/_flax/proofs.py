@@ -24,7 +24,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from mora_jax._common.warnings import warn
-from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._jax.tracing import intercepted
 from mora_jax._plan.spec import SUFFIX
 
 

@@ -18,7 +18,7 @@ from mora_jax._common.types import Shape
 from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
-from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._jax.tracing import intercepted
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
 from mora_jax._tree.plan import Plan

@@ -20,8 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_algebra import alike
-from mora_jax._jax.platform import CHIPS, chosen_platform, default_platform
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.tracing import CHIPS, chosen_platform, default_platform, undisturbed
 
 
 @functools.lru_cache(maxsize=4096, typed=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
+from mora_jax._jax.tracing import MAX_UNROLLED_SLICES, current_chip
 
 _SUBLANES, _LANES = 8, 128
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from mora_jax._common.axes import to_model, without
 from mora_jax._common.checks import as_jax_array, check_leaf
 from mora_jax._common.types import ArrayLike
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.tracing import undisturbed
 from mora_jax._layer.equation import Delta, delta_kernel
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax.operators._base import Operator

@@ -24,8 +24,8 @@ from jax import Array
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_algebra import matmul, transposed, zeros_for
-from mora_jax._jax.platform import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tracing import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
 from mora_jax.operators._base import DeltaMap, Precision

@@ -29,8 +29,7 @@ from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import matmul, transposed
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.platform import Chip, current_chip
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.tracing import Chip, current_chip, undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh import places

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from mora_jax._jax.platform import current_platform
+from mora_jax._jax.tracing import current_platform
 from mora_jax.operators._base import Work
 
 

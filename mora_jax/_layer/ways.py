@@ -35,8 +35,7 @@ from mora_jax._common.axes import features, sizes, without
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_algebra import transposed
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.platform import current_chip
-from mora_jax._jax.qwix_guard import intercepted, undisturbed
+from mora_jax._jax.tracing import current_chip, intercepted, undisturbed
 from mora_jax._layer import chips
 from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_algebra import transposed, varying
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.platform import current_platform
+from mora_jax._jax.tracing import current_platform
 from mora_jax._mesh.parts import part_of
 from mora_jax._mesh.places import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax.operators._base import DeltaMap, Operator

@@ -25,7 +25,7 @@ from jaxtyping import Float, PRNGKeyArray
 from mora_jax._common import checks
 from mora_jax._common.types import ArrayLike, Precision, Shape
 from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.tracing import undisturbed
 from mora_jax.operators._pytree import by_layer
 
 Side = Literal["in", "out"]

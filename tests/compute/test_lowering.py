@@ -10,7 +10,7 @@ from jax import export
 from platforms import as_if_on
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
-from mora_jax._jax.platform import current_platform
+from mora_jax._jax.tracing import current_platform
 
 
 def apply(m, frozen, x):

@@ -18,7 +18,7 @@ from helpers import made_for
 
 from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply
 from mora_jax import nnx as mora
-from mora_jax._jax.qwix_guard import intercepted, undisturbed
+from mora_jax._jax.tracing import intercepted, undisturbed
 
 qwix = pytest.importorskip("qwix")
 

@@ -10,8 +10,8 @@ from helpers import close, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mora_jax._jax.platform import MAX_UNROLLED_SLICES
 from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tracing import MAX_UNROLLED_SLICES
 from mora_jax.operators import Decoupling
 from mora_jax.operators.decoupling import block_positions
 

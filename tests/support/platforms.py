@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mora_jax._jax.platform import chosen_platform
+from mora_jax._jax.tracing import chosen_platform
 
 _traced_for: Any = jax.make_user_context("")
 """A part of the key of all of JAX's caches."""
