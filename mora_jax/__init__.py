@@ -82,8 +82,8 @@ with lazy_api_imports(globals()):
     from mora_jax import remora as remora
     from mora_jax import serving as serving
     from mora_jax import sharding as sharding
-    from mora_jax._common.warnings import LeftOutWarning as LeftOutWarning
-    from mora_jax._common.warnings import MoRAWarning as MoRAWarning
+    from mora_jax._common.messages import LeftOutWarning as LeftOutWarning
+    from mora_jax._common.messages import MoRAWarning as MoRAWarning
     from mora_jax._flax.calls import Call as Call
     from mora_jax._flax.layer_rules import register_layer as register_layer
     from mora_jax._flax.planning import plan as plan
@@ -93,9 +93,9 @@ with lazy_api_imports(globals()):
     from mora_jax._plan.settings import MoRAConfig as MoRAConfig
     from mora_jax._plan.spec import AdapterSpec as AdapterSpec
     from mora_jax._plan.spec import TrainedArray as TrainedArray
+    from mora_jax._tree.adapters import combine as combine
     from mora_jax._tree.adapters import init as init
-    from mora_jax._tree.combined import combine as combine
-    from mora_jax._tree.combined import split as split
+    from mora_jax._tree.adapters import split as split
     from mora_jax._tree.damping import input_damping as input_damping
     from mora_jax._tree.gradients import gradient_bases as gradient_bases
     from mora_jax._tree.gradients import gradient_start as gradient_start

@@ -27,10 +27,9 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.messages import nearest_paths, warn
 from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import warn
 from mora_jax._mesh.on_mesh import OnMesh
 from mora_jax._mesh.places import KernelLayout, mesh_axes
 from mora_jax._plan.spec import AdapterSpec

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import axes_by_name, features, interleaved
 from mora_jax._common.checks import check_kernel
-from mora_jax._common.suggestions import alike, matching, patterns
+from mora_jax._common.messages import LeftOutWarning, alike, matching, patterns, warn
 from mora_jax._common.trees import refuse_variables
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._layer.ways import check_product

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from mora_jax._common.warnings import warn
+from mora_jax._common.messages import warn
 from mora_jax._jax.tracing import intercepted
 from mora_jax._plan.spec import SUFFIX
 

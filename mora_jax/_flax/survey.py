@@ -12,10 +12,9 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.axes import Places, interleaved, order_in_model, stack_places
-from mora_jax._common.suggestions import patterns
+from mora_jax._common.messages import patterns, warn
 from mora_jax._common.trees import split_static
 from mora_jax._common.types import Shape
-from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.tracing import intercepted

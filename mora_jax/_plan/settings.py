@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common import checks
-from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.messages import did_you_mean, warn
 from mora_jax._common.types import FIRST
-from mora_jax._common.warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
 
 

@@ -16,8 +16,8 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, order_in_model, sizes, without
 from mora_jax._common.checks import check_dtype, check_floating
+from mora_jax._common.messages import warn
 from mora_jax._common.types import Path, Shape
-from mora_jax._common.warnings import warn
 from mora_jax._mesh.places import KernelLayout
 from mora_jax._plan.settings import (
     DEFAULT_RANK,

@@ -10,9 +10,8 @@ import numpy as np
 from jax import Array
 
 from mora_jax._common.checks import check_concrete, check_finite, positive_integer
-from mora_jax._common.suggestions import patterns
+from mora_jax._common.messages import patterns, warn
 from mora_jax._common.types import Path, Shape
-from mora_jax._common.warnings import warn
 from mora_jax._jax.linear_algebra import rows_product
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._layer.equation import Delta

@@ -12,9 +12,8 @@ from jaxtyping import Float
 
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
-from mora_jax._common.suggestions import lacking, nearest_paths
+from mora_jax._common.messages import lacking, nearest_paths, warn
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import warn
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths

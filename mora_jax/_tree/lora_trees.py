@@ -9,7 +9,7 @@ from jax import Array
 
 from mora_jax._common.axes import to_model
 from mora_jax._common.checks import above_zero
-from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.messages import nearest_paths
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec

@@ -11,7 +11,7 @@ from mora_jax._common import trees
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
-from mora_jax._tree.combined import combine
+from mora_jax._tree.adapters import combine
 
 
 def trainable_mask(params: Any) -> Any:

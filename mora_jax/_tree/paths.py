@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from mora_jax._common import trees
 from mora_jax._common.checks import LEAVE_OUT, as_jax_array, check_finite, check_leaf
-from mora_jax._common.suggestions import lacking
+from mora_jax._common.messages import lacking
 from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter

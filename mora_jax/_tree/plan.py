@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from mora_jax._common import trees
-from mora_jax._common.suggestions import alike, nearest_paths, shown
+from mora_jax._common.messages import alike, nearest_paths, shown
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.settings import FrozenMapping

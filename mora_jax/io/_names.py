@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.messages import did_you_mean
 from mora_jax._common.types import Shape
 
 FIELD = r"\{(\w+)\}"

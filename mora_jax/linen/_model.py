@@ -12,9 +12,8 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.axes import to_model
-from mora_jax._common.suggestions import matching
+from mora_jax._common.messages import matching, warn
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import warn
 from mora_jax._flax.calls import Call, LayerCall, adapt_call, all_calls
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.proofs import Proofs
@@ -22,7 +21,7 @@ from mora_jax._flax.survey import Survey, check_call, program_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_alike
-from mora_jax._tree.combined import split, with_ms
+from mora_jax._tree.adapters import split, with_ms
 from mora_jax._tree.merge import merged
 from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
 from mora_jax._tree.plan import Plan

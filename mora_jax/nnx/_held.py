@@ -17,8 +17,8 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import to_model
 from mora_jax._common.checks import as_jax_array, check_seed
+from mora_jax._common.messages import warn
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._flax.proofs import Proofs
 from mora_jax._layer.adapter import Adapter

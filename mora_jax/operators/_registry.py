@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mora_jax._common.checks import positive_integer
-from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.messages import did_you_mean
 from mora_jax.operators._base import Operator
 
 OPERATORS: dict[str, type[Operator]] = {}

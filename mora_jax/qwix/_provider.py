@@ -17,15 +17,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from mora_jax._common.axes import interleaved, stack_places
 from mora_jax._common.checks import patterns_of
+from mora_jax._common.messages import LeftOutWarning, warn
 from mora_jax._common.trees import split_static
 from mora_jax._common.types import Path
-from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.calls import errors_of
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.settings import KernelConfig, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.combined import split
+from mora_jax._tree.adapters import split
 from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.linen._bound import running_adapter

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_dtype, check_floating
-from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.messages import nearest_paths
 from mora_jax._common.trees import located_leaves, refuse_variables, replace_leaves
 from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, PathLike

@@ -12,7 +12,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
-from mora_jax._common.suggestions import matching, nearest_paths
+from mora_jax._common.messages import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax.io import _names
 from mora_jax.io._files import AdapterFileError

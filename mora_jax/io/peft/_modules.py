@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax._common.warnings import warn
+from mora_jax._common.messages import warn
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError
 from mora_jax.io._json import short
 from mora_jax.operators.sharing import REFERENCE_GROUPS

@@ -11,7 +11,7 @@ import numpy as np
 
 from mora_jax._common.axes import axes_by_name, features, may_be_conv1d, sizes
 from mora_jax._common.checks import check_finite, check_kernel
-from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.messages import nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec, TrainedArray

@@ -1,7 +1,10 @@
-"""Paths and words in messages: those that are alike, and those most likely meant."""
+"""Messages: warnings at the caller's line, and the paths and words that are meant."""
 
 import difflib
 import re
+import sys
+import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -9,6 +12,38 @@ from typing import Any, TypeVar
 from mora_jax._common.checks import remedy
 
 T = TypeVar("T")
+
+
+class MoRAWarning(UserWarning):
+    """A warning of what is allowed but most likely not meant: the class of all ours.
+
+    Example::
+
+      >>> import mora_jax, warnings
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore", mora_jax.MoRAWarning)
+      ...     config = mora_jax.MoRAConfig(alpha=16.0)
+      >>> config.alpha
+      16.0
+    """
+
+
+class LeftOutWarning(MoRAWarning):
+    """A warning of arrays that multiply inputs and get no adapter, perhaps by mistake.
+
+    The default targets are the dense layers of known classes. `print(plan)` lists what
+    they leave out. An array that `exclude` names is left out without a warning.
+    """
+
+
+def warn(message: str, category: type[MoRAWarning] = MoRAWarning) -> None:
+    """Warn at the line that called this library."""
+    # From this function outwards. An `__init__` that `dataclasses` wrote is in no file
+    # of ours, but has the globals of its module.
+    stack = traceback.walk_stack(sys._getframe())
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in stack]
+    ours = [k for k, name in enumerate(modules) if f"{name}.".startswith("mora_jax.")]
+    warnings.warn(message, category, stacklevel=ours[-1] + 2)
 
 
 def shown(pattern: str, count: int) -> str:
