@@ -616,8 +616,8 @@ def test_equations_known_in_the_call():
 
 
 @pytest.mark.parametrize("layers", [3, 12])
-def test_other_stack_axes_are_refused(layers):
-    """Also where as many layers as features hide it from the shapes."""
+def test_layers_on_another_axis(layers):
+    """Also where as many layers as features hide it from the shapes: a call tells."""
     axes = nnx.StateAxes({...: 1})
 
     @nnx.vmap(out_axes=axes)
@@ -632,8 +632,15 @@ def test_other_stack_axes_are_refused(layers):
             scan = nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
             return scan(lambda layer, x: layer(x))(self.layers, x)
 
-    with pytest.raises(ValueError, match="axes .*must come first"):
-        mora.plan(Stack(), CONFIG, X)
+    adapted = trained(mora.wrap(Stack(), CONFIG, X))
+    assert mora.plan_of(adapted)["layers/kernel"].axes == "iso"
+    assert adapted.layers.kernel_mora.shape == (6, layers, 6)
+    close(adapted(X), mora.merge_adapters(adapted)(X))
+    untraced = mora.plan(Stack(), CONFIG)["layers/kernel"]
+    assert untraced.axes == ("iso" if layers == 3 else "sio")
+    if layers == 12:  # taken to be in front, and refused by the first call
+        with pytest.raises(ValueError, match="(fails with an M|reads .*other axes)"):
+            mora.wrap(Stack(), CONFIG)(X)
 
 
 def test_shared_modules_and_kernels():
