@@ -99,8 +99,7 @@ def _(_own: Any, state: Any) -> Any:
         remedy = "call mora_jax.maxtext.adapt before MaxText makes the model"
         raise ValueError(f"a checkpoint must have M's, got a state without: {remedy}")
     # MaxText's own drops all moments of a chain of optimizers, since it is a list.
-    always = "step", "opt_state"
-    return _filtered(state, lambda path: path[0] in always or _is_m(path))
+    return _filtered(state, lambda p: p[0] in ("step", "opt_state") or _is_m(p))
 
 
 @_replaces(checkpointing, "_raise_on_weight_mismatch", "want", "have", "config")

@@ -11,9 +11,8 @@ Example::
   >>> adapters = jax.device_put(adapters, shardings)
   >>> adapters["fc"]["kernel_mora"].m.is_fully_replicated
   True
-  >>> adapters = mora_jax.sharding.on_mesh(
-  ...     adapters, where, batch_axes="data", mesh=mesh)
-  >>> adapters["fc"]["kernel_mora"].spec.layout.mesh_axes
+  >>> placed = mora_jax.sharding.on_mesh(adapters, where, batch_axes="data", mesh=mesh)
+  >>> placed["fc"]["kernel_mora"].spec.layout.mesh_axes
   (('data',), ('model',))
 """
 
@@ -119,12 +118,10 @@ def on_mesh(
             if axis not in kernel.mesh.shape:
                 rule = f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}"
                 raise ValueError(f"{rule}, got {axis!r}")
-        axes = tuple(mesh_axes_of(kernel, spec))
-        layout = KernelLayout(kernel.mesh, axes, batch)
+        layout = KernelLayout(kernel.mesh, tuple(mesh_axes_of(kernel, spec)), batch)
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"
-        spec = dataclasses.replace(spec, layout=layout)
-        found[path] = found[path].replace(spec=spec)
+        found[path] = found[path].replace(spec=dataclasses.replace(spec, layout=layout))
     for safe, example in unsafe.items():
         warn(
             "XLA may compute wrong outputs or gradients, with adapters or without. It "
@@ -191,9 +188,8 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
 
 def adapter_sharding(spec: AdapterSpec, kernel: NamedSharding) -> NamedSharding:
     """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
-    of_kernel = mesh_axes_of(kernel, spec)
+    of_kernel, layout = mesh_axes_of(kernel, spec), spec.layout
     stack = [axes or None for axes in sizes(of_kernel, spec.axes, "s")]
-    layout = spec.layout
     features = layout and layout.for_activations(spec.axes, spec.kernel_shape)
     own = OnMesh(spec.operator, features).m_spec if features else ()
     own = [*own, *[None] * len(spec.operator.m_shape)][: len(spec.operator.m_shape)]

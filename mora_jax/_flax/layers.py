@@ -106,9 +106,8 @@ _TUNIX = {
     + _folded(_LEFT_OUT, "router_logits"),
 }
 RULES.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
-RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
-    LayerRule("...i,oi->...o")
-]
+_CONV1D = [LayerRule("...i,oi->...o")]
+RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = _CONV1D
 # Gemma 2 and 3, 3n, and 4 have their own `Einsum`, and `Embedder`, also their head.
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
     RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]

@@ -33,11 +33,8 @@ Programs = Callable[["Survey | None"], Jaxpr]
 def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
     """The program of `function(tree, *args)`; all but arrays and shapes is static."""
     arrays, join = split_static(args)
-
-    def call(tree: Any, arrays: list[Any]) -> list[Any]:
-        return jax.tree.leaves(function(tree, *join(arrays)))
-
-    return jax.make_jaxpr(call)(tree, arrays).jaxpr
+    make = jax.make_jaxpr(lambda tree, own: jax.tree.leaves(function(tree, *join(own))))
+    return make(tree, arrays).jaxpr
 
 
 @dataclasses.dataclass

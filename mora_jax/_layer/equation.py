@@ -172,8 +172,7 @@ class Delta(KernelDelta):
         if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         if features := self._features_of_kernel:
-            on_mesh = OnMesh(self.operator, features)
-            return on_mesh.added(self.m, kernel, chips.add)
+            return OnMesh(self.operator, features).added(self.m, kernel, chips.add)
         return chips.add(self.operator, self.m, kernel)
 
     def _matrix(self) -> Array:

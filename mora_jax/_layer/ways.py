@@ -176,8 +176,7 @@ class Fold(_OfLayer):
         delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layout)
         folded = delta.added_to(kernel)
         if layout and gathers:
-            sharding = layout.gathered_sharding
-            folded = jax.lax.with_sharding_constraint(folded, sharding)
+            folded = jax.lax.with_sharding_constraint(folded, layout.gathered_sharding)
         # Of aligned blocks the fold changes some in place, and copies the rest.
         in_place = isinstance(op, chips.InBlocks) and op.aligned and not gathers
         if in_place or current_chip() != "tpu":
@@ -280,8 +279,7 @@ def adapted_product(
     # trace.
     settings = spec.axes, precision, spec.layout, spec.execution
     layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
-    wide = jnp.promote_types(jnp.result_type(m), x.dtype)
-    delta = Delta.of(spec, m, dtype=wide, x=x)
+    delta = Delta.of(spec, m, dtype=jnp.promote_types(jnp.result_type(m), x.dtype), x=x)
     return Adapted(layer)((spec.operator, delta.m, kernel), x)
 
 

@@ -268,9 +268,8 @@ class MoRAConfig(KernelConfig):
 
     Example::
 
-      >>> import mora_jax
       >>> overrides = {".*/q_proj/kernel": {"rank": 16}}
-      >>> config = mora_jax.MoRAConfig(rank=4, overrides=overrides)
+      >>> config = MoRAConfig(rank=4, overrides=overrides)
       >>> config.settings("layer/q_proj/kernel")[0].rank
       16
     """

@@ -19,16 +19,8 @@ from mora_jax._common.checks import check_dtype, check_floating
 from mora_jax._common.messages import warn
 from mora_jax._common.types import Path, Shape
 from mora_jax._mesh.places import KernelLayout
-from mora_jax._plan.settings import (
-    DEFAULT_RANK,
-    SETTINGS,
-    AdapterSettings,
-    KernelConfig,
-    MoRAConfig,
-    check_config,
-    check_settings,
-    setting,
-)
+from mora_jax._plan import settings
+from mora_jax._plan.settings import SETTINGS, AdapterSettings, KernelConfig, MoRAConfig
 from mora_jax.operators import _registry
 from mora_jax.operators._base import Operator
 from mora_jax.operators._pytree import by_layer, register_pytree
@@ -114,23 +106,22 @@ class AdapterSpec(AdapterSettings):
         """
         # A plan has chosen the settings of the kernel already; users give a MoRAConfig.
         if not isinstance(config, KernelConfig):
-            config = check_config(config)
+            config = settings.check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
             raise ValueError(
                 f"train must be empty for one layer, got {config.train}: it is for "
                 "the plan of a whole model"
             )
         operator = _operator(config, *features(kernel_shape, axes))
-        settings = {name: getattr(config, name) for name in SETTINGS}
-        by_paper = config.scale == "paper"
-        settings["scale"] = 1.0 if by_paper else operator.fine_tuning_scale
+        own = {name: getattr(config, name) for name in SETTINGS}
+        own["scale"] = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
         if config.param_dtype is None:
-            settings["param_dtype"] = kernel_dtype
+            own["param_dtype"] = kernel_dtype
         budget = config.rank if config.square_rank is None else None
-        spec = cls(operator, kernel_shape, axes, rank=budget, **settings)
+        spec = cls(operator, kernel_shape, axes, rank=budget, **own)
         q, asked = operator.square_rank, spec.asked_square_rank or 0
         # Only min(in, out) cuts q to less than half. (Nobody may have chosen rank 8.)
-        if asked > 2 * q and budget != DEFAULT_RANK:
+        if asked > 2 * q and budget != settings.DEFAULT_RANK:
             alike = re.sub(r"\d+", "*", name)  # layers of a kind have one warning
             told = f"{alike}: rank={budget} asks for q = {asked}, and {q} is the widest"
             warn(f"{told} that fits; say square_rank={q} in overrides if it is meant")
@@ -205,9 +196,9 @@ class AdapterSpec(AdapterSettings):
     @property
     def meaning(self) -> dict[str, Any]:
         """The settings that decide an M's delta, as JSON values."""
-        settings = operator_settings(self.operator).items()
+        own = operator_settings(self.operator).items()
         return {
-            **{f"operator.{name}": value for name, value in settings},
+            **{f"operator.{name}": value for name, value in own},
             "kernel_shape": list(self.kernel_shape),
             "axes": self.axes,
             "square_rank": self.operator.square_rank,
@@ -323,11 +314,11 @@ class TrainedArray:
     """
 
     shape: Shape
-    dtype: DTypeLike = setting(jnp.float32, check_dtype)
-    base_dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    dtype: DTypeLike = settings.setting(jnp.float32, check_dtype)
+    base_dtype: DTypeLike = settings.setting(jnp.float32, check_dtype)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        settings.check_settings(self)
 
     @classmethod
     def of(cls, name: str, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":

@@ -115,8 +115,7 @@ def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     new: Operator = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
     if isinstance(old, Damped):
         new = dataclasses.replace(old, inner=new, square_rank=q)
-    scaled = spec.scale == old.fine_tuning_scale
-    scale = new.fine_tuning_scale if scaled else spec.scale
+    scale = new.fine_tuning_scale if spec.scale == old.fine_tuning_scale else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)
 
 

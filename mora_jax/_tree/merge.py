@@ -143,9 +143,8 @@ def unmerge(params: Any, adapters: Any) -> Any:
     found.refuse_trained("so that merging replaced it; keep the base instead")
     for path, (place, kernel) in found.in_base(params).items():
         if jnp.finfo(kernel.dtype).bits < 32:
-            got = f"{kernel.dtype} at {'/'.join(path)!r}"
-            rule = f"unmerge needs float32 kernels, got {got}"
-            raise ValueError(f"{rule}; keep the base instead")
+            got = f"{kernel.dtype} at {'/'.join(path)!r}; keep the base instead"
+            raise ValueError(f"unmerge needs float32 kernels, got {got}")
         # Not `merged_kernel` of -M: the delta of some operators is not linear in M.
         delta = delta_of(found[path], kernel.dtype)
         kernels[place] = (kernel - delta).astype(kernel.dtype)

@@ -73,11 +73,8 @@ def plan(
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
     excluded = matching("exclude", config.exclude, leaves)
     # The parts of a quantized kernel are in no module.
-    kernels = [
-        path
-        for name, (path, leaf) in leaves.items()
-        if name not in excluded and leaf.ndim > 1 and path in modules
-    ]
+    kept = [leaf for name, leaf in leaves.items() if name not in excluded]
+    kernels = [path for path, leaf in kept if leaf.ndim > 1 and path in modules]
     for call in calls:
         given = model, variables, call.args, call.kwargs, dict.fromkeys(kernels)
         survey.trace(functools.partial(program, *given))
@@ -97,10 +94,8 @@ def program(
     With a survey, which it fills in, the layers of `kernels` are marked, and those that
     have a spec have an M. Without a survey it is the program of the base.
     """
-    shape_of, kernels = jax.ShapeDtypeStruct, {} if survey is None else kernels
-    ms = {
-        p: s and shape_of(s.shape_in_model, s.param_dtype) for p, s in kernels.items()
-    }
+    shape, kernels = jax.ShapeDtypeStruct, {} if survey is None else kernels
+    ms = {p: s and shape(s.shape_in_model, s.param_dtype) for p, s in kernels.items()}
     known = survey or Survey()
 
     def see(module: Any) -> None:

@@ -28,9 +28,6 @@ from mora_jax.nnx import _held
 from mora_jax.nnx._classes import MARKED, Marked, adapt, subclass
 from mora_jax.nnx._held import Model, plain_class, set_class
 
-FEATURES = "kernel_size", "in_features", "out_features"
-"""The attributes by which layers tell the shape of the kernel of one of a stack."""
-
 
 def plan(
     model: nnx.Module,
@@ -77,8 +74,9 @@ def plan(
             survey.no_params[name] = type(variable).__name__
         elif product := rule.product(module):
             survey.products[name] = product
-            sizes = [getattr(module, key, ()) for key in FEATURES]
-            shape = tuple(jax.tree.leaves(sizes))
+            # By these attributes layers tell the shape of the kernel of one of a stack.
+            names = "kernel_size", "in_features", "out_features"
+            shape = tuple(jax.tree.leaves([getattr(module, n, ()) for n in names]))
             places = stack_places(tuple(variable.shape), shape)
             if places and len(shape) == len(product.axes):
                 survey.places[name] = places
