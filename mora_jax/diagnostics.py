@@ -3,17 +3,16 @@
 Example::
 
   >>> import jax.numpy as jnp, mora_jax
-  >>> from mora_jax import diagnostics
   >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
   >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4, scale="paper")
   >>> plan = mora_jax.plan(params, config)
   >>> adapters = plan.adapters({"kernel_mora": jnp.full((4, 4), 2.0**-10)})
-  >>> diagnostics.merge_loss(params, adapters, rounding="nearest")
+  >>> mora_jax.diagnostics.merge_loss(params, adapters, rounding="nearest")
   {'kernel': 1.0}
-  >>> diagnostics.relative_norm(params, adapters)
+  >>> mora_jax.diagnostics.relative_norm(params, adapters)
   {'kernel': 0.0009765625}
-  >>> values = diagnostics.spectrum(adapters)["kernel"]
-  >>> values.shape, float(diagnostics.effective_rank(values).round(3))
+  >>> values = mora_jax.diagnostics.spectrum(adapters)["kernel"]
+  >>> values.shape, float(mora_jax.diagnostics.effective_rank(values).round(3))
   ((4,), 1.0)
 """
 

@@ -6,12 +6,11 @@ sum of their deltas, exactly.
 Example::
 
   >>> import jax, jax.numpy as jnp, mora_jax
-  >>> from mora_jax import mixing
   >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, mora_jax.MoRAConfig(rank=1))
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-  >>> mixing.scaled(ones, -0.5)["kernel_mora"].m[0, 0]
+  >>> mora_jax.mixing.scaled(ones, -0.5)["kernel_mora"].m[0, 0]
   Array([-0.5, -0.5], dtype=float32)
-  >>> mixing.weighted_sum([ones] * 2, [0.5, 0.25])["kernel_mora"].m[0, 0]
+  >>> mora_jax.mixing.weighted_sum([ones] * 2, [0.5, 0.25])["kernel_mora"].m[0, 0]
   Array([0.75, 0.75], dtype=float32)
 """
 

@@ -10,7 +10,6 @@ any mixture of adapters, also after one of them was replaced by another.
 Example::
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
-  >>> from mora_jax import serving
   >>> model, x = nn.Dense(16), jnp.ones((4, 16))
   >>> variables = model.init(jax.random.key(0), x)
   >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
@@ -18,10 +17,10 @@ Example::
   ... def is_adapted(stacked, index):
   ...     def row(adapters, x):  # the model gets a batch of one row
   ...         return adapted(adapters, variables, x[None])[0]
-  ...     y = jax.vmap(row)(serving.select(stacked, index), x)
+  ...     y = jax.vmap(row)(mora_jax.serving.select(stacked, index), x)
   ...     return (y != model.apply(variables, x)).any(axis=1)
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
-  >>> stacked = serving.stack([ones], slots=2)
+  >>> stacked = mora_jax.serving.stack([ones], slots=2)
   >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
   Array([ True, False, False,  True], dtype=bool)
 

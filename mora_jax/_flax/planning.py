@@ -159,10 +159,8 @@ class Candidates:
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         with errors_of(name):
-            axes = axes or self._axes(name)
-            spec = AdapterSpec.from_config(
-                config, tuple(leaf.shape), axes, kernel_dtype=leaf.dtype, name=name
-            )
+            own = config, tuple(leaf.shape), axes or self._axes(name)
+            spec = AdapterSpec.from_config(*own, kernel_dtype=leaf.dtype, name=name)
             # An unknown layer's kernel has axes by an override, taken at its word.
             if product is not None:
                 check_product(spec, product)

@@ -1,4 +1,4 @@
-"""What a trace is for, a platform, and who intercepts it: other libraries.
+"""The platform that a trace is for, and libraries that intercept its products.
 
 A program is compiled for the platform that it is lowered for, which need not be the one
 it is traced on, and an exported program may be for several. `linear_map` traces each
@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeVar
 import jax
 
 F = TypeVar("F", bound=Callable[..., Any])
-
 Chip = Literal["tpu", "gpu"]
 
 CHIPS: Mapping[str, Chip] = {"tpu": "tpu", "cuda": "gpu", "rocm": "gpu"}

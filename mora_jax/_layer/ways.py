@@ -270,10 +270,9 @@ def adapted_product(
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel = jnp.asarray(kernel)
     if kernel.shape != spec.kernel_shape:
-        raise ValueError(
-            f"the layer multiplies by a kernel of shape {kernel.shape}, the adapter's "
-            f"has {spec.kernel_shape}; say execution='activation' in overrides for it"
-        )
+        told = f"the layer multiplies by a kernel of shape {kernel.shape}"
+        remedy = "say execution='activation' in overrides for it"
+        raise ValueError(f"{told}, the adapter's has {spec.kernel_shape}; {remedy}")
     assert isinstance(product, Contraction)  # or it would not have joined
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.

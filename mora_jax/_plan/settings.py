@@ -300,10 +300,8 @@ class MoRAConfig(KernelConfig):
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
         for alpha in (self.alpha, *overridden):
             if alpha > 4:
-                warn(
-                    f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
-                    "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
-                )
+                told = f"alpha={alpha:g} multiplies the delta itself, and 1 is usual"
+                warn(f"{told}: what LoRA calls lora_alpha is alpha=lora_alpha / r here")
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""

@@ -108,10 +108,8 @@ class AdapterSpec(AdapterSettings):
         if not isinstance(config, KernelConfig):
             config = settings.check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
-            raise ValueError(
-                f"train must be empty for one layer, got {config.train}: it is for "
-                "the plan of a whole model"
-            )
+            rule = f"train must be empty for one layer, got {config.train}"
+            raise ValueError(f"{rule}: it is for the plan of a whole model")
         operator = _operator(config, *features(kernel_shape, axes))
         own = {name: getattr(config, name) for name in SETTINGS}
         own["scale"] = 1.0 if config.scale == "paper" else operator.fine_tuning_scale

@@ -87,7 +87,6 @@ def check_digests(
     """Raise unless `spec` has `digests` from the stack index `at` on."""
     known = spec.base_digest
     if known is not None and known[at : at + len(digests)] != digests:
-        raise ValueError(
-            f"the kernel {name!r} holds other weights than the base that the "
-            "adapter was trained on: give that base, or set any_base=True"
-        )
+        base = "the base that the adapter was trained on"
+        told = f"the kernel {name!r} holds other weights than {base}"
+        raise ValueError(f"{told}: give that base, or set any_base=True")

@@ -200,16 +200,14 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
         _, before, now = state
         return (before < value) & (before <= now)
 
-    def goes_on(state: Any) -> jax.Array:
-        return (state[0] < HALVINGS) & ~is_best(state)
-
     def halved(state: Any) -> Any:  # the only place of the loss in the program
         number, _, now = state
         return number + 1, now, loss(moved(longest / 2.0**number))
 
     longest = jnp.where(slope > 0, jnp.abs(value) / slope, 0)
     nothing = jnp.full_like(value, jnp.inf)
-    state = jax.lax.while_loop(goes_on, halved, (0, nothing, nothing))
+    start = 0, nothing, nothing
+    state = jax.lax.while_loop(lambda s: (s[0] < HALVINGS) & ~is_best(s), halved, start)
     length = jnp.where(is_best(state), longest / 2.0 ** (state[0] - 2), 0)
     if not isinstance(length, Tracer) and length == 0:
         warn("no step along the gradient lowers the loss, so that no adapter is moved")

@@ -133,8 +133,7 @@ def unmerge(params: Any, adapters: Any) -> Any:
 
       >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> adapters = mora_jax.init(mora_jax.plan(params))
-      >>> adapters = jax.tree.map(lambda m: m + 1, adapters)
+      >>> adapters = jax.tree.map(jnp.ones_like, mora_jax.init(mora_jax.plan(params)))
       >>> merged = mora_jax.merge(params, adapters)
       >>> mora_jax.unmerge(merged, adapters)["fc"]["kernel"][0, :2].round(5)
       Array([1., 1.], dtype=float32)

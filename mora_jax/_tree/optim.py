@@ -32,9 +32,8 @@ def trainable_mask(params: Any) -> Any:
 
     Example::
 
-      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> mora_jax.trainable_mask(params)
+      >>> trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
     trained = [
@@ -52,9 +51,8 @@ def trainable_labels(params: Any) -> Any:
 
     Example::
 
-      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> mora_jax.trainable_labels(params)
+      >>> trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
     mask = trainable_mask(params)
@@ -80,9 +78,8 @@ def optimizer(
 
     Example::
 
-      >>> import mora_jax, optax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> tx = mora_jax.optimizer(optax.adamw(1e-3), params)
+      >>> tx = optimizer(optax.adamw(1e-3), params)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> bool(updates["kernel"].any()), bool(updates["kernel_mora"].all())
       (False, True)

@@ -117,10 +117,9 @@ def adapters_in(tree: Any) -> Found:
     for place, leaf in located_leaves(tree, "adapters").items():
         name, adapter = "/".join(place), adapter_of(leaf)
         if adapter is None:
-            raise TypeError(
-                f"adapters must hold adapters, got {type(leaf).__name__} at {name!r}: "
-                "plan.adapters(tree) makes them of plain arrays; are params swapped?"
-            )
+            got = f"{type(leaf).__name__} at {name!r}"
+            hint = "plan.adapters(tree) makes them of plain arrays; are params swapped?"
+            raise TypeError(f"adapters must hold adapters, got {got}: {hint}")
         adapter = check_adapter(name, adapter)
         path = (*place[:-1], place[-1].removesuffix(SUFFIX))
         if place != place_of(path, adapter.spec):

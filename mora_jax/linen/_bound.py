@@ -114,11 +114,9 @@ class MoRADense(nn.Dense):
         deterministic: bool | None = None,
     ) -> Float[jax.Array, "*batch out"]:
         """The output of `nn.Dense` for (..., in_features), with the delta added."""
-        shape = inputs.shape[-1], self.features
+        own = self.config, (inputs.shape[-1], self.features)
         name = "/".join((*self.path, "kernel"))
-        spec = AdapterSpec.from_config(
-            self.config, shape, name=name, kernel_dtype=self.param_dtype
-        )
+        spec = AdapterSpec.from_config(*own, name=name, kernel_dtype=self.param_dtype)
         key, given = None, (self.deterministic, deterministic)
         if spec.dropout > 0 and not nn.merge_param("deterministic", *given):
             key = self.make_rng("dropout")

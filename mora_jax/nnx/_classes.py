@@ -147,7 +147,6 @@ class MoRALinear(nnx.Linear):
     Example::
 
       >>> import jax.numpy as jnp, mora_jax
-      >>> from flax import nnx
       >>> config = mora_jax.MoRAConfig(rank=2)
       >>> layer = mora_jax.nnx.MoRALinear(16, 8, config=config, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 16))).shape, layer.kernel_mora.shape

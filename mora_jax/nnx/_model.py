@@ -55,7 +55,6 @@ def plan(
     Example::
 
       >>> import mora_jax
-      >>> from flax import nnx
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
       >>> {path: spec.axes for path, spec in mora_jax.nnx.plan(model).items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
@@ -165,7 +164,6 @@ def wrap(
     Example::
 
       >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from flax import nnx
       >>> model, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
       >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())

@@ -31,7 +31,6 @@ def value_and_grad(
     Example::
 
       >>> import jax.numpy as jnp, mora_jax, optax
-      >>> from flax import nnx
       >>> model = mora_jax.nnx.wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
       >>> opt = mora_jax.nnx.adapter_optimizer(model, optax.adam(1e-2))
       >>> grad = mora_jax.nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))

@@ -51,8 +51,7 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
 
     Example::
 
-      >>> import mora_jax
-      >>> rule = mora_jax.qwix.MoRARule(module_path=".*mlp", rank=4, weight_qtype="nf4")
+      >>> rule = MoRARule(module_path=".*mlp", rank=4, weight_qtype="nf4")
       >>> rule.rank, rule.operator
       (4, 'auto')
     """
@@ -104,7 +103,6 @@ class MoRAProvider(qwix.PtqProvider):
     Example::
 
       >>> import jax, jax.numpy as jnp, mora_jax, qwix
-      >>> from flax import nnx
       >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
       >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="nf4", tile_size=8)
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
