@@ -111,7 +111,7 @@ def square_rank(
     q -= q % (step if q >= step else cls.q_multiple_of)
     if q == 0:
         kernel = f"a kernel of {in_features} x {out_features}"
-        remedy = "leave it out with exclude, or give it another one, such as 'sharing'"
+        remedy = "leave it out with exclude, or give it an operator such as 'sharing'"
         what = f"rank {rank} on {kernel} leaves no room for {cls.name}"
         raise ValueError(f"{what}; {remedy}")
     return q
