@@ -55,6 +55,7 @@ MODULES = {
     "creation": "utils.model_creation_utils",
     "globals": "utils.globals",
     "maxtext_utils": "utils.maxtext_utils",
+    "nnx_scan": "layers.nnx_scan",
     "pyconfig": "configs.pyconfig",
     "to_huggingface": "checkpoint_conversion.to_huggingface",
     "train": "trainers.pre_train.train",

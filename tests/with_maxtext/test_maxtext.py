@@ -16,9 +16,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import qwix
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
-from helpers import python_blocks
+from helpers import close, largest, python_blocks, random, random_like
 from processes import ROOT, python
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +27,7 @@ import mora_jax
 from models import smollm2
 from mora_jax import MoRAConfig
 from mora_jax import nnx as mora
+from mora_jax.qwix import MoRAProvider, merge_adapters
 
 from .conftest import EXPERTS, TINY
 
@@ -294,3 +296,44 @@ def test_the_page_runs(maxtext, adapt, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"items"}
     assert np.abs(scope["model"].decoder.layers.mlp.wo.kernel_mora[...]).max() > 0
     compile(scope["program"], "program", "exec")
+
+
+class Scanned(nnx.Module):
+    """Layers under the scan that MaxText has for models of its users."""
+
+    def __init__(self, nnx_scan, axis):
+        self.scan, self.axis = nnx_scan, axis
+        self.layers: Any = nnx_scan.create_scanned_layers(
+            lambda rngs: nnx.Linear(64, 64, rngs=rngs),
+            **{"length": 3, "param_scan_axis": axis, "metadata_axis_name": "layers"},
+            rngs=nnx.Rngs(0),
+        )
+
+    def __call__(self, x):
+        settings: Any = {"length": 3, "param_scan_axis": self.axis}
+        settings["apply_fn"] = lambda layer, x: nnx.tanh(layer(x))
+        return self.scan.apply_scanned_layers(self.layers, x, **settings)
+
+
+@pytest.mark.parametrize(("axis", "axes"), [(0, "sio"), (1, "iso")])
+def test_layers_under_its_scan(maxtext, axis, axes):
+    """By wrap, by qwix, and by the factors that qwix's own LoRA has there."""
+    base, x = Scanned(maxtext.nnx_scan, axis), random(0, 2, 64)
+    own = qwix.LoraProvider(module_path=".*", rank=4, alpha=4.0)
+    ours = MoRAProvider(module_path=".*layers.*", rank=4, operator="rotation")
+    lora, model = (
+        qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
+        for provider in (own, ours)
+    )
+    assert mora.plan_of(model)["layers/kernel"].axes == axes
+    assert model.layers.kernel_mora.shape[axis] == 3
+    mora.set_adapters(model, random_like(mora.adapters(model)))
+    close(merge_adapters(model)(x), model(x), 1e-5)
+    factors = random_like(nnx.state(lora, nnx.LoRAParam))
+    nnx.update(lora, factors)
+    adapted = mora.wrap(base, MoRAConfig(rank=4), x)
+    plan = mora.plan_of(adapted)
+    mora.set_adapters(adapted, mora_jax.from_lora(factors, plan, alpha=1.0))
+    close(adapted(x), lora(x), 1e-5)
+    assert largest(adapted(x) - base(x)) > 1e-2
+    close(mora.merge_adapters(adapted)(x), adapted(x), 1e-5)
