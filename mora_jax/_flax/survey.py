@@ -2,7 +2,7 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,14 +159,14 @@ class Survey:
         follow(program, list(self.leaves), self._axes(specs), self.uses)
         return program
 
-    def _axes(self, specs: Mapping[str, AdapterSpec]) -> dict[str, list[int]]:
+    def _axes(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Sequence[int]]:
         """Numbers of the axes of arrays, as layers see them; of stack axes negative."""
-        own = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes, own = {}, own | self.scales
-        for name, numbers in [pair for pair in own.items() if pair[0] in self.leaves]:
-            more = self.leaves[name].ndim - len(numbers)
-            (places, *_) = self.places.get(name, [range(more)])
-            axes[name] = interleaved(range(-more, 0), numbers, places)
+        found = {n: range(len(product.axes)) for n, product in self.products.items()}
+        axes: dict[str, Any] = found | self.scales
+        for name in axes.keys() & self.leaves:
+            if more := self.leaves[name].ndim - len(axes[name]):
+                (places, *_) = self.places.get(name, [range(more)])
+                axes[name] = interleaved(range(-more, 0), axes[name], places)
         for name, spec in specs.items():
             m = range(-spec.axes.count("s"), len(spec.operator.m_shape))
             axes[name + SUFFIX] = [m[k] for k in order_in_model(spec.axes, len(m))]

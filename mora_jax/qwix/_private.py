@@ -62,8 +62,9 @@ def parameters_of(module: Any) -> dict[str, Any]:
         kinds, own = nnx.Param | WithAux, vars(module)
     else:
         kinds, own = object, module.variables.get("params", {})
-    found = {name: own[name] for name in own if not name.endswith(SUFFIX)}
-    return {name: value for name, value in found.items() if isinstance(value, kinds)}
+    # A list of older versions of Flax has numbers for names, of modules alone.
+    found = {name: value for name, value in own.items() if isinstance(value, kinds)}
+    return {name: found[name] for name in found if not name.endswith(SUFFIX)}
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
