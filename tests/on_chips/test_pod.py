@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from processes import ROOT, python
 
 
+@pytest.mark.slow
 def test_a_small_model_on_a_slice(tmp_path):
     out = tmp_path / "pod.json"
     options = "--quick --methods block_diagonal --out"
