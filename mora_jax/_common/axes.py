@@ -86,12 +86,10 @@ def stack_places(whole: Shape, shape: Shape) -> list[Places]:
     return [each for each in places if without(whole, each) == shape]
 
 
-def interleaved(
-    stack: Sequence[T], others: Sequence[T], places: Collection[int]
-) -> list[T]:
-    """The items of a stack at `places`, between the others."""
-    left, right, count = iter(stack), iter(others), len(stack) + len(others)
-    return [next(left if k in places else right) for k in range(count)]
+def interleaved(stack: Sequence[T], rest: Sequence[T], at: Collection[int]) -> list[T]:
+    """The items of a stack, `at` their places, between the others."""
+    left, right, count = iter(stack), iter(rest), len(stack) + len(rest)
+    return [next(left if k in at else right) for k in range(count)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,7 +97,7 @@ def order_in_model(axes: str, ndim: int) -> tuple[int, ...]:
     """The axes of an M, (*stack, *m_shape), in the order in which a model has them.
 
     The stack's are where the kernel's are, since Flax's lifted transformations slice
-    both alike. Those behind the features of the kernel are behind the ones of M.
+    both alike: an axis behind all features of the kernel is behind all of M's.
     """
     last, places = max(axes.rfind("i"), axes.rfind("o")), range(len(axes))
     stack = [k if k < last else k - len(axes) for k in places if axes[k] == "s"]
@@ -112,13 +110,9 @@ def order_in_model(axes: str, ndim: int) -> tuple[int, ...]:
 
 
 def to_model(array: Any, axes: str, *, back: bool = False) -> Any:
-    """An array (*stack, ...), or its shape, with stack axes where a model has them.
-
-    Or the other way `back`.
-    """
-    order = order_in_model(axes, array.ndim)
-    if back:
-        order = tuple(sorted(range(array.ndim), key=order.__getitem__))
+    """An array (*stack, ...), or its shape, as a model has it; or the way `back`."""
+    order: Any = order_in_model(axes, array.ndim)
+    order = sorted(range(array.ndim), key=order.__getitem__) if back else order
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct([array.shape[k] for k in order], array.dtype)
     return array.transpose(order)

@@ -216,6 +216,9 @@ class AdapterSpec(AdapterSettings):
             raise ValueError(f"the stack of M must be {own} or within it, got {stack}")
         shape, axes = (*stack[:more], *self.kernel_shape), "s" * more + self.axes
         changes: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}
+        if layout := self.layout:
+            split = ((),) * more + layout.mesh_axes
+            changes["layout"] = dataclasses.replace(layout, mesh_axes=split)
         return dataclasses.replace(self, **changes)
 
     def stacks(self, count: int) -> Iterator[tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Digests of adapted kernels, which tell the base of an adapter from others."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -24,19 +25,17 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     ins = sizes(spec.kernel_shape, axes, "i")
     count = min(8, math.prod(ins))
     numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
-    places = iter(np.stack(np.unravel_index(numbers, ins)).astype(np.int32))
-    index = tuple(next(places) if letter == "i" else slice(None) for letter in axes)
+    places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
     if isinstance(kernel, jax.Array) and kernel.is_fully_replicated:
         kernel = kernel.addressable_data(0)
     sharding = getattr(kernel, "sharding", None)
     if isinstance(sharding, NamedSharding):
-        # Devices send rows as a sum with zeros, which would make 0.0 of a float's -0.0.
-        rows = kernel.view(f"uint{jnp.finfo(kernel.dtype).bits}").at[index]
         # Where types name a mesh, JAX has to be told where the rows are to be.
-        rows = rows.get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
-        taken = np.asarray(gathered(rows)).view(kernel.dtype)
+        there = NamedSharding(sharding.mesh, PartitionSpec())
+        rows = gathered(_row_bits(kernel, places, axes, there))
+        taken = np.asarray(rows).view(kernel.dtype)
     else:
-        taken = kernel[index]
+        taken = kernel[_index(places, axes)]
     # NumPy puts the rows where the input axes are, or first if those are apart.
     together, others = set(axes.strip("so")) == {"i"}, axes.replace("i", "")
     rows = np.moveaxis(np.asarray(taken), axes.index("i") if together else 0, 0)
@@ -47,6 +46,19 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     # Rounded, so that a float32 base and its bfloat16 copy have the same digest.
     rounded = rows.astype(jnp.bfloat16)
     return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rounded)
+
+
+def _index(places: Any, axes: str) -> tuple[Any, ...]:
+    each = iter(places)
+    return tuple(next(each) if letter == "i" else slice(None) for letter in axes)
+
+
+# Compiled, since integers of the whole kernel would be a copy of it. Devices send rows
+# as a sum with zeros, which would make 0.0 of a float's -0.0.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _row_bits(kernel: jax.Array, places: Any, axes: str, there: Any) -> jax.Array:
+    bits = kernel.view(f"uint{jnp.finfo(kernel.dtype).bits}")
+    return bits.at[_index(places, axes)].get(out_sharding=there)
 
 
 def shared_place(array: Any) -> str:

@@ -154,11 +154,10 @@ def export(
         str, typer.Option(help="The base, a directory or a name on the Hub.")
     ] = "",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="The most singular values of a LoRA.")
+        int | None, typer.Option(min=1, help="Largest rank; else --max-error decides.")
     ] = None,
     max_error: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="The share of its delta it may lose."),
+        float, typer.Option(min=0, max=1, help="Share of a delta to lose; 1 is any.")
     ] = 0.1,
     native: Annotated[
         bool, typer.Option(help="For vLLM with this library: M's as they are, no LoRA.")

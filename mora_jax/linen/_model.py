@@ -114,9 +114,8 @@ def program(
         params, values = tree
         bound = {}
         for path, m in zip(ms, values, strict=True):
-            *parents, own = path
             known_as = mark, "/".join(path), kernels[path]
-            bound[(*parents, own + SUFFIX)] = Adapter(m, known_as)
+            bound[(*path[:-1], path[-1] + SUFFIX)] = Adapter(m, known_as)
         variables = {**others, "params": with_ms(params, bound)}
         with nn.intercept_methods(layer_calls(record, see)):
             result = model.apply(variables, *args, **kwargs)

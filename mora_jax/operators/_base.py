@@ -203,8 +203,8 @@ class Operator(DeltaMap):
         Raises:
           NotImplementedError: The operator lacks gains.
         """
-        remedy = "give it a property `gains`, sizes (c, d), or use scale='paper'"
-        raise NotImplementedError(f"{type(self).__name__} lacks gains: {remedy}")
+        remedy = "a property of that name, root mean squares (c, d), or scale='paper'"
+        raise NotImplementedError(f"{type(self).__name__} lacks `gains`: give {remedy}")
 
     @property
     def fine_tuning_scale(self) -> float:

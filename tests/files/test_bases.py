@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tracemalloc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, merge, save
+from mora_jax._tree import base_digest
 from mora_jax.io import AdapterFileError
 from mora_jax.operators import Truncation
 
@@ -166,6 +168,7 @@ def on_mesh(kernel, kind, *parts):
     return jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
+NONE = PartitionSpec()
 SPLITS = [("a", "b"), (("a", "b"), None), (None, None), (None, "a")]
 
 
@@ -176,6 +179,18 @@ def test_sharded_kernels_have_the_same_digest(tmp_path, kind, parts):
     kernel = RNG.standard_normal((3, 16, 24)).astype(np.float32)
     placed = on_mesh(kernel, kind, None, *parts)
     assert digests_of(tmp_path, placed, "sio") == by_definition(kernel)
+
+
+def test_a_digest_makes_no_copy_of_a_kernel_on_its_devices():
+    """The rows are read as integers, as which XLA reads them where they are."""
+    kernel = on_mesh(np.ones((2048, 1024), np.float32), "Auto", "a", "b")
+    places, there = (
+        np.zeros((1, 8), np.int32),
+        NamedSharding(kernel.sharding.mesh, NONE),
+    )
+    program = base_digest._row_bits.lower(kernel, places, "io", there).compile()
+    memory: Any = program.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < kernel.nbytes / 16
 
 
 def test_only_the_rows_come_to_the_host(tmp_path):

@@ -263,6 +263,18 @@ def test_layers_on_the_second_axis_learn_as_on_one_device(operator):
     assert split.spec[0] == "model"
 
 
+def test_a_stack_and_its_layers_have_the_layout_of_their_kernels():
+    """Whichever of them `on_mesh` was told of."""
+    kernel = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
+    where = {"k": NamedSharding(MESH, P(None, "fsdp", "model"))}
+    config = MoRAConfig(targets="k", overrides={"k": {"axes": "sio"}})
+    plan = mora_jax.plan({"k": kernel}, config)
+    spec = sharding.on_mesh(plan, where, batch_axes="data")["k"]
+    one = spec.with_stack(())
+    assert one.layout and one.layout.mesh_axes == (("fsdp",), ("model",))
+    assert one.with_stack((3,)).layout == spec.layout and one.axes == "io"
+
+
 SPLIT = {0: P("fsdp", "model"), 2: P("model", "fsdp")}
 
 

@@ -92,7 +92,7 @@ def load(
 
 
 def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
-    """The metadata that `save` was given.
+    """The metadata that `save` was given; see its example.
 
     Args:
       directory: As in `load`.

@@ -17,7 +17,7 @@ PLAN: _json.Fields = {
 
 
 def plan_to_json(plan: Plan) -> str:
-    """A plan as JSON, for `plan_from_json`.
+    """A plan as JSON, for `plan_from_json`; see its example.
 
     Files of `save` hold what their adapters mean. Where another library stores the
     arrays alone (Orbax, Tunix), keep this text in the checkpoint's metadata: with the
