@@ -203,8 +203,8 @@ class Operator(DeltaMap):
         Raises:
           NotImplementedError: The operator lacks gains.
         """
-        remedy = "a property of that name, root mean squares (c, d), or scale='paper'"
-        raise NotImplementedError(f"{type(self).__name__} lacks `gains`: give {remedy}")
+        what = "has no property `gains`: give sizes (c, d), or scale='paper'"
+        raise NotImplementedError(f"{type(self).__name__} {what}")
 
     @property
     def fine_tuning_scale(self) -> float:
