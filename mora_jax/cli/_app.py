@@ -178,8 +178,7 @@ def export(
         settings |= {"base_model": base_model, "native": native, "force": force}
         done = io.export(out, adapters, program, names, **settings)
         kind = "they are" if native else f"a LoRA of rank {done.rank}"
-        told += f" as {kind}\nit lacks {_most(done.lost)}"
-        told += f"\n{done.command}"
+        told += f" as {kind}\nit lacks {_most(done.lost)}\n{done.command}"
     typer.echo(told)
 
 

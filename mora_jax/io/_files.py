@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = "Path | epath.Path"
 
-PathLike = str | os.PathLike[str]
-"""The type of arguments that `as_path` reads."""
+PathLike = str | os.PathLike[str]  # what `as_path` reads
 
 
 def as_path(argument: str, value: object) -> Location:
@@ -84,14 +83,10 @@ def holds(directory: Location, path: Location) -> bool:
 ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the directory of an adapter of PEFT. This library has the second."""
 
-TEMPORARY = ".mora-jax-"
-"""The beginning of the names of unfinished files and directories."""
-
-LIMIT, _steps = 300, itertools.count()
-"""The seconds that a process waits for the others, and the numbers of what they did."""
-
-Files = Iterable[tuple[str, Iterable[bytes]]]
-"""The names of files, each with its content in pieces."""
+TEMPORARY = ".mora-jax-"  # so begin the names of unfinished files and directories
+LIMIT = 300  # seconds that a process waits for the others
+_steps = itertools.count()  # numbers of what all processes did together
+Files = Iterable[tuple[str, Iterable[bytes]]]  # names, and contents in pieces
 
 
 @contextlib.contextmanager

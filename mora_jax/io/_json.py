@@ -56,8 +56,7 @@ def dump(value: Any) -> bytes:
     return f"{text}\n".encode()
 
 
-REQUIRED: Any = object()
-"""The default of a field that no record may lack."""
+REQUIRED: Any = object()  # the default of a field that no record may lack
 
 
 class Field(NamedTuple):
@@ -73,8 +72,7 @@ class Field(NamedTuple):
     since: str = FIRST
 
 
-Fields = Mapping[str, Field]
-"""{key of a record: its field}."""
+Fields = Mapping[str, Field]  # by the keys of a record
 
 
 def record_of(thing: Any, fields: Fields) -> dict[str, Any]:

@@ -164,9 +164,8 @@ def merge_checkpoint(
     checkpoint = Checkpoint(source)
     if _files.holds(target, source if source.is_dir() else source.parent):
         raise ValueError(f"out must not be the base or hold it, got {target}")
-    written = [file.path.name for file in checkpoint.files]
-    written += [path.name for path in checkpoint.beside]
-    _files.check_free("out", target, written, force)
+    written = [file.path for file in checkpoint.files] + checkpoint.beside
+    _files.check_free("out", target, [path.name for path in written], force)
     sites, trained = _changes(Source(checkpoint, names, tied=False), adapters)
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged

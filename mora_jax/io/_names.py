@@ -222,14 +222,12 @@ def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def _layers(root: str, table: str) -> tuple[Pair, ...]:
+def _layers(root: str, table: str) -> Iterator[Pair]:
     """Pairs of a table: module, the axes of both if unusual, kernels after `root`."""
-    pairs = []
     for module, *words in map(str.split, filter(None, table.splitlines())):
         axes = [word for word in words if not word.startswith("/")]
-        name = f"model.layers.{{layer}}.{module}"
-        pairs += [Pair(name, root + word, *axes) for word in words if word not in axes]
-    return tuple(pairs)
+        for kernel in words[len(axes) :]:
+            yield Pair(f"model.layers.{{layer}}.{module}", root + kernel, *axes)
 
 
 # Gemma 1 has fewer norms: its pre_ffw_norm comes after attention in PyTorch.
@@ -250,6 +248,7 @@ _GEMMA_ENDS = (
     Pair("model.norm", "final_norm/scale"),
     Pair("model.embed_tokens", "embedder/input_embedding", "io"),
 )
+_TUNIX_ENDS = Pair("model.norm", "final_norm/w"), Pair("lm_head", "lm_head/w")
 _GM = """
 mlp.gate_proj  oi oi  /mlp/gating_einsum[0]
 mlp.up_proj    oi oi  /mlp/gating_einsum[1]
@@ -285,12 +284,7 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
 
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
     "gm": (*_layers("layer_{layer}", _GEMMA + _GM), *_GEMMA_ENDS),
-    "tunix": (
-        *_layers("layers/{layer}", _TUNIX + _GEMMA),
-        *_GEMMA_ENDS,
-        Pair("model.norm", "final_norm/w"),
-        Pair("lm_head", "lm_head/w"),
-    ),
+    "tunix": (*_layers("layers/{layer}", _TUNIX + _GEMMA), *_GEMMA_ENDS, *_TUNIX_ENDS),
 }
 """Models of libraries that have names of their own for transformers' modules."""
 

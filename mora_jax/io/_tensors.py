@@ -20,6 +20,8 @@ from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import Field, parse, read_record, short
 
+Arrays = Mapping[str, np.ndarray]  # by their names in a file
+
 _KINDS: dict[str, Any] = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16}
 DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 """The dtypes of tensors that can be an M or a kernel."""
@@ -137,7 +139,7 @@ class TensorFile:
         return DTYPES[dtype]
 
 
-def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def encode(tensors: Arrays, metadata: Mapping[str, str]) -> bytes:
     try:
         from safetensors.numpy import save
     except ImportError as error:

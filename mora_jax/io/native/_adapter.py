@@ -19,9 +19,9 @@ from mora_jax._tree import base_digest, paths
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, together
 from mora_jax.io._json import Field, plain, short
-from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
+from mora_jax.io._tensors import Arrays, TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
-from mora_jax.io.native._records import Arrays, Record
+from mora_jax.io.native._records import Record
 from mora_jax.operators import Damped
 from mora_jax.sharding import adapter_shardings
 

@@ -28,19 +28,16 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, operator_sett
 from mora_jax._tree.paths import Found, place_of
 from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
+from mora_jax.io._tensors import Arrays
 from mora_jax.operators import OPERATORS, Damped, Operator, Subspace, make_operator
 from mora_jax.operators._pytree import by_layer
 
 VERSION = 1
 
-LARGEST_ARRAY = 2**28
-"""The most numbers in an array that a file alone may ask for."""
-
-LARGEST_SIZE, DEEPEST = 2**31, 100
-"""The end of all sizes and ranks, and the most names in a path."""
+LARGEST_ARRAY = 2**28  # numbers, the most that a file alone may ask for
+LARGEST_SIZE, DEEPEST = 2**31, 100  # the end of sizes and ranks, the names in a path
 
 Record = Mapping[str, Any]
-Arrays = Mapping[str, np.ndarray]
 Widths = tuple[int, int, int]  # of a kernel and its M: in, out and q
 
 
@@ -76,9 +73,7 @@ LAYER: Fields = {
     "square_rank": Field(int, lambda part: part[1].operator.square_rank),
     "settings": Field(dict, lambda part: record_of(part[1].spec.to_json(), SETTINGS)),
     "dtype": Field(str, lambda part: _dtype(part[1])),
-    "base_digest": Field(
-        list, lambda part: (d := part[1].spec.base_digest) and list(d), None
-    ),
+    "base_digest": Field(list, lambda part: part[1].spec.base_digest, None),
     "rank": Field(int, lambda part: part[1].spec.rank, None),
 }
 """The record of a kernel's adapter."""
@@ -293,9 +288,8 @@ def _operator(record: Record, widths: Widths, name: str, file: Reading) -> Opera
         inner = _operator(_inner(record), widths, name, file)
         v: Any = file.take(directions_name(record.get("digest")))
         return Damped(*widths, inner=inner, directions=v)
-    seed = settings.pop("seed", 0)
     try:
-        return make_operator(settings, *widths, seed=seed)
+        return make_operator(settings, *widths, seed=settings.pop("seed", 0))
     except ValueError as error:
         hint = f"the file is of mora_jax {short(file.writer)}, which may know more"
         raise ValueError(f"{error} ({hint})") from None

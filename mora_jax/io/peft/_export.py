@@ -18,10 +18,10 @@ from mora_jax._tree.paths import adapters_in
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump, read_json
-from mora_jax.io._names import Names, Pair, bijection
+from mora_jax.io._names import Names, bijection
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, turned
-from mora_jax.io.peft._squares import write_squares
+from mora_jax.io.peft._squares import Module, write_squares
 from mora_jax.operators import LowRank
 from mora_jax.operators.low_rank import nearest_factors
 
@@ -77,8 +77,7 @@ def export(
     and not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
-        there whole or not at all.
+      directory: As in `load`, new or empty. A local one is there whole or not at all.
       adapters: The adapters, as `init` makes them.
       program: "peft", or the server "vllm" or "sglang".
       names: As in `load_peft`.
@@ -264,10 +263,7 @@ def _contents(
     return (TENSORS, [encode(tensors, {"format": "pt"})]), (CONFIG, [dump(config)])
 
 
-def _modules(
-    adapters: Any, names: Names
-) -> list[tuple[Pair, str, AdapterSpec, np.ndarray, slice]]:
-    """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
+def _modules(adapters: Any, names: Names) -> list[Module]:
     known, items = bijection(names), []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two

@@ -11,10 +11,11 @@ import numpy as np
 from mora_jax._common.messages import warn
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError
 from mora_jax.io._json import short
+from mora_jax.io._tensors import Arrays
 from mora_jax.operators.sharing import REFERENCE_GROUPS
 
-PREFIX = "base_model.model."
-"""The beginning of the names of tensors in PEFT."""
+PREFIX = "base_model.model."  # so begin the names of tensors in PEFT
+Config = Mapping[str, Any]  # as `checked` returns it
 
 
 class MatrixPair(NamedTuple):
@@ -46,8 +47,7 @@ def turned(pair: MatrixPair, kernel: str, axes: str, here: str) -> MatrixPair:
     return pair._replace(a=pair.b.T, b=pair.a.T) if out_first else pair
 
 
-Rule = tuple[str, Callable[[Any], bool]]
-"""The rule for the values of a setting, in words, and a check."""
+Rule = tuple[str, Callable[[Any], bool]]  # for values: in words, and as a check
 
 
 def _by_name(rule: Rule) -> Rule:
@@ -119,9 +119,7 @@ def checked(content: Any) -> dict[str, Any]:
 _LORA = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
-def modules_in(
-    arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]
-) -> tuple[list[MatrixPair], list[str]]:
+def modules_in(arrays: Arrays, config: Config) -> tuple[list[MatrixPair], list[str]]:
     """The modules that a file adapts, and the names of all other tensors."""
     found: dict[tuple[str, bool], dict[str, np.ndarray]] = defaultdict(dict)
     modules, others = [], []
@@ -145,7 +143,7 @@ def modules_in(
     return modules, others
 
 
-def _own(config: Mapping[str, Any], setting: str, pattern: str, module: str) -> Any:
+def _own(config: Config, setting: str, pattern: str, module: str) -> Any:
     """The setting of a module: by its name or, as in PEFT, by an end of that."""
     own = config[pattern]
     ends = (key for key in own if f".{module}".endswith(f".{key}"))

@@ -24,10 +24,11 @@ from mora_jax.io._names import TEMPLATES, Names, bijection, split_index
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
-from mora_jax.io.peft._modules import MatrixPair, checked, modules_in, turned
+from mora_jax.io.peft._modules import Config, MatrixPair, checked, modules_in, turned
 from mora_jax.operators import LowRank, Operator, Rotation, Sharing
 from mora_jax.operators.sharing import REFERENCE_GROUPS
 
+Place = dict[str, Any]  # shape, axes and layout of a kernel
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
 
@@ -47,8 +48,7 @@ def load_peft(
     refused.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, of a directory with
-        adapter_config.json and adapter_model.safetensors.
+      directory: As in `load`, with adapter_config.json and adapter_model.safetensors.
       model: The params of the model, or their shapes. If kernels have other axes than
         (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file; of
         GPT-2's names params with a c_attn do. None takes the shapes of a LoRA's own
@@ -71,8 +71,7 @@ def load_peft(
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
         raise AdapterFileError(f"the base is needed: {path_of} lacks sizes of kernels")
-    arrays = TensorFile(file, read_bytes(file)).arrays()
-    modules, others = modules_in(arrays, config)
+    modules, others = modules_in(TensorFile(file, read_bytes(file)).arrays(), config)
     leaves: Leaves = {}
     if isinstance(model, Plan):
         leaves = {"/".join(path): (path, spec) for path, spec in model.parts.items()}
@@ -117,8 +116,8 @@ def _kernels(
 
 
 def _kernel(
-    name: str, leaves: Leaves | None, modules: ByIndex, config: Mapping[str, Any]
-) -> tuple[Path, dict[str, Any]]:
+    name: str, leaves: Leaves | None, modules: ByIndex, config: Config
+) -> tuple[Path, Place]:
     """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
         last, pair = max(modules.items(), key=itemgetter(0))
@@ -138,9 +137,7 @@ def _kernel(
     return path, {"kernel_shape": tuple(leaf.shape), "axes": axes_by_name(name, arrays)}
 
 
-def _adapter_of(
-    name: str, place: dict[str, Any], by_index: ByIndex, config: Mapping[str, Any]
-) -> Adapter:
+def _adapter_of(name: str, place: Place, by_index: ByIndex, config: Config) -> Adapter:
     """The adapter of a kernel that is one module or several."""
     # A layer of a LoRA's kernel may be several modules, each with some of the outputs.
     shape, axes = place["kernel_shape"], place["axes"]

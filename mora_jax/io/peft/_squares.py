@@ -6,32 +6,32 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.squares import KEY, VERSION
+from mora_jax._common.types import Shape
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io import _files, _json, _names, _tensors
-from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io._files import CONFIG, TENSORS, Location, write_directory
+from mora_jax.io._json import dump
+from mora_jax.io._names import Pair
+from mora_jax.io._tensors import Arrays, encode
 from mora_jax.operators import Damped, LowRank
 
 CHUNK = 256  # rows of a map that are in memory at once
-DENSE = 8
-"""A map is a matrix where an output sums more than one in so many inputs."""
+DENSE = 8  # a map is a matrix where an output sums more than one in so many inputs
+
+Module = tuple[Pair, str, AdapterSpec, np.ndarray, slice]
+"""A module of PyTorch: its names, path and spec of its kernel, its M and outputs."""
 
 
-def write_squares(
-    path: _files.Location,
-    modules: Iterable[tuple[_names.Pair, str, AdapterSpec, np.ndarray, slice]],
-    base_model: str,
-) -> None:
+def write_squares(path: Location, modules: Iterable[Module], base_model: str) -> None:
     """Write M's, with C and D as maps of numbers: a server need not know operators."""
     tensors: dict[str, np.ndarray] = {}
     names: dict[Hashable, str] = {}
     entries: dict[str, dict[str, Any]] = {}
 
-    def once(key: Hashable, make: Callable[[], dict[str, np.ndarray]]) -> str:
+    def once(key: Hashable, make: Callable[[], Arrays]) -> str:
         if key not in names:
             name = names[key] = f"shared.{len(names)}"
             tensors.update({f"{name}.{part}": a for part, a in make().items()})
@@ -45,16 +45,17 @@ def write_squares(
             raise ValueError(f"{kernel} must be {rule}, with native=True")
         m = np.asarray(op.scaled(m.astype(np.float32), spec.factor))
         tensors[f"{pair.module}.m"] = m.reshape(-1, *m.shape[-2:])
+        h = *inner.compressed_shape[:-1], inner.m_shape[-1]
         entries[pair.module] = {
             "in": op.in_features,
             "out": outs.stop - outs.start,
             "compress": once(inner, partial(_map, inner.enter, (op.in_features,))),
-            "decompress": once((inner, str(outs)), partial(_decompress, inner, outs)),
+            "decompress": once((inner, str(outs)), partial(_map, inner.leave, h, outs)),
         }
         if isinstance(op, Damped):
             v = {"v": np.asarray(op.columns("float32"))}
             entries[pair.module]["damped"] = once(op.digest, partial(dict, v))
-    data = _tensors.encode(tensors, {})
+    data = encode(tensors, {})
     record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
     config = {
         "peft_type": "MORA",
@@ -64,18 +65,10 @@ def write_squares(
         "lora_alpha": 1,
         KEY: record | {"modules": entries},
     }
-    _files.write_directory(path, [(TENSORS, [data]), (CONFIG, [_json.dump(config)])])
+    write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
 
 
-def _decompress(op: Any, outs: slice) -> dict[str, np.ndarray]:
-    x = jax.ShapeDtypeStruct((op.in_features,), "float32")
-    rows = jax.eval_shape(op.enter, x).shape[:-1]
-    return _map(op.leave, (*rows, op.m_shape[-1]), outs)
-
-
-def _map(
-    call: Callable[[Any], Any], shape: tuple[int, ...], outs: slice = slice(None)
-) -> dict[str, np.ndarray]:
+def _map(call: Callable[[Any], Any], shape: Shape, outs: slice = slice(None)) -> Arrays:
     """A linear map as the numbers that each output sums, or as a matrix."""
     found, counts, ins = [], np.array(0), math.prod(shape)
     for start in range(0, ins, CHUNK):
