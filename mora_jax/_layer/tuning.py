@@ -15,69 +15,45 @@ from mora_jax.operators._base import Work
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The constants of one platform.
+    """The constants of one platform."""
 
-    Attributes:
-      fold_from: For each kind of work of an operator, the number of rows from which on
-        a fold is faster than the activation path, in units of in * out / (in + out).
-      folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
-      folds_gathered: True if kernels are folded that are split over batches (FSDP),
-        and gathered before they are used.
-    """
-
-    # A fold reads and writes the kernel, in * out numbers; the activation path reads
-    # input and output again, in + out numbers for each row. Both move as much memory at
-    # 1.0. The fold also has to form C M D and to do all of it again in the backward
-    # pass, so that it pays later. With blocks it pays earlier: their activation path
-    # also rearranges C(x), which is as long as x.
+    # For each kind of work of an operator the number of rows from which on a fold is
+    # faster than the activation path, in units of in * out / (in + out). A fold reads
+    # and writes the kernel, in * out numbers; the activation path reads input and
+    # output again, in + out numbers for each row. Both move as much memory at 1.0. The
+    # fold also has to form C M D and to do all of it again in the backward pass, so
+    # that it pays later. With blocks it pays earlier: their activation path also
+    # rearranges C(x), which is as long as x.
     fold_from: Mapping[Work, float]
-    folds_16_bits: bool
-    folds_gathered: bool
+    folds_16_bits: bool = False  # kernels of 16 bits, too, with a dither
+    folds_gathered: bool = False  # kernels split over batches, before they are gathered
 
 
 # Two cores of an x86-64 server, float32, JAX 0.10: `make bench-layer`, `make bench`.
-_CPU = Tuning(
-    fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors": 0.6},
-    folds_16_bits=False,
-    folds_gathered=False,
-)
+_CPU = Tuning(fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors": 0.6})
 # Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
-# the frozen layer or model (`make bench-chips`):
+# the frozen layer or model (`make bench-chips`, whose results have each operator both
+# ways). "auto" goes by the model: a Llama of two layers with orthogonal costs 1.08 and
+# folded 0.89 on a v5e, 1.07 and 0.96 on a v6e, where its layers alone cost 1.34 to 1.43
+# and folded 1.46 to 1.56. A layer 4096 -> 4096 on a v5e costs 1.11 and folded 1.21 with
+# sharing, 1.37 and 1.07 with rotation.
 #
-#                                      activation   fold
-#   4096 -> 4096,  v5e, orthogonal        1.32      1.31
-#   4096 -> 14336, v5e, orthogonal        1.31      1.23
-#   4096 -> 4096,  v6e, orthogonal        1.34      1.46
-#   4096 -> 14336, v6e, orthogonal        1.43      1.56
-#   Llama of two layers, v5e, orthogonal  1.08      0.89
-#   Llama of two layers, v6e, orthogonal  1.07      0.96
-#   4096 -> 4096,  v5e, sharing           1.11      1.21
-#   4096 -> 4096,  v5e, rotation          1.37      1.07
-#
-# "auto" goes by the model. Kernels that are gathered, a training step of 8B on v5e:2x4
-# in ms (`--only meshes`): rotation 464 fused and 418 folded, orthogonal 493 and 454,
-# sharing 432 and 410. A device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and
-# 14.1 frozen: a fold of sharing saves about the time that 1 GB more takes, the other
-# two far more.
+# Kernels that are gathered, a training step of 8B on v5e:2x4 in ms (`--only meshes`):
+# rotation 464 fused and 418 folded, orthogonal 493 and 454, sharing 432 and 410. A
+# device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and 14.1 frozen: a fold of
+# sharing saves about the time that 1 GB more takes, the other two far more.
 _TPU = Tuning(
     fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=True,
 )
 # The same for an H100. In a model what the activation path reads and writes is fused
-# with what stands before and after a layer:
-#
-#                                      activation   fold
-#   Llama of 8B's width, sharing          1.00      1.03
-#   Llama of 8B's width, orthogonal       1.05      1.10
-#   Llama of 8B's width, rotation         1.05      1.03
-#   4096 -> 4096, sharing                 1.23      1.14
-#   4096 -> 4096, orthogonal              1.36      1.29
-#   4096 -> 4096, rotation                1.45      1.13
+# with what stands before and after a layer: a Llama of 8B's width costs 1.00 and folded
+# 1.03 with sharing, 1.05 and 1.10 with orthogonal, 1.05 and 1.03 with rotation, where a
+# layer 4096 -> 4096 alone is 0.07 to 0.32 cheaper folded with each of them.
 _GPU = Tuning(
     fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
-    folds_gathered=False,
 )
 TUNING: Mapping[str, Tuning] = {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
 """The constants of each platform, by JAX's name of it."""
