@@ -4,8 +4,7 @@ r"""MoRA in vLLM: M's are served as they are, beside LoRAs and the base.
 
 vLLM calls `register` in each of its processes, by the entry point of this package.
 From then on it loads what `io.export(..., "vllm", native=True)` writes as it loads any
-LoRA. The file has C and D as maps of numbers, so that nothing here knows an operator.
-JAX is not imported.
+LoRA. Its C and D are maps of numbers, so that nothing here needs operators or JAX.
 """
 
 # pyright: reportMissingImports=false
@@ -37,15 +36,10 @@ Layer = base_linear.BaseLinearLayerWithLoRA
 
 
 class Map(NamedTuple):
-    """C or D, from `ins` to `outs` numbers.
+    """C or D, from `ins` to `outs` numbers: a matrix, or sums of few numbers each."""
 
-    Attributes:
-      weight: A matrix, (outs, ins), or the weights of the numbers that `indices` name.
-      indices: The t numbers that each output is a sum of, (outs, t), or None.
-    """
-
-    weight: torch.Tensor
-    indices: torch.Tensor | None
+    weight: torch.Tensor  # (outs, ins), or (outs, t) of the numbers that `indices` name
+    indices: torch.Tensor | None  # (outs, t), those that each output is a sum of
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, ins) to (rows, outs)."""
@@ -55,21 +49,14 @@ class Map(NamedTuple):
 
 
 class Square(NamedTuple):
-    """The adapter of one module.
+    """The adapter of one module."""
 
-    Attributes:
-      shape: (in_features, out_features).
-      m: M, (n, p, s), or (1, p, s) where one M multiplies all rows of C(x).
-      compress: C, from in_features to the rows of p.
-      decompress: D, from rows of s to out_features.
-      damped: V, (in_features, k), and what C, M and D make of it, (k, out_features).
-        An input's part along V is not seen.
-    """
-
-    shape: tuple[int, int]
-    m: torch.Tensor
-    compress: Map
-    decompress: Map
+    shape: tuple[int, int]  # (in_features, out_features)
+    m: torch.Tensor  # (n, p, s), or (1, p, s) where one M multiplies all rows of C(x)
+    compress: Map  # C, from in_features to the rows of p
+    decompress: Map  # D, from rows of s to out_features
+    # V, (in_features, k), and what C, M and D make of it, (k, out_features): an input's
+    # part along V is not seen.
     damped: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -72,20 +72,13 @@ class LinearMap(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Function of the primitive's arguments: the residuals' leaves, then x.
-
-    Attributes:
-      map, treedef: The linear map, and the structure of its residuals.
-      platform: The platform that it is traced for; None for the default one, and until
-        it is lowered for another.
-      transposed: True if it computes `backward`.
-      batch_axes: The axes that each `jax.vmap` around it maps, the outermost first.
-    """
+    """Function of the primitive's arguments: the residuals' leaves, then x."""
 
     map: LinearMap
-    treedef: Any
-    platform: str | None
-    transposed: bool = False
+    treedef: Any  # of the residuals
+    platform: str | None  # None for the default one, until it is lowered for another
+    transposed: bool = False  # True if it computes `backward`
+    # The axes that each `jax.vmap` around it maps, the outermost first.
     batch_axes: tuple[tuple[int | None, ...], ...] = ()
 
     def __call__(self, *args: Any) -> jax.Array:

@@ -26,27 +26,18 @@ OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 class Domain(Protocol[T]):
-    """The values of a walk, which are compared by ==, and the functions between them.
+    """The values of a walk, compared by ==, and the functions between them."""
 
-    Attributes:
-      nothing: The value of an array that nothing is known of.
-      constant: The value of a number in the program.
-      step: The outputs of an equation whose operands have values.
-      join: A value that holds after either of two branches, and in every round. It may
-        change a value a few times at most, or no walk through a loop would end.
-      sliced: A round's part of an array along which a scan runs.
-      stacked: The array that a scan makes of one in each round.
-      trial: The same domain for a walk, after which only its values are kept.
-      bypassed: The outputs of an equation whose program has a derivative of its own.
-    """
-
-    nothing: T
-    constant: Callable[[Literal], T]
-    step: Callable[[Any, list[T]], list[T]]
+    nothing: T  # of an array that nothing is known of
+    constant: Callable[[Literal], T]  # of a number in the program
+    step: Callable[[Any, list[T]], list[T]]  # the outputs of an equation
+    # A value that holds after either of two branches, and in every round. It may change
+    # a value a few times at most, or no walk through a loop would end.
     join: Callable[[T, T], T]
-    sliced: Callable[[T], T]
-    stacked: Callable[[T], T]
-    trial: Callable[[], Any]
+    sliced: Callable[[T], T]  # a round's part of an array along which a scan runs
+    stacked: Callable[[T], T]  # the array that a scan makes of one in each round
+    trial: Callable[[], Any]  # the same for a walk whose values alone are kept
+    # The outputs of an equation whose program has a derivative of its own.
     bypassed: Callable[[Any, list[T]], list[T]]
 
 

@@ -47,22 +47,15 @@ class ByM(LinearMap):
 
     The residuals are the operator and what is kept of x. If the delta is linear in M,
     D(C(x) M) itself is this map of M.
-
-    Attributes:
-      m_dtype, dtype: The dtypes of dM and of the computation.
-      shards: The number of devices that share the rows of x and split its first axis.
-      features: The mesh axes that split features; None on one device.
-      product, out_shape: The einsum whose output y is, and the shape of its features;
-        None for y as rows.
     """
 
     m_dtype: Any
-    dtype: Any
+    dtype: Any  # of the computation
     precision: jax.lax.PrecisionLike
-    shards: int = 1
-    features: FeatureSharding | None = None
-    product: Contraction | None = None
-    out_shape: Shape = ()
+    shards: int = 1  # of the rows of x, whose first axis devices split
+    features: FeatureSharding | None = None  # None on one device
+    product: Contraction | None = None  # whose output y is; None for y as rows
+    out_shape: Shape = ()  # of its features
 
     def forward(self, residuals: Any, operand: Array) -> Array:
         op, kept = residuals

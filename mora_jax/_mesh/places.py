@@ -38,18 +38,12 @@ def mesh_axes(entry: Any) -> MeshAxes:
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-    """Split of a kernel by a mesh, and the axes that split the rows of inputs.
-
-    Attributes:
-      mesh: The devices.
-      mesh_axes: For each axis of the kernel the mesh axes that split it.
-      batch_axes: The mesh axes that split the rows of inputs. Where they also split a
-        kernel, the kernel is gathered before it is used (FSDP). Features that other
-        axes split stay split.
-    """
+    """Split of a kernel by a mesh, and the axes that split the rows of inputs."""
 
     mesh: Mesh | AbstractMesh
-    mesh_axes: tuple[MeshAxes, ...]
+    mesh_axes: tuple[MeshAxes, ...]  # for each axis of the kernel those that split it
+    # The mesh axes that split the rows of inputs. Where they also split a kernel, it is
+    # gathered before it is used (FSDP). Features that other axes split stay split.
     batch_axes: MeshAxes = ()
 
     @property
@@ -84,8 +78,7 @@ class KernelLayout:
 
     def for_kernel(self, axes: str, shape: Shape) -> FeatureSharding | None:
         """Split of the kernel itself, as (in_features, out_features)."""
-        # On explicit axes the types of arrays decide, and a delta gets its type from
-        # the sum with its kernel.
+        # On explicit axes types decide, and a delta gets its own by the sum with W.
         explicit = AxisType.Explicit in self.mesh.axis_types
         return None if explicit else self._features(axes, shape, without=())
 
@@ -100,9 +93,8 @@ class KernelLayout:
                 for axis, size, split in kernel
                 if axis == letter and size > 1
             ] or [()]
-            # Of several axes (heads and their features) the first one alone may be
-            # split, or a device's features would not be neighbours. XLA's partitioner
-            # finds a way for others.
+            # Of several axes (heads and their features) only the first may be split,
+            # or a device's features would not be neighbours. Others are left to XLA.
             return () if any(inner) else first
 
         both = split("i"), split("o")
@@ -130,8 +122,7 @@ def gather_m(
     M, (*stack, q, q), has `ndim` axes without the stack's. The layer's input is x.
     """
     # Without this constraint XLA may propagate a split of M to the activations. It may
-    # also split the gradient as it likes, and with it the next M, so that the next step
-    # is compiled again.
+    # also split the gradient, and with it the next M, and compile the next step again.
     if layout is None:  # only the types of arrays may name a mesh
         return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
@@ -146,8 +137,7 @@ class _Replicated(LinearMap):
     ndim: int
 
     def forward(self, residuals: Any, operand: Array) -> Array:
-        # Within a program a type names the mesh; a cotangent that was made outside of
-        # one, on one device, has none.
+        # A cotangent that was made outside of a program, on one device, lacks a mesh.
         mesh = mesh_of(operand)
         return operand if mesh is None else _replicate(operand, mesh, self.ndim)
 
