@@ -88,9 +88,7 @@ def check_number(
     return number
 
 
-above_zero = functools.partial(
-    check_number, fits=lambda number: number > 0, must="be above 0"
-)
+above_zero = functools.partial(check_number, fits=lambda n: n > 0, must="be above 0")
 
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:

@@ -238,9 +238,8 @@ def _add_copies(part: BlockPart | DiagonalPart, m: Array, kernel: Array) -> Arra
         # Of a whole kernel each block comes once. XLA keeps an array more for `folded`.
         source = kernel if part.is_whole else folded
         block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
-        copy = jax.lax.dynamic_index_in_dim(
-            blocks, block_in - first_of_m, keepdims=False
-        )
+        at = block_in - first_of_m
+        copy = jax.lax.dynamic_index_in_dim(blocks, at, keepdims=False)
         copy = jnp.where(is_here, copy, 0)
         start = starts[0] + row, starts[1] + column
         block = add_rounded(block, copy, "io", kernel.dtype, "dither", start)

@@ -20,6 +20,8 @@ from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike, Shape
 
 Rounding = Literal["dither", "nearest"]
+Start = tuple[ArrayLike | int, ArrayLike | int]
+"""The first input and the first output feature of a part of a kernel."""
 
 
 def check_rounding(rounding: object) -> None:
@@ -33,12 +35,9 @@ def add_rounded(
     axes: str,
     dtype: jnp.dtype,
     rounding: Rounding,
-    start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
+    start: Start = (0, 0),
 ) -> Array:
-    """`kernel + delta` in `dtype`, computed in the delta's, float32 or float64.
-
-    `start` has the first input and the first output feature of a part of a kernel.
-    """
+    """`kernel + delta` in `dtype`, computed in the delta's, float32 or float64."""
     kernel = jnp.asarray(kernel)
     total = kernel.astype(delta.dtype) + delta
     if rounding == "nearest" or jnp.finfo(dtype).bits >= 32:
@@ -52,11 +51,7 @@ def add_rounded(
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
 def _dithered(
-    total: Array,
-    where: Array,
-    start: tuple[ArrayLike, ArrayLike],
-    axes: str,
-    dtype: jnp.dtype,
+    total: Array, where: Array, start: Start, axes: str, dtype: jnp.dtype
 ) -> Array:
     """`total` rounded with a dither `where` that is True, and to nearest elsewhere."""
     numbers = _random_numbers(total.shape, start, axes)
@@ -79,15 +74,12 @@ def _dithered(
     return jnp.where(where, dithered, nearest)
 
 
-def _random_numbers(
-    shape: Shape, start: tuple[ArrayLike, ArrayLike], axes: str
-) -> Array:
+def _random_numbers(shape: Shape, start: Start, axes: str) -> Array:
     """Random 32 bits for each number of a kernel, the same in each run."""
     # They are a hash of an input and an output feature. So a merge gives the same
     # numbers if a kernel is stored transposed, or as one index of a stack; a fold in
     # training gives the numbers of the merge; and nothing is stored. A step folds each
-    # kernel twice, so the hash is a short one: a sum of two products, each bit of it
-    # then mixed into all others twice.
+    # kernel twice, so the hash is short: a sum of two products, its bits mixed twice.
     ins, outs = features(shape, axes)
     iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, (ins, outs))
     first_in, first_out = (jnp.asarray(k).astype(jnp.uint32) for k in start)

@@ -33,16 +33,14 @@ SUFFIX = "_mora"
 class AdapterSpec(AdapterSettings):
     """The meaning of an M: everything of a kernel's adapter but M; hashable.
 
-    It lacks the kernel's path, so that equal layers have equal specs, and share
-    programs.
+    It lacks the kernel's path, so that equal layers have equal specs and programs.
 
     Attributes:
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
       alpha, scale, dropout, init, param_dtype, execution: As in `MoRAConfig`.
-      layout: The places of the kernel's features on a mesh, as `sharding.on_mesh` finds
-        them; None for one device.
+      layout: Places of features on a mesh, by `sharding.on_mesh`; None on one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
         index of its stack axes; None if no file holds them.
       rank: The budget that q was chosen by; None if q itself was given.
@@ -205,8 +203,7 @@ class AdapterSpec(AdapterSettings):
 
     def with_stack(self, stack: Shape) -> "AdapterSpec":
         """The same adapter for a stack of such kernels, or for one of this stack."""
-        # Flax's lifted transformations add stack axes to arrays, or take them off, and
-        # know nothing of what the arrays mean.
+        # Flax's lifted transformations add stack axes to any arrays, or take them off.
         own = self.stack_shape
         more = len(stack) - len(own)
         for taken in self.stacks(-more):
@@ -298,8 +295,7 @@ class TrainedArray:
     """The meaning of a copy of an array of the base: a norm's scale, a bias, a head.
 
     The adapters hold the copy under the array's own path, and training changes it. The
-    model computes with the copy, rounded to the dtype of the base's array, and `merge`
-    puts that into the base.
+    model computes with it, rounded to the base's dtype; so `merge` puts it into a base.
 
     Attributes:
       shape: The array's shape.
@@ -339,15 +335,10 @@ register_pytree(TrainedArray, [])
 
 Spec = AdapterSpec | TrainedArray
 """The meaning of a trained array."""
+Specs = Mapping[Path, Spec]
 
 
-def check_alike(
-    specs: Mapping[Path, Spec],
-    like: Mapping[Path, Spec],
-    whose: str,
-    *,
-    meaning: bool = True,
-) -> None:
+def check_alike(specs: Specs, like: Specs, whose: str, *, meaning: bool = True) -> None:
     """Raise unless adapters are for the arrays of others, deltas and base included.
 
     Without `meaning` other deltas of the same arrays will do.
