@@ -69,8 +69,7 @@ def weighted_sum(
       weights: A real number for each, or an array of them.
 
     Returns:
-      Adapters. Each M is summed in float32 or wider and has the dtype that it has in
-      the adapters.
+      Adapters, with their dtypes; each M is summed in float32 or wider.
 
     Raises:
       TypeError, ValueError: Meanings, bases or numbers of adapters and weights differ;

@@ -64,8 +64,7 @@ def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
 
     Raises:
       TypeError, ValueError: Adapters have different meanings or bases, or hold NaN;
-        there are none, or more than slots; arrays of the base are trained, which all
-        rows share.
+        there are none, or more than slots; they train arrays, which all rows share.
     """
     found = alike_adapters(adapters)
     why = "and all rows of a batch share it; serve it by another base"
@@ -97,12 +96,10 @@ def select(stacked: Tree, index: Any) -> Tree:
         a compiled function a number beyond the slots means no adapter as well.
 
     Returns:
-      A tree as of one adapter, in which each M is (B, *stack, *m_shape); an M of zeros
-      stands for no adapter.
+      A tree as of one adapter, each M (B, *stack, *m_shape), or zeros for no adapter.
 
     Raises:
-      TypeError: `stacked` was not made by `stack`, or `index` are not integers in one
-        axis.
+      TypeError: `stacked` is not of `stack`, or `index` not integers in one axis.
       ValueError: `index` has a number without a slot.
     """
     rule = "stacked must be adapters in slots, as serving.stack makes them"

@@ -47,8 +47,7 @@ def adapter_shardings(
 
     Each device holds all of an M, but of a `BlockDiagonal` the blocks that its features
     need, if the adapters know where these are (`on_mesh`). Of a stack of layers or
-    experts each M is where its layer or expert is, and a copy of an array that trains
-    itself where that is.
+    experts each M is where its layer or expert is, a trained copy where its array is.
 
     Args:
       adapters: The adapters, or their plan.
@@ -97,8 +96,7 @@ def on_mesh(
       mesh: The devices, if the leaves do not name them.
 
     Returns:
-      Adapters, or a plan. `save` does not store the layout, so what `load` returns
-      needs this function again.
+      Adapters, or a plan. `save` stores no layout: call this on what `load` returns.
 
     Raises:
       TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.

@@ -14,8 +14,7 @@ from mora_jax._common.types import ArrayLike, Precision, Shape
 def matmul(a: ArrayLike, b: ArrayLike, precision: Precision = None) -> Array:
     """`a @ b`, (..., k) and (k, n) to (..., n)."""
     # Not `jax.numpy.matmul`, which JAX compiles on its own. It keeps that program, and
-    # one that was traced in a quantized model would then be used in a plain model, or
-    # the other way round.
+    # one that was traced in a quantized model would serve a plain one, or vice versa.
     dtype = jnp.result_type(a, b)
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
     return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
@@ -43,8 +42,7 @@ def transposed(
     """The transpose of a linear function of an array of `shape`, at `cotangent`."""
     dtype = dtype or cotangent.dtype
     like = jax.ShapeDtypeStruct(shape, dtype)
-    # Zeros that nothing reads where devices differ: versions of JAX differ in what says
-    # that a shape differs.
+    # Zeros that nothing reads, since what says that a shape differs depends on JAX.
     if axes_of(cotangent):
         like = zeros_for(shape, dtype, cotangent)
     return jax.linear_transpose(function, like)(cotangent)[0]

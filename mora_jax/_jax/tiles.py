@@ -77,8 +77,7 @@ class _Tile(LinearMap):
         whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
         if whole_tiles and current_chip() == "tpu":
             return self._broadcast(operand)
-        # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
-        # where sharding is explicit.
+        # Not by `jnp.tile`: older JAX cannot type its steps where sharding is explicit.
         *batch, width = operand.shape
         n = -(-self.features // width)
         y = jnp.broadcast_to(operand[..., None, :], (*batch, n, width))

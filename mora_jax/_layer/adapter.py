@@ -30,8 +30,7 @@ class Adapter:
 
     Attributes:
       m: M, (*stack, *operator.m_shape); or what a function of trees puts there.
-      spec: An `AdapterSpec` (operator, kernel's shape and axes, alpha, ...), or a
-        `TrainedArray`.
+      spec: An `AdapterSpec` (operator, kernel's axes, alpha, ...), or `TrainedArray`.
 
     Example::
 

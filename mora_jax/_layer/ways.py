@@ -4,8 +4,7 @@ RunLoRA (https://arxiv.org/abs/2312.03415) chose among such ways for a LoRA.
 
 - "activation" is x W + alpha D(C(x) M). It reads the input and the output once more.
 - "fold" is x (W + alpha C M D). It reads the kernel once more, so it pays where an
-  input has many rows. The kernel is folded again in the backward pass, so that no
-  folded kernel is kept.
+  input has many rows. The backward pass folds again, so that no fold is kept.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
   them. XLA would not join the two sums.
 
@@ -55,8 +54,7 @@ class Layer:
     """One adapted layer, without its arrays.
 
     `multiply` is its own product of x and W, linear in both, and `product` says which.
-    `execution` is as asked for, `precision` is for the products with M, and the rest
-    describes W and x.
+    `execution` is as asked for, `precision` for products with M, all else of W and x.
     """
 
     product: Contraction
@@ -126,8 +124,7 @@ class Adapted(_OfLayer):
 
     def derivative(self, residuals: Any, operand: Any) -> tuple[LinearMap, Any]:
         """The derivative by M: dy = alpha D(C(x) dM), see `equation.ByM`."""
-        # Without this JAX would take the derivative of a fold by M, through a gradient
-        # of the kernel's shape.
+        # JAX's own, of a fold, would go through a gradient of the kernel's shape.
         (op, m, kernel), layer = residuals, self.layer
         product, precision = layer.product, layer.precision
         arrays = (operand.shape, operand.dtype), (kernel.shape, kernel.dtype)
@@ -170,8 +167,7 @@ class Fold(_OfLayer):
         m, layout = m.astype(jnp.result_type(m, kernel, jnp.float32)), layer.layout
         gathers = layout is not None and layout.gathers
         # If it is gathered, the fold does not wait for `after`: it is the same in the
-        # rematerialised forward pass and in the backward pass, which can share it and
-        # its gather.
+        # rematerialised forward and the backward pass, which can share it, gathered.
         m = m if gathers else _scheduled_after(after, m)
         delta = Delta(op, m, kernel.shape, layer.axes, layer.precision, layout)
         folded = delta.added_to(kernel)
@@ -189,8 +185,7 @@ def _scheduled_after(x: Array, m: Array) -> Array:
     """`m` with a dependency on `x`."""
     # Without it nothing that a fold needs depends on the layers before it, so XLA would
     # fold every kernel of a model at its start and keep them all in memory. A barrier
-    # says just this, but XLA's CPU compiler drops barriers before it decides the order
-    # of the program.
+    # says just this, but XLA's CPU compiler drops it before it orders the program.
     if x.size == 0:
         return m
     if current_chip():
@@ -198,8 +193,7 @@ def _scheduled_after(x: Array, m: Array) -> Array:
     # So m is added to a zero that is computed from x: the sign bit of a number of x,
     # shifted down to the last place, and then out: 0 or 1, and so 0. A product with 0
     # would be NaN where x is infinite. One shift by all bits, or a subtraction of a
-    # number from itself, XLA simplifies to the constant 0, and the dependency is gone;
-    # two shifts it leaves alone.
+    # number from itself, XLA simplifies to the constant 0; two shifts it leaves alone.
     bits = jnp.finfo(x.dtype).bits
     first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim], f"uint{bits}")
     one = jnp.ones((), first.dtype)
@@ -274,8 +268,7 @@ def adapted_product(
         remedy = "say execution='activation' in overrides for it"
         raise ValueError(f"{told}, the adapter's has {spec.kernel_shape}; {remedy}")
     assert isinstance(product, Contraction)  # or it would not have joined
-    # The residuals are arrays, and all else is static: layers of one shape share a
-    # trace.
+    # Residuals are arrays, and all else is static: layers of one shape share a trace.
     settings = spec.axes, precision, spec.layout, spec.execution
     layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
     delta = Delta.of(spec, m, dtype=jnp.promote_types(jnp.result_type(m), x.dtype), x=x)

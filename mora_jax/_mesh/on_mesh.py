@@ -135,8 +135,7 @@ class OnMesh(DeltaMap):
 
         It is summed over the axes of the features that do not split it, where some may
         be given as other `axes`. Other axes of the mesh, such as those that split a
-        batch, are left to XLA. The arrays are split as in `specs`, and the result as in
-        `out_spec`.
+        batch, are left to XLA. `specs` split the arrays, and `out_spec` the result.
         """
         op, features = self.operator, dataclasses.replace(self.features, **axes)
         both, mesh = (features.in_axes, features.out_axes), features.mesh

@@ -117,8 +117,7 @@ class BlockPart(OperatorPart):
     # Both orders give the same sum, since M is the same for all blocks of a group.
 
     def enter(self, x: Array) -> Array:
-        # A part of a block is put in its place among zeros: blocks are rotated as a
-        # whole.
+        # A part of a block is put among zeros, since blocks are rotated as a whole.
         q, groups = self.operator.square_rank, self._groups(self.in_features)
         width = max(self.in_features, q)
         h = x if width == x.shape[-1] else _put(x, width, self.in_start % q)
@@ -159,8 +158,7 @@ class BlockPart(OperatorPart):
 class DiagonalPart(OperatorPart):
     """The part of blocks with an M each, where a device has whole blocks.
 
-    Blocks whose inputs or outputs are elsewhere add zeros. The trained array may hold
-    the blocks here alone.
+    Blocks whose inputs or outputs are elsewhere add zeros, and M may lack theirs.
     """
 
     def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:

@@ -18,8 +18,7 @@ from mora_jax.operators._registry import OperatorSpec, parse_spec
 class FrozenMapping(Mapping[Any, Any]):
     """Frozen mapping, as are the mappings in it; equal content has an equal hash."""
 
-    # A class of our own: Python's `MappingProxyType` cannot be pickled, and plans know
-    # nothing of Flax and its FrozenDict.
+    # Python's `MappingProxyType` cannot be pickled, and plans know nothing of Flax.
     def __init__(self, content: Mapping[Any, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
@@ -263,8 +262,7 @@ class MoRAConfig(KernelConfig):
         `param_dtype` or in the array's own dtype, whichever is wider.
 
     Raises:
-      TypeError, ValueError: A setting that no kernel could have; `rank` together with
-        `square_rank`.
+      TypeError, ValueError: A setting no kernel could have; `rank` and `square_rank`.
 
     Example::
 

@@ -112,8 +112,7 @@ class Convolution(Product):
 
     The kernel is (*window, in, out), and the numbers in a window are the input
     features. So :math:`x * (C M D) = D((x * C) M)`. If C(x) is a single vector of q
-    numbers, the input is convolved with C, a kernel of q outputs; otherwise with the
-    delta itself.
+    numbers, the input is convolved with C, a kernel of q outputs; else with the delta.
 
     Attributes:
       axes: The kernel's axes as letters, such as "iiio".

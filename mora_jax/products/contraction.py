@@ -131,8 +131,7 @@ class Contraction(Product):
             kernel = f"a kernel of {len(self.kernel)} axes"
             raise ValueError(f"scale of shape {shape} must broadcast against {kernel}")
         # sum_i x_i s_i w_io = sum_i (x_i s_i) w_io, and sum_i x_i w_io s_o =
-        # (sum_i x_i w_io) s_o: along inputs it goes to x, along outputs to y, and along
-        # a stack axis, which both have, to y.
+        # (sum_i x_i w_io) s_o: along inputs it goes to x, along all others to y.
         varies = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
         for letters in (self.outputs, self.inputs):
             if varies.keys() <= set(letters):

@@ -165,8 +165,7 @@ def merge_adapters(model: _held.Model, *, any_base: bool = False) -> _held.Model
       A new model of floating-point kernels, of the class that the base has.
 
     Raises:
-      TypeError, ValueError: As `mora_jax.merge`; `model` is not of NNX, or lacks
-        adapters.
+      TypeError, ValueError: As `merge`; `model` is not of NNX, or lacks adapters.
     """
     forget(plain := _held.detached(model))
     params, adapters = nnx.state(plain, nnx.Param), _held.adapters(model)
