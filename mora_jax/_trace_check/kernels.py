@@ -23,23 +23,18 @@ PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".s
 
 @dataclasses.dataclass
 class Uses:
-    """Uses of a model's arrays in one call.
+    """Uses of a model's arrays in one call, by their paths."""
 
-    Attributes:
-      reached: The paths of the arrays that the outputs depend on.
-      multiplied: The paths of the arrays that are multiplied with something.
-      faults: {path of a kernel: the fault of its layer, by the rule's product}.
-      outside: {path of a kernel: the primitives outside of its layer that use it}.
-      unseen: {path of a kernel: the reason why its use is not proven}.
-      called: The paths of the kernels whose layers were called.
-    """
-
+    # The arrays that the outputs depend on, those that are multiplied with something,
+    # and the kernels whose layers were called.
     reached: set[str] = dataclasses.field(default_factory=set)
     multiplied: set[str] = dataclasses.field(default_factory=set)
+    called: set[str] = dataclasses.field(default_factory=set)
+    # Of a kernel the fault of its layer, by the rule's product; the primitives outside
+    # of its layer that use it; and the reason why its use is not proven.
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
     unseen: dict[str, str] = dataclasses.field(default_factory=dict)
-    called: set[str] = dataclasses.field(default_factory=set)
 
 
 def follow(
@@ -69,13 +64,12 @@ def follow(
                 uses.outside.setdefault(name, listed(by))
 
 
+@dataclasses.dataclass
 class Kernels:
     """The `Domain` of trails. It adds to `uses` what it finds."""
 
-    nothing: Value = {}
-
-    def __init__(self, uses: Uses) -> None:
-        self.uses = uses
+    uses: Uses
+    nothing: Value = dataclasses.field(default_factory=dict)
 
     def trial(self) -> "Kernels":
         return Kernels(Uses())
@@ -120,13 +114,12 @@ class Kernels:
     def _product(self, eqn: Any, values: list[Value]) -> Value:
         name, result = eqn.primitive.name, dict(trails.after(eqn, values))
         left, right, *_ = values
-        for is_first, value, operand in ((True, left, right), (False, right, left)):
+        for first, value, other in ((True, left, right), (False, right, left)):
             for kernel, trail in of_arrays(value).items():
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
-                if not trail.by and kernel not in operand:
-                    args = kernel, trail, operand, is_first
-                    result[kernel] = trails.multiplied(eqn, *args)
+                if not trail.by and kernel not in other:
+                    result[kernel] = trails.multiplied(eqn, kernel, trail, other, first)
         return result
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
@@ -185,12 +178,11 @@ def _fault(call: MarkedCall, trail: Trail, mapped: tuple[int, ...]) -> str:
     if claim.primitive and trail.by != claim.primitive:
         return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
     axes = _unmapped(trail.view, mapped)
-    if not (names := claim.axis_names(2, len(axes))):
+    names, lengths = claim.axis_names(2, len(axes)), tuple(map(length, axes))
+    if not names or (len(axes) == len(names) and axes == named(names, lengths)):
         return ""
-    if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
-        product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
-        return f"does not compute {product!r}, as its rule says"
-    return ""
+    product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
+    return f"does not compute {product!r}, as its rule says"
 
 
 def _fault_of_scale(scale: float | str, factors: tuple[float | str, ...]) -> str:
@@ -216,7 +208,7 @@ def _doubt(call: MarkedCall, trail: Trail) -> str:
 
 def _unmapped(view: View | None, mapped: tuple[int, ...]) -> View:
     """The axes of a view as a layer sees them, which sees no axes of vmap."""
-    return tuple(axis for k, axis in enumerate(view or ()) if k not in mapped)
+    return tuple([axis for k, axis in enumerate(view or ()) if k not in mapped])
 
 
 def _fault_of_read(trail: Trail, mapped: tuple[int, ...], name: str = "it") -> str:

@@ -2,8 +2,7 @@
 
 A model is traced with marks and companions of its kernels, to which its layers add no
 delta then. Without what is done to these alone, it must be the same program as before
-(`difference`). Code that counts its own leaves, or that asks for the type of its
-layers, makes another one.
+(`difference`). Code that counts leaves, or asks for types of layers, makes another.
 """
 
 import dataclasses
@@ -24,26 +23,17 @@ from mora_jax._jax.walk import inside, needed, opened
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A product of an input with a kernel, as a trace recognises it.
+    """A product of an input with a kernel, as a trace recognises it."""
 
-    Attributes:
-      einsum: The letters of the axes of input, kernel and output; () for a product of
-        another kind.
-      primitive: The primitive that multiplies; "" for any.
-      passes: Other linear primitives that input, kernel and product may pass.
-      stand_ins: Primitives that do the product instead where the kernel is small.
-      rows: Of a lookup (words of a rule, the function from indices and the number of
-        rows to the rows that are taken). The first is claimed; an error names another
-        one that fits.
-      reads: True if any use is made of the kernel, and the mark is on what is read.
-    """
-
+    # The letters of the axes of input, kernel and output; () for another product.
     einsum: tuple[str, ...] = ()
-    primitive: str = ""
-    passes: frozenset[str] = frozenset()
-    stand_ins: frozenset[str] = frozenset()
+    primitive: str = ""  # that multiplies; "" for any
+    passes: frozenset[str] = frozenset()  # linear ones for input, kernel and product
+    stand_ins: frozenset[str] = frozenset()  # which do it where the kernel is small
+    # Of a lookup (words of a rule, the function from indices and the number of rows to
+    # the rows that are taken). The first is claimed; an error names another that fits.
     rows: tuple[tuple[str, Callable[[Any, int], Any]], ...] = ()
-    reads: bool = False
+    reads: bool = False  # True for any use of the kernel: the mark is on what is read
 
     def axis_names(self, k: int, ndim: int) -> list[str | int]:
         """Names in views of the axes of an input (k = 0) or output (2); [] for any."""
@@ -57,24 +47,15 @@ class Claim:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class MarkedCall:
-    """One call of a method of a known layer; two calls are never equal.
+    """One call of a method of a known layer; two calls are never equal."""
 
-    Attributes:
-      name: The path of the kernel.
-      claim: The product that the method computes, according to the layer's rule.
-      method: The method, such as "Dense.__call__".
-      scale: The factor of the kernel by the rule: a number, the path of a parameter, ""
-        for another array, or None.
-      dtype: The dtype of the input, for lookups.
-      companion: The path of the array that is trained beside the kernel, or "".
-    """
-
-    name: str
-    claim: Claim
-    method: str
+    name: str  # the path of the kernel
+    claim: Claim  # the product that the method computes, according to the layer's rule
+    method: str  # such as "Dense.__call__"
+    # The rule's factor: a number, a parameter's path, "" for another array, or None.
     scale: float | str | None = None
-    dtype: Any = None
-    companion: str = ""
+    dtype: Any = None  # of the input, for lookups
+    companion: str = ""  # the path of the array that is trained beside the kernel
 
     def __repr__(self) -> str:  # in a printed program
         return f"{self.method} of {self.name}"

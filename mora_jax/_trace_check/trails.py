@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import Shape
 from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
 from mora_jax._trace_check.marks import MarkedCall
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
@@ -22,31 +21,21 @@ EVALUATED = frozenset(
 
 
 class Trail(NamedTuple):
-    """Way from one array of a model, or from the input of one call, to an array.
+    """Way from one array of a model, or from the input of one call, to an array."""
 
-    Attributes:
-      view: The axes of the kernel (numbers, negative for stack axes), of the input or
-        of their product (the kernel's, or letters of the einsum); None if lost.
-      by: The primitive that multiplied the kernel; "" before that.
-      call: The call whose input multiplied the kernel; None for any other array.
-      through: The further primitives on the way that change numbers.
-      factors: The factors among them, as in `MarkedCall.scale`, or what else they are.
-      numbers: The function from the call's indices to these numbers, or to a constant;
-        None if it is not known.
-      wrong: A fault of the input that multiplies the kernel, or "".
-      unseen: The reason why a trace cannot look into a primitive on the way, or "".
-      is_companion: True if it begins at an array that is trained beside a kernel.
-    """
-
+    # The axes of the kernel (numbers, negative for stack axes), of the input or of
+    # their product (the kernel's, or letters of the einsum); None if lost.
     view: View | None
-    by: str = ""
-    call: MarkedCall | None = None
-    through: frozenset[str] = frozenset()
+    by: str = ""  # the primitive that multiplied the kernel; "" before that
+    call: MarkedCall | None = None  # whose input multiplied it; None for another array
+    through: frozenset[str] = frozenset()  # further primitives that change numbers
+    # The factors among them, as in `MarkedCall.scale`, or what else they are.
     factors: tuple[float | str, ...] = ()
+    # From the call's indices to these numbers, or to a constant; None if not known.
     numbers: Callable[[Any], Any] | None = None
-    wrong: str = ""
-    unseen: str = ""
-    is_companion: bool = False
+    wrong: str = ""  # a fault of the input that multiplies the kernel
+    unseen: str = ""  # the reason why a trace cannot look into a primitive on the way
+    is_companion: bool = False  # True for an array that is trained beside a kernel
 
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
         return self._replace(view=None if self.view is None else move(self.view))
@@ -91,14 +80,11 @@ def of_arrays(value: Value) -> dict[str, Trail]:
 
 def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
+    value = joined(values)
     if is_opaque(eqn):
-        name = eqn.primitive.name
-        return changed(joined(values), lambda trail: trail.hidden(name))
-    trails = joined(values).items()
-    value = {start: _step(eqn, start, trail, values) for start, trail in trails}
-    if None in value and not value[None].numbers:
-        del value[None]
-    return value
+        return changed(value, lambda trail: trail.hidden(eqn.primitive.name))
+    value = {start: _step(eqn, start, t, values) for start, t in value.items()}
+    return {start: t for start, t in value.items() if start is not None or t.numbers}
 
 
 def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
@@ -119,9 +105,8 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
         case "convert_element_type":
             name += f" to {result[0].dtype}"
         case "reduce_precision":
-            bits, info = eqn.params, jnp.finfo(before[0].dtype)
-            exponent, mantissa = bits["exponent_bits"], bits["mantissa_bits"]
-            if exponent >= info.nexp and mantissa >= info.nmant:
+            own, info = eqn.params, jnp.finfo(before[0].dtype)
+            if own["exponent_bits"] >= info.nexp and own["mantissa_bits"] >= info.nmant:
                 return trail
         case "stop_gradient" if isinstance(start, str) and not trail.by:
             # A kernel that is trained by its companion alone needs no gradient. But its
@@ -136,8 +121,11 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
             if before[0].size == result[0].size or start is None:
                 return trail.moved(lambda view: reshape(view, result[0].shape))
         case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
-            if layer := _layer(trail.view, result[0].shape):
-                return trail._replace(view=layer)
+            # One layer of a stack is a kernel, since it has a companion of its own.
+            pairs = list(zip(trail.view, result[0].shape, strict=True))
+            if all(length(a) == n or (n == 1 and _is_of_stack(a)) for a, n in pairs):
+                view = tuple(axis if length(axis) == n else () for axis, n in pairs)
+                return trail._replace(view=view)
     # All others change numbers. A factor leaves the axes where they are.
     if not (alone and (name == "mul" or (name == "div" and at == [0]))):
         return trail.passed(name if alone else f"{name} by itself")
@@ -185,15 +173,6 @@ def _factor(view: View | None, value: Value, divides: bool) -> float | str:
         same = all(own in ((), axis) for axis, own in axes)
         return path if same else f"{path} (along other axes)"
     return "another array"
-
-
-def _layer(view: View, shape: Shape) -> View | None:
-    """The view of one layer of a stacked kernel; None for any other slice."""
-    # One layer is a kernel, since it has a companion of its own.
-    pairs = list(zip(view, shape, strict=True))
-    if all(length(a) == size or (size == 1 and _is_of_stack(a)) for a, size in pairs):
-        return tuple(axis if length(axis) == size else () for axis, size in pairs)
-    return None
 
 
 def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
