@@ -56,10 +56,9 @@ class LayerRule:
 
     def multiplies_by_dot_general(self, module: Any) -> bool:
         """True if the module multiplies by an attribute that is JAX's own function."""
+        plain = None, jax.lax.dot_general
         other = getattr(module, "dot_general_cls", None) or self.scale
-        if not self.dot_general or other is not None:
-            return False
-        return module.dot_general in (None, jax.lax.dot_general)
+        return self.dot_general and other is None and module.dot_general in plain
 
     def product(self, module: Any) -> Product | None:
         """The product as the module alone tells it; None if only a call does."""
@@ -136,9 +135,8 @@ def register_layer(
     own = RULES.setdefault(cls, [])  # from here rules by its name do not hold
     _registered.cache_clear()
     if rules_of(cls) if rule.folded else folded_kernels(cls):
-        which = f"for all kernels of {cls.__name__} or for none"
-        got = f"got {equation!r} for {kernel!r}"
-        raise ValueError(f"equation must be a products.Folded {which}, {got}")
+        which = f"for all kernels of {cls.__name__} or for none, got {equation!r}"
+        raise ValueError(f"equation must be a products.Folded {which} for {kernel!r}")
     own.append(rule)
     _registered.cache_clear()
 
@@ -218,6 +216,5 @@ def unknown_use(name: str, cls: type, method: str) -> TypeError:
     """The error for an adapted kernel that a method uses, perhaps, without a rule."""
     rules = [f"{rule.kernel!r} in {rule.method!r}" for rule in rules_of(cls).values()]
     known = f"only {' and '.join(rules)}" if rules else "nothing"
-    use = f"{cls.__name__}.{method} may use this adapted kernel"
-    why = f"{known} is known of its class; see mora_jax.register_layer"
-    return TypeError(f"{name}: {use}, but {why}")
+    use = f"{name}: {cls.__name__}.{method} may use this adapted kernel, but {known}"
+    return TypeError(f"{use} is known of its class; see mora_jax.register_layer")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -240,10 +241,9 @@ class Candidates:
 def refuse_shared(shared: Iterable[Sequence[str]], arrays: Collection[str]) -> None:
     """Raise if one of `arrays` is, or is inside, what is at several paths."""
     # A step trains the copy at one path, and the model goes on to use the other one.
-    for names in shared:
-        for array in arrays:
-            inside = (array == name or array.startswith(f"{name}/") for name in names)
-            if len(names) > 1 and any(inside):
-                both = f"the model holds {names[0]!r} also as {names[1]!r}"
-                remedy = "exclude it, take it out of train, or copy it"
-                raise ValueError(f"{array} is shared: {both}; {remedy}")
+    several = [names for names in shared if len(names) > 1]
+    for names, array in itertools.product(several, arrays):
+        if any(f"{array}/".startswith(f"{name}/") for name in names):
+            both = f"the model holds {names[0]!r} also as {names[1]!r}"
+            remedy = "exclude it, take it out of train, or copy it"
+            raise ValueError(f"{array} is shared: {both}; {remedy}")

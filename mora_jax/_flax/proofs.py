@@ -73,10 +73,9 @@ class Proofs:
         # Methods that it calls itself are parts of the same program.
         with unchecked(not why):
             yield
-        if is_new:
-            known[like] = why
-            if why:  # and not for a call that fails
-                warn(why)
+        known[like] = why
+        if is_new and why:  # and not for a call that fails
+            warn(why)
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
@@ -181,8 +180,7 @@ def _parts_of_object(value: Any) -> Iterable[Any]:
     if (wrapped := getattr(value, "__wrapped__", None)) is not None:  # as by jax.jit
         return [wrapped]
     if hasattr(value, "__dict__") and not jax.tree_util.all_leaves([value]):
-        leaves, structure = jax.tree.flatten(value)
-        return [structure, *leaves]
+        return jax.tree.flatten(value)
     return value.__reduce_ex__(4)
 
 

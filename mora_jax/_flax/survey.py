@@ -39,34 +39,27 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
 
 @dataclasses.dataclass
 class Survey:
-    """Knowledge of a model's arrays, by their paths; `plan` of both APIs fills it in.
+    """Knowledge of a model's arrays by their paths; `plan` of both APIs fills it in."""
 
-    Attributes:
-      by_names: True if nothing is known of the layers.
-      products: {path of a kernel: the product of its layer}.
-      non_kernels: The paths of other arrays of known layers, such as biases.
-      classes: {path of a module: its class}.
-      places: {path of a kernel, or of what scales one: the choices of the axes that a
-        lifted transformation takes off, so that its layer has the shape that it has}.
-      scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
-      uses, traced: The uses of arrays in calls that were traced; True if one was.
-      no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
-      shared: The paths of each module and array of an NNX model that has several.
-      leaves: {path: array} of the first inputs of a call, which the model holds.
-      intercepted: True if a library, such as qwix, computed the products of a call.
-    """
-
-    by_names: bool = False
+    by_names: bool = False  # True if nothing is known of the layers
+    # The products of kernels, other arrays of known layers, and the classes of modules.
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
+    # Of a kernel, or of what scales one, the choices of the axes that a lifted
+    # transformation takes off, so that its layer has the shape that it has.
     places: dict[str, list[Places]] = dataclasses.field(default_factory=dict)
+    # Of a parameter that scales a kernel the kernel's axes that it has.
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
-    uses: Uses = dataclasses.field(default_factory=Uses)
-    traced: bool = False
+    uses: Uses = dataclasses.field(default_factory=Uses)  # in calls that were traced
+    traced: bool = False  # True if one was
+    # Of a kernel that no `nnx.Param` holds the name of the class that does.
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
+    # The paths of each module and array of an NNX model that has several.
     shared: list[list[str]] = dataclasses.field(default_factory=list)
+    # The first inputs of a call, which the model holds.
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
+    # True if a library, such as qwix, computed the products of a call.
     intercepted: bool = dataclasses.field(default=False, init=False)
 
     def record_call(self, name: str, call: LayerCall, adapter: Any) -> jax.Array:
@@ -239,9 +232,8 @@ class Survey:
 def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
-    `programs` traces the call, with marks and M's if it is given a survey. If it is the
-    `main` one, the call is expected to use all adapters. The result is "", or a warning
-    that the call cannot be traced.
+    `programs` traces the call, with marks and M's if it is given a survey. The `main`
+    one has to use all adapters. The result is "", or a warning that no trace is made.
     """
     try:
         base = programs(None)
