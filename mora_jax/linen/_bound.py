@@ -26,15 +26,14 @@ def layer_calls(
 ) -> Callable[..., Any]:
     """A function for `nn.intercept_methods` that finds the adapter of each call.
 
-    `output_of` a call whose kernel has one is a function, and `see` is told of all
-    modules that are called.
+    `output_of` a call with an adapter is a function; `see` is told of called modules.
     """
-    running: list[nn.Module] = []
+    running: set[int] = set()  # by their ids: modules with equal fields are equal
 
     def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         # A rule covers all that its method calls of the same layer.
-        if module.scope is None or any(module is caller for caller in running):
+        if module.scope is None or id(module) in running:
             return run(*args, **kwargs)
         see(module)
         rule = rules_of(type(module)).get(name)
@@ -42,16 +41,14 @@ def layer_calls(
         adapter = rule and params.get(rule.name(module) + SUFFIX)
         if rule is None or not isinstance(adapter, Adapter):
             return run(*args, **kwargs)
-        running.append(module)
+        running.add(id(module))
         try:
             call = LayerCall(rule, module, run, args, kwargs)
-            spec = adapter.spec
-            if isinstance(spec, AdapterSpec) and "s" in spec.axes:  # of a stack
-                m, *given = adapter.m if isinstance(adapter.m, tuple) else (adapter.m,)
-                adapter = Adapter.of_model(m, spec, given)
-            return output_of(call, adapter)()
+            # In a stack M may come with arrays that its operator has for each layer.
+            m, *given = adapter.m if isinstance(adapter.m, tuple) else (adapter.m,)
+            return output_of(call, Adapter.of_model(m, adapter.spec, given))()
         finally:
-            running.pop()
+            running.remove(id(module))
 
     return intercept
 
@@ -67,14 +64,12 @@ def params_of(variables: Any) -> Any:
 def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapter:
     """A module's own adapter, made in `init`; plain arrays of params get `spec` too."""
     assert module.scope is not None
-    name = kernel + SUFFIX
-    given = module.scope.get_variable("params", name)
-    if given is None:
+    path, name = (*module.path, kernel), kernel + SUFFIX
+    if (given := module.scope.get_variable("params", name)) is None:
         # Not by `module.param`, which other libraries, such as gemma, replace.
-        path = (*module.path, kernel)
         return module.scope.param(name, lambda k: Adapter(spec.start(path, k), spec))
     adapter = given if isinstance(given, Adapter) else Adapter(given, spec)
-    return check_adapter("/".join((*module.path, name)), adapter)
+    return check_adapter("/".join(path) + SUFFIX, adapter)
 
 
 class MoRADense(nn.Dense):

@@ -28,6 +28,8 @@ from mora_jax._tree.plan import Plan
 from mora_jax.linen._bound import layer_calls, params_of
 from mora_jax.operators._pytree import by_layer
 
+Specs = Mapping[Path, AdapterSpec | None]
+
 
 def plan(
     model: nn.Module,
@@ -76,18 +78,13 @@ def plan(
     kept = [leaf for name, leaf in leaves.items() if name not in excluded]
     kernels = [path for path, leaf in kept if leaf.ndim > 1 and path in modules]
     for call in calls:
-        given = model, variables, call.args, call.kwargs, dict.fromkeys(kernels)
+        given = model, variables, call, dict.fromkeys(kernels)
         survey.trace(functools.partial(program, *given))
     return plan_surveyed(params, config, survey)
 
 
 def program(
-    model: nn.Module,
-    variables: Any,
-    args: Any,
-    kwargs: Any,
-    kernels: Mapping[Path, AdapterSpec | None],
-    survey: Survey | None,
+    model: nn.Module, variables: Any, call: Call, kernels: Specs, survey: Survey | None
 ) -> Jaxpr:
     """The program of a call, whose first inputs are the params, and M's if any.
 
@@ -103,20 +100,19 @@ def program(
 
     def record(call: LayerCall, adapter: Adapter) -> Callable[[], Any]:
         _, name, spec = adapter.spec
-        if spec and "s" in spec.axes:
-            adapter = Adapter.of_model(adapter.m, spec)
+        adapter = Adapter.of_model(adapter.m, spec)
         return functools.partial(known.record_call, name, call, adapter)
 
     # A new one in each call: in an earlier trace of nn.jit no call would be recorded.
     mark = object()
 
-    def run(tree: Any, others: Any, args: Any, kwargs: Any) -> Any:
+    def run(tree: Any, variables: Any, args: Any, kwargs: Any) -> Any:
         params, values = tree
         bound = {}
         for path, m in zip(ms, values, strict=True):
             known_as = mark, "/".join(path), kernels[path]
             bound[(*path[:-1], path[-1] + SUFFIX)] = Adapter(m, known_as)
-        variables = {**others, "params": with_ms(params, bound)}
+        variables = {**variables, "params": with_ms(params, bound)}
         with nn.intercept_methods(layer_calls(record, see)):
             result = model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
@@ -124,12 +120,11 @@ def program(
         output, updated = result  # the params in it are not computed
         return output, {k: value for k, value in updated.items() if k != "params"}
 
-    others = {name: value for name, value in variables.items() if name != "params"}
     leaves = named_leaves(params_of(variables)).items()
     own = {"/".join(path) + SUFFIX: m for path, m in ms.items() if m is not None}
     known.leaves = {name: leaf for name, (_, leaf) in leaves} | own
     tree = variables["params"], list(ms.values())
-    return program_of(run, tree, others, args, kwargs)
+    return program_of(run, tree, {**variables}, call.args, call.kwargs)
 
 
 def check_model(model: Any) -> None:
@@ -159,24 +154,23 @@ class AdaptedApply:
         """The model's `apply` with adapters; see `wrap`."""
         found = adapters_in(adapters)
         check_alike(found.specs, self.plan.parts, "the plan", meaning=False)
-        bound, kernels = {}, found.kernels
-        for path, adapter in kernels.items():
-            spec = adapter.spec
+        bound, drops = {}, False
+        for path, adapter in found.kernels.items():
+            m, spec = adapter.m, adapter.spec
+            drops |= spec.dropout > 0
             if spec.base_digest is not None:  # or equal layers would be told apart
-                plain = dataclasses.replace(spec, base_digest=None)
-                adapter = adapter.replace(spec=plain)
+                spec = dataclasses.replace(spec, base_digest=None)
             if "s" in spec.axes:  # lifted transformations slice M, and what is given
                 m, arrays = adapter.in_model(), by_layer(spec.operator)[0]
                 given = [to_model(jnp.asarray(array), spec.axes) for array in arrays]
-                adapter = adapter.replace(m=(m, *given) if given else m)
-            bound[place_of(path, spec)] = adapter
-        drops = any(adapter.spec.dropout > 0 for adapter in kernels.values())
+                m = (m, *given) if given else m
+            bound[place_of(path, spec)] = Adapter(m, spec)
         if drops and adapter_deterministic is None:
             rule = "adapter_deterministic must be True or False"
             raise ValueError(f"the adapters have dropout: {rule}, got None")
         base = params_of(variables)
         params = merged(base, found.trained) if found.trained else base
-        given = {**variables, "params": params}, args, kwargs, self.plan.specs
+        given = {**variables, "params": params}, Call(*args, **kwargs), self.plan.specs
         programs = functools.partial(program, self.model, *given)
         check = check_call, lambda: self.plan, programs, "method" not in kwargs
         call = variables, args, kwargs
@@ -199,9 +193,8 @@ class AdaptedApply:
                 "pass it in variables, or freeze it (use_running_average=True)"
             )
         if "params" in updated:  # with the base's arrays for the trained copies
-            new, trained = split(updated["params"])[0], self.plan.trained
-            leaves = named_leaves(base) if trained else {}
-            old = dict(leaves[name] for name in trained)
+            new, leaves = split(updated["params"])[0], named_leaves(base)
+            old = dict(leaves[name] for name in self.plan.trained)
             updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 

@@ -40,8 +40,7 @@ def adapt(module: nnx.Module) -> None:
 
 def adapted_class(cls: type) -> type:
     """The class that a layer of class `cls` has once it is adapted."""
-    rules = tuple(rules_of(cls).values())
-    return _adapted_class(cls, rules, tuple(folded_kernels(cls).items()))
+    return _adapted_class(cls, *rules_of(cls).values(), *folded_kernels(cls).items())
 
 
 # nnx.jit would compile a program for each of several classes. Other rules need another
@@ -50,8 +49,7 @@ def adapted_class(cls: type) -> type:
 def _adapted_class(cls: type, *_: Any) -> type:
     # A method runs on a copy of its layer without M's. So whatever it does (`nnx.remat`
     # of a part, calls of other methods) adds no delta a second time, other threads may
-    # be in the same layer, and qwix, which takes an array for a weight if a parameter
-    # has its shape, sees no M.
+    # be in the same layer, and qwix, which knows weights by their shapes, sees no M.
     rules, folded = rules_of(cls), folded_kernels(cls)
 
     def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

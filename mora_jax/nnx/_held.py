@@ -1,9 +1,9 @@
 """Adapters that a model holds: variables, dropout, and the tree of all of them.
 
-The tree is the same for a Linen twin. `qwix`, whose modules keep their classes, knows
-nothing else of this folder.
+Linen twins have the same tree. `qwix`, which changes no class, knows nothing else here.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -119,13 +119,11 @@ def detached(model: Model) -> Model:
 
 def held(module: nnx.Module, kernel: str) -> Adapter | None:
     """A kernel's adapter; None without one."""
-    m: Any = getattr(module, kernel + SUFFIX, None)
-    if m is None:
+    own: Any = vars(module)
+    if (m := own.get(kernel + SUFFIX)) is None:
         return None
-    given: list[Any] = []
-    while (array := getattr(module, _given(kernel, len(given)), None)) is not None:
-        given.append(array[...])
-    return Adapter.of_model(m[...], m.spec, given)
+    names = itertools.takewhile(own.__contains__, _given(kernel))
+    return Adapter.of_model(m[...], m.spec, [own[name][...] for name in names])
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -147,29 +145,25 @@ def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -
     hold_dropout(module, spec, seed)
 
 
-def _given(kernel: str, number: int) -> str:
-    return f"{kernel}_{number}{SUFFIX}"
+def _given(kernel: str) -> Iterator[str]:
+    return (f"{kernel}_{number}{SUFFIX}" for number in itertools.count())
 
 
 def hold_given(module: nnx.Module, kernel: str, spec: Any) -> None:
     """Put what a stack's layers have each their own of beside M, and nothing else."""
-    arrays = by_layer(spec.operator)[0]
-    for number, array in enumerate(arrays):
-        array = to_model(jnp.asarray(array), spec.axes)
-        setattr(module, _given(kernel, number), Given(array))
-    number = len(arrays)
-    while hasattr(module, name := _given(kernel, number)):
+    arrays, names = by_layer(spec.operator)[0], _given(kernel)
+    for array, name in zip(arrays, names, strict=False):  # names go on
+        setattr(module, name, Given(to_model(jnp.asarray(array), spec.axes)))
+    for name in itertools.takewhile(vars(module).__contains__, names):
         delattr(module, name)
-        number += 1
 
 
 def hold_dropout(module: nnx.Module, spec: Any, seed: int) -> bool:
     """Put the switch of an adapter's dropout into its module; True if it is new."""
     if not getattr(spec, "dropout", 0) or hasattr(module, DROPOUT):
         return False
-    check_seed(seed)
     dropout: Any = nnx.Dropout(spec.dropout)
-    dropout.seed = seed
+    dropout.seed = check_seed(seed)
     setattr(module, DROPOUT, dropout)
     return True
 
@@ -191,18 +185,17 @@ def dropout_key(
     dropout: Any = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic or not adapter.spec.dropout:
         return None
-    own = jax.tree.leaves(getattr(module, kernel))[0]  # it may be quantized
-    m = adapter.m
+    arrays = adapter.m, jax.tree.leaves(getattr(module, kernel))[0]  # maybe quantized
 
     def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
         first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
         key = jax.random.fold_in(jax.random.key(np.uint32(dropout.seed)), _hash(m))
         return jax.random.fold_in(key, _hash(first))
 
-    for sharding in filter(None, map(explicit_sharding, (m, own))):
+    for sharding in filter(None, map(explicit_sharding, arrays)):
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        return with_auto_axes(make_key, replicated, m, own)
-    return make_key(m, own)
+        return with_auto_axes(make_key, replicated, *arrays)
+    return make_key(*arrays)
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -272,8 +265,7 @@ def set_adapters(
     Args:
       model: An adapted model, as in the example of `wrap`. It is changed in place.
       adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
-        `nnx.state(another_model, MoRAParam)`. An M that is not committed to a device
-        goes where the model has its M.
+        `nnx.state(another_model, MoRAParam)`. An uncommitted M goes where the old is.
       any_base: True to take adapters that were trained on other kernels as well.
       seed: As in `wrap`, where the new adapters have dropout and the old had none. The
         model then drops until `model.eval()`, and a `MoRAWarning` says so.
@@ -281,8 +273,7 @@ def set_adapters(
     Raises:
       TypeError: The adapters are not adapters of arrays.
       ValueError: The model lacks adapters; or the new ones are of other kernels, have
-        dropout where methods read a kernel, or were trained on another base and
-        `any_base` is False.
+        dropout where methods read a kernel, or (unless `any_base`) are of another base.
     """
     found = adapters_in(adapters)
     check_alike(found.specs, plan_of(model).parts, "the plan", meaning=False)
@@ -305,17 +296,15 @@ def set_adapters(
         warn(f"{told}: the model drops until model.eval()")
 
 
-def _fitting(
-    module: nnx.Module, path: Path, variable: MoRAParam, adapter: Adapter
-) -> Adapter:
-    """The adapter as its place in a model takes it."""
-    name, spec, own = "/".join(path), adapter.spec, variable.spec
-    m = as_jax_array(name, adapter.m)
+def _fitting(module: nnx.Module, path: Path, old: MoRAParam, new: Adapter) -> Adapter:
+    """The new adapter as the place of the old one in a model takes it."""
+    name, spec, own = "/".join(path), new.spec, old.spec
+    m = as_jax_array(name, new.m)
     if isinstance(own, TrainedArray):  # the model knows its dtypes
         m, spec = m.astype(own.dtype), own
     else:  # of one layer where the model has the variable for one
         spec = spec.with_stack(own.stack_shape)
-    m, sharding = Adapter(m, spec).in_model(), named_sharding(variable)
+    m, sharding = Adapter(m, spec).in_model(), named_sharding(old)
     if sharding is not None and not isinstance(m, Tracer) and not m.committed:
         m = jax.device_put(m, sharding)
     if hasattr(module, "plain_class"):  # qwix drops in another way

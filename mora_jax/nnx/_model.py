@@ -19,7 +19,7 @@ from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import init
 from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import adapters_in, named_leaves
@@ -80,8 +80,7 @@ def plan(
             if places and len(shape) == len(product.axes):
                 survey.places[name] = places
     for call in all_calls(args, kwargs, calls):
-        own = functools.partial(program, model, "__call__", call.args, call.kwargs)
-        survey.trace(own)
+        survey.trace(functools.partial(program, model, "__call__", call))
     return plan_surveyed(_held.parameters(model), config, survey)
 
 
@@ -96,17 +95,15 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
 
 
-def program(
-    model: nnx.Module, method: str, args: Any, kwargs: Any, survey: Survey | None
-) -> Jaxpr:
+def program(model: nnx.Module, method: str, call: Call, survey: Survey | None) -> Jaxpr:
     """The program of a call, whose first inputs are the arrays of the model.
 
     With a survey, which it fills in, layers are marked: those that have an M, or all of
     a plain model. Without a survey it is the program of the base.
     """
     if survey is None:
-        call, state = _held.traceable(_held.detached(model), method)
-        return program_of(call, state, args, kwargs)
+        run, state = _held.traceable(_held.detached(model), method)
+        return program_of(run, state, call.args, call.kwargs)
     suffix = SUFFIX if any(_held.attributes(model, _held.MoRAParam)) else ""
     twin = nnx.clone(model)
     for path, layer in list(_held.named_modules(twin)):
@@ -117,10 +114,10 @@ def program(
             setattr(layer, MARKED, Marked(survey, "".join(f"{key}/" for key in path)))
     for module, (*_, key), copy in _held.attributes(twin, _held.TrainedParam):
         setattr(module, key, copy.plain())
-    call, state = _held.traceable(twin, method)
+    run, state = _held.traceable(twin, method)
     leaves = named_leaves(nnx.to_pure_dict(state))
     survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
-    return program_of(call, state, args, kwargs)
+    return program_of(run, state, call.args, call.kwargs)
 
 
 def wrap(
@@ -191,12 +188,11 @@ def wrap(
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(_held.named_modules(model))
     for path, adapter in adapters_in(new).items():
-        name, module, own = "/".join(path), modules.get(path[:-1]), path[-1]
-        variable = getattr(module, own, None)
-        if not isinstance(adapter.spec, AdapterSpec):
+        name, module, spec = "/".join(path), modules.get(path[:-1]), adapter.spec
+        variable = getattr(module, own := path[-1], None)
+        if not adapter.of_kernel:
             _train(module, name, variable, adapter)
             continue
-        spec = adapter.spec
         shape = tuple(variable.shape) if isinstance(variable, nnx.Variable) else None
         if module is None or shape != spec.kernel_shape:
             planned = f"plan has {spec.kernel_shape} at {name!r}"
@@ -255,8 +251,7 @@ def merge_adapters(
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
-    `model`, as `wrap` makes it (see its example), stays as it is. The other arguments
-    are as in `mora_jax.merge`.
+    `model`, as in the example of `wrap`, stays as it is; else as in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
@@ -281,7 +276,7 @@ def _checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            programs = functools.partial(program, self, name, args, kwargs)
+            programs = functools.partial(program, self, name, Call(*args, **kwargs))
             check = check_call, lambda: _held.plan_of(self), programs, is_main
             proofs = vars(self).get(_held.PROOFS) or Proofs()
             with proofs.proving(self, (name, args, kwargs), *check):
