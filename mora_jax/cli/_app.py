@@ -80,9 +80,8 @@ def read_adapter(
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         why = "is of no adapter that we know"
         raise io.AdapterFileError(f"{config.name} in {path} {why}")
-    shapes = checkpoint and checkpoint.shapes(names)
     kind = "peft-mora" if content.get("use_mora") else "peft-lora"
-    return io.load_peft(path, shapes, names), kind, {}
+    return io.load_peft(path, checkpoint and checkpoint.shapes(names), names), kind, {}
 
 
 def check_apart(out: str, adapter: str) -> None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from etils import epath
 
 Location: TypeAlias = "Path | epath.Path"
-
 PathLike = str | os.PathLike[str]  # what `as_path` reads
 
 
@@ -84,8 +83,7 @@ ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the directory of an adapter of PEFT. This library has the second."""
 
 TEMPORARY = ".mora-jax-"  # so begin the names of unfinished files and directories
-LIMIT = 300  # seconds that a process waits for the others
-_steps = itertools.count()  # numbers of what all processes did together
+LIMIT, _steps = 300, itertools.count()  # seconds to wait for others, numbers of steps
 Files = Iterable[tuple[str, Iterable[bytes]]]  # names, and contents in pieces
 
 
@@ -125,9 +123,6 @@ def together(call: str, shared: bool = True) -> Iterator[list[Any]]:
             raise RuntimeError(f"{call} failed on process {number}, so on all: {got}")
 
 
-# --- Reading ---
-
-
 @contextlib.contextmanager
 def missing_files(path: Location) -> Iterator[None]:
     """Turn the errors of a missing file, or of a directory there, into ours."""
@@ -160,9 +155,6 @@ def entries(directory: Location) -> list[Location]:
     """The entries of a directory, none if it does not exist."""
     # In an object store a directory without objects does not exist.
     return list(directory.iterdir()) if directory.exists() else []
-
-
-# --- Writing ---
 
 
 def check_free(

@@ -99,12 +99,11 @@ def _changes(
 ) -> tuple[dict[str, Layer], dict[str, tuple[str, np.ndarray]]]:
     """{tensor: its layer}, and {tensor: name and numbers of the array replacing it}."""
     sites, trained, found = {}, {}, adapters_in(adapters)
+    for path, adapter in found.kernels.items():
+        for layer in _layers(source, path, adapter):
+            sites |= dict.fromkeys(layer.tensors, layer)
     in_front = all(a.spec.stacked_in_front for a in found.kernels.values())
-    for path, adapter in found.items():
-        if adapter.of_kernel:
-            for layer in _layers(source, path, adapter):
-                sites |= dict.fromkeys(layer.tensors, layer)
-            continue
+    for path, adapter in found.trained.items():
         name, shape = "/".join(path), adapter.spec.shape
         numbers = to_numpy(name, adapter.m)
         stack = source.own_name(path, shape) or source.stack(name, shape)

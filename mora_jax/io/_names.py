@@ -54,14 +54,7 @@ class Pair(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """True if the weight has the axes of its outputs elsewhere than the kernel."""
-        return self.axes != self.kernel_axes
-
-    def filled(self, fields: dict[str, str]) -> "Pair":
-        module, kernel = (template.format(**fields) for template in self[:2])
-        pair = self._replace(module=module, kernel=kernel)
-        # Embeddings have the same axes everywhere, whatever a template says.
-        return pair._replace(axes="io", kernel_axes="io") if pair.is_table else pair
+        return self.axes != self.kernel_axes  # the weight's outputs are elsewhere
 
 
 class Bijection:
@@ -154,7 +147,10 @@ def _pattern(template: str) -> re.Pattern[str]:
 def _fitting(text: str, known: list[tuple[re.Pattern[str], Pair]]) -> Iterator[Pair]:
     for pattern, pair in known:
         if match := pattern.fullmatch(text):
-            yield pair.filled(match.groupdict())
+            module, kernel = (text.format(**match.groupdict()) for text in pair[:2])
+            pair = pair._replace(module=module, kernel=kernel)
+            # Embeddings have the same axes everywhere, whatever a template says.
+            yield pair._replace(axes="io", kernel_axes="io") if pair.is_table else pair
 
 
 def bijection(names: Names) -> Bijection:
@@ -204,8 +200,6 @@ TEMPLATES = (
 """The remedy where names lack a kernel or a module, as the end of a message."""
 
 
-# --- The names of well-known models ---
-
 _BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
 TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 """The last names of modules in PyTorch whose weights are embeddings."""
@@ -216,9 +210,8 @@ def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
     pairs = []
     for module in (*(f"{root}.{name}" for name in names), *names):
         leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
-        kernel = (module + leaf).replace(".", "/")
         # Each kernel in Flax is the transpose of PyTorch's weight.
-        pairs.append(Pair(module, kernel, axes, axes[::-1]))
+        pairs.append(Pair(module, (module + leaf).replace(".", "/"), axes, axes[::-1]))
     return tuple(pairs)
 
 

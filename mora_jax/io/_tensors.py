@@ -20,17 +20,13 @@ from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import Field, parse, read_record, short
 
-Arrays = Mapping[str, np.ndarray]  # by their names in a file
-
 _KINDS: dict[str, Any] = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16}
-DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
-"""The dtypes of tensors that can be an M or a kernel."""
-
+DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}  # of M's and kernels
 KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F(16)|F(4|32|64)|C(64)|F([68])_[A-Z0-9]+")
 """All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
+Arrays = Mapping[str, np.ndarray]  # by their names in a file
 ENTRY = {"dtype": Field(str), "shape": Field(list), "data_offsets": Field(list)}
-
 MAX_HEADER, CHUNK = 2**25, 2**24
 
 

@@ -15,13 +15,10 @@ from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, Pair, bijection
 from mora_jax.io._tensors import DTYPES, TensorFile
 
-# Configs, tokenizers and templates. Never pickles, which may run anything, and not the
-# base's card, which is of another model.
+# Suffixes of a base's other files that are copied: configs, tokenizers and templates.
+# Never pickles, which may run anything, and not its card, which is of another model.
 COPIED = (".json", ".txt", ".model", ".jinja")
-"""The suffixes of the other files of a base that are copied."""
-
-INDEX = ".safetensors.index.json"
-"""The end of the name of the file that says which file has which tensor."""
+INDEX = ".safetensors.index.json"  # so ends the file that says where each tensor is
 
 ORDERS = {"gpt2": "io", "gpt_neo": "oi", "gpt_bigcode": "oi"}
 """{model_type in a config: the order of axes of weights with GPT-2's names}."""
@@ -72,8 +69,7 @@ class Checkpoint:
             return pair.axes
         widths = features(array, pair.kernel_axes) if array else (0, 0)
         if widths[0] != widths[1]:
-            entry = self.place[tensor].entries[tensor]
-            return "io" if entry.shape == widths else "oi"
+            return "io" if self.place[tensor].entries[tensor].shape == widths else "oi"
         order = order_by_c_attn({n: file.entries[n] for n, file in self.place.items()})
         if order := order or ORDERS.get(str(self.config.get("model_type"))):
             return order
@@ -92,10 +88,9 @@ class Checkpoint:
         for name, file in self.place.items():
             entry, module = file.entries[name], name.removesuffix(".weight")
             pair = next(known.of_module(module), None) if module != name else None
+            is_matrix = len(entry.shape) == 2 and entry.dtype in DTYPES
             # One layer does not tell how large its stack is.
-            if pair is None or "[" in pair.kernel:
-                continue
-            if len(entry.shape) == 2 and entry.dtype in DTYPES:
+            if pair and is_matrix and "[" not in pair.kernel:
                 order = self.axes(name, pair, names)
                 shape = entry.shape if order == "io" else entry.shape[::-1]
                 leaves[pair.kernel] = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])

@@ -120,15 +120,14 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     for name, array in arrays.items():
         if name not in given:
             raise ValueError(f"sharding lacks {name!r}{nearest_paths(name, given)}")
-        if (one := given[name]) is None:
-            continue
+        one, shape = given[name], tuple(array.shape)
         try:
-            one.addressable_devices_indices_map(tuple(array.shape))
-            one.shard_shape(tuple(array.shape))
+            if one is not None:
+                one.addressable_devices_indices_map(shape)
+                one.shard_shape(shape)
         except Exception as error:  # some of JAX's errors are not ValueErrors
-            raise ValueError(
-                f"sharding must split {name!r}, of shape {tuple(array.shape)}, evenly "
-                f"over devices, as NamedSharding(mesh, spec) does, got {one!r}; a tree "
-                f"may have one for each leaf: {error}"
-            ) from error
+            rule = f"sharding must split {name!r}, of shape {shape}, evenly over"
+            hint = "devices, as NamedSharding(mesh, spec) does"
+            got = f"got {one!r}; a tree may have one for each leaf: {error}"
+            raise ValueError(f"{rule} {hint}, {got}") from error
     return given

@@ -40,10 +40,9 @@ class Part(NamedTuple):
         shape, letters, n = file.entries[name].shape, pair.kernel_axes, len(array)
         if len(shape) < 2 and math.prod(array) == math.prod(shape):
             return cls(file, name, tuple(range(n)), ())
+        splits = [letters] * (len(letters) == n > 1)
         if len(letters) == 2:  # each may be several axes here, such as heads and width
             splits = [letters[0] * k + letters[1] * (n - k) for k in range(1, n)]
-        else:
-            splits = [letters] * (len(letters) == n > 1)
         for split in splits:
             groups = tuple(sizes(range(n), split, letter) for letter in pair.axes)
             if tuple(math.prod(array[k] for k in group) for group in groups) == shape:

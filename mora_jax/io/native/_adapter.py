@@ -1,7 +1,6 @@
 """Adapters in this library's format, one safetensors file that holds all.
 
-Its metadata hold a text, the config: what the arrays mean, what the user wants to keep,
-and digests.
+Its metadata hold a text, the config: what arrays mean, what the user keeps, digests.
 """
 
 import contextlib
@@ -25,11 +24,9 @@ from mora_jax.io.native._records import Record
 from mora_jax.operators import Damped
 from mora_jax.sharding import adapter_shardings
 
-FORMAT, KEY, WHERE = "mora_jax adapter", "mora_jax", f"the config in {TENSORS}"
-"""The format, the only key of the metadata, and the config's name in messages."""
-
-MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
-"""What a file holds beside the record of its adapters."""
+FORMAT, KEY = "mora_jax adapter", "mora_jax"  # KEY is the only one of the metadata
+WHERE = f"the config in {TENSORS}"  # in messages
+MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}  # beside the adapters
 
 
 def load(
@@ -46,8 +43,7 @@ def load(
       params_or_shapes: The model's params or their shapes, which the adapters must fit.
         If `save` was given the base's params, arrays must also hold that base's
         weights, in float32 or bfloat16.
-      any_base: True to accept also other weights than those that the adapter was
-        trained on.
+      any_base: True to accept other weights than the adapters were trained on, too.
 
     Raises:
       io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not

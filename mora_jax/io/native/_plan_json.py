@@ -6,8 +6,7 @@ from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.io import _files, _json
 from mora_jax.io.native import _records
 
-FORMAT, WHERE = "mora_jax plan", "the plan"
-"""The format, and the name of the text in messages."""
+FORMAT, WHERE = "mora_jax plan", "the plan"  # the format, and the text in messages
 
 PLAN: _json.Fields = {
     "base_parameters": _json.Field(int, lambda plan: plan.base_parameters),

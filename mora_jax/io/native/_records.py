@@ -1,7 +1,6 @@
 """Records of adapters in JSON, and adapters of records.
 
-The tables of fields say what files hold. A field that a later version adds has a
-default, for the files that lack it, and the version that added it (see `Field`).
+The tables of fields say what files hold, and what later versions added (see `Field`).
 """
 
 import dataclasses
@@ -33,11 +32,11 @@ from mora_jax.operators import OPERATORS, Damped, Operator, Subspace, make_opera
 from mora_jax.operators._pytree import by_layer
 
 VERSION = 1
-
 LARGEST_ARRAY = 2**28  # numbers, the most that a file alone may ask for
 LARGEST_SIZE, DEEPEST = 2**31, 100  # the end of sizes and ranks, the names in a path
 
 Record = Mapping[str, Any]
+ByPath = Mapping[Path, Adapter]
 Widths = tuple[int, int, int]  # of a kernel and its M: in, out and q
 
 
@@ -95,9 +94,7 @@ PARTS: Fields = {
 """The record of {path: adapter}, beside its `format`."""
 
 
-def _records_of(
-    found: Mapping[Path, Adapter], kind: type, fields: Fields
-) -> list[dict[str, Any]]:
+def _records_of(found: ByPath, kind: type, fields: Fields) -> list[dict[str, Any]]:
     of_kind = (part for part in found.items() if isinstance(part[1].spec, kind))
     return [record_of(part, fields) for part in of_kind]
 
@@ -120,7 +117,7 @@ def fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def text_of(found: Mapping[Path, Adapter], more: dict[str, Any]) -> str:
+def text_of(found: ByPath, more: dict[str, Any]) -> str:
     """The record of {path: adapter} with `more` in it, as text."""
     return dump(_signed(record_of(found, PARTS) | more)).decode()
 

@@ -27,10 +27,9 @@ from mora_jax.operators.low_rank import nearest_factors
 
 Program = Literal["peft", "vllm", "sglang"]
 
-# SGLang takes any number. There a rank above the last of these is not written either,
-# since it costs as much as the kernel.
+# What vLLM 0.32 takes for `--max-lora-rank`. SGLang takes any number, but a rank above
+# the last of these is not written for it either, since it costs as much as the kernel.
 RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
-"""The numbers that vLLM 0.32 takes for `--max-lora-rank`."""
 
 MERGE = (
     "io.merge_checkpoint(base, adapters, out, names), or mora-jax merge BASE ADAPTER "
@@ -264,6 +263,7 @@ def _contents(
 
 
 def _modules(adapters: Any, names: Names) -> list[Module]:
+    """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
     known, items = bijection(names), []
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two

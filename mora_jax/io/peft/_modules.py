@@ -50,8 +50,7 @@ def turned(pair: MatrixPair, kernel: str, axes: str, here: str) -> MatrixPair:
 Rule = tuple[str, Callable[[Any], bool]]  # for values: in words, and as a check
 
 
-def _by_name(rule: Rule) -> Rule:
-    words, fits = rule
+def _by_name(words: str, fits: Callable[[Any], bool]) -> Rule:
     # PEFT takes regular expressions; a stranger's may take forever to match.
     is_name = re.compile(r"[\w.-]+").fullmatch
     return (
@@ -76,9 +75,9 @@ _RULES: dict[str, Rule] = {
     "use_mora": _BOOL,
     "use_rslora": _BOOL,
     "r": _RANK,
-    "rank_pattern": _by_name(_RANK),
+    "rank_pattern": _by_name(*_RANK),
     "lora_alpha": _NUMBER,
-    "alpha_pattern": _by_name(_NUMBER),
+    "alpha_pattern": _by_name(*_NUMBER),
     "bias": (f"one of {_BIASES}", _BIASES.__contains__),
     "lora_dropout": ("in [0, 1)", lambda v: _NUMBER[1](v) and 0 <= v < 1),
     "init_lora_weights": (
@@ -138,8 +137,7 @@ def modules_in(arrays: Arrays, config: Config) -> tuple[list[MatrixPair], list[s
         rank = _own(config, "r", "rank_pattern", name)
         alpha = _own(config, "lora_alpha", "alpha_pattern", name)
         factor = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        a, b = two["A"].T, two["B"].T
-        modules.append(MatrixPair(name, table, a, b, rank, factor))
+        modules.append(MatrixPair(name, table, two["A"].T, two["B"].T, rank, factor))
     return modules, others
 
 

@@ -15,7 +15,7 @@ from mora_jax._common.messages import nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec, TrainedArray
-from mora_jax._tree.paths import Tree, named_leaves, nest, place_of
+from mora_jax._tree.paths import Found, Tree, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, read_bytes
@@ -29,11 +29,9 @@ from mora_jax.operators import LowRank, Operator, Rotation, Sharing
 from mora_jax.operators.sharing import REFERENCE_GROUPS
 
 Place = dict[str, Any]  # shape, axes and layout of a kernel
-ByIndex = dict[Shape, MatrixPair]
-"""{index in a kernel's stack, or in its first output axis: the module there}."""
-
-Leaves = Mapping[str, tuple[Path, Any]]
-"""{name: path and array of a model's params, or path and spec of a plan}."""
+ByIndex = dict[Shape, MatrixPair]  # by index in a stack, or in a first output axis
+Kernels = dict[str, ByIndex]  # by the names of kernels
+Leaves = Mapping[str, tuple[Path, Any]]  # by name: arrays of params, specs of a plan
 
 
 def load_peft(
@@ -41,11 +39,10 @@ def load_peft(
 ) -> Tree:
     """Read a LoRA of Hugging Face PEFT, or what the paper's authors' code saved.
 
-    A LoRA has the operator "low_rank" at its own rank, and an alpha of `lora_alpha / r`
-    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` and biases are arrays that
-    are trained themselves. The reference's adapters (peft-mora) have sharing for its
-    types 1 to 4 and rotation for type 6, and an alpha of 1. DoRA and other types are
-    refused.
+    Adapters of a LoRA have the operator "low_rank" at the rank of their modules and an
+    alpha of `lora_alpha / r` (with rsLoRA, `lora_alpha / sqrt(r)`); `modules_to_save`
+    and biases train themselves. The reference's (peft-mora) have sharing for types 1 to
+    4, rotation for type 6, and an alpha of 1. DoRA and other types are refused.
 
     Args:
       directory: As in `load`, with adapter_config.json and adapter_model.safetensors.
@@ -59,9 +56,6 @@ def load_peft(
         Qwen3, Llama3 and Gemma, "gm" for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
-
-    Returns:
-      Adapters, which have the factor and the rank of their modules.
 
     Raises:
       AdapterFileError: The files are damaged or of another type, or do not fit the
@@ -78,28 +72,25 @@ def load_peft(
     elif jax.tree.leaves(model):
         leaves = named_leaves(model)
     kernels = _kernels(modules, leaves, names)
-    adapters: dict[Path, Adapter] = {}
+    adapters = Found()
     for name, by_index in kernels.items():
         try:
             known = None if model is None else leaves
             path, place = _kernel(name, known, by_index, config)
-            adapter = _adapter_of(name, place, by_index, config)
+            adapters[path] = _adapter_of(name, place, by_index, config)
         except ValueError as error:
             raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
-        adapters[place_of(path, adapter.spec)] = adapter
     if others:
         source = Source(Checkpoint(file), names, tied=False)
         adapters |= dict(_trained(source, leaves, others, kernels))
-    return nest(adapters)
+    return adapters.tree()
 
 
-def _kernels(
-    modules: list[MatrixPair], leaves: Leaves, names: Names
-) -> dict[str, ByIndex]:
+def _kernels(modules: list[MatrixPair], leaves: Leaves, names: Names) -> Kernels:
     """The matrices of each kernel, by the names of their modules."""
     known = bijection(names)
     paths = [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
-    kernels: dict[str, ByIndex] = defaultdict(dict)
+    kernels: Kernels = defaultdict(dict)
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
         if not found:
@@ -128,8 +119,7 @@ def _kernel(
         return tuple(name.split("/")), {"kernel_shape": shape, "axes": axes}
     path, leaf = leaves.get(name, ((), None))
     if isinstance(leaf, AdapterSpec):
-        fields = "kernel_shape", "axes", "layout"
-        return path, {field: getattr(leaf, field) for field in fields}
+        return path, {k: getattr(leaf, k) for k in ("kernel_shape", "axes", "layout")}
     if leaf is None or isinstance(leaf, TrainedArray):
         raise ValueError(f"the model lacks this kernel{nearest_paths(name, leaves)}")
     check_kernel(leaf, name)
@@ -138,16 +128,14 @@ def _kernel(
 
 
 def _adapter_of(name: str, place: Place, by_index: ByIndex, config: Config) -> Adapter:
-    """The adapter of a kernel that is one module or several."""
-    # A layer of a LoRA's kernel may be several modules, each with some of the outputs.
+    """The adapter of a kernel, whose layers are one module, or several by outputs."""
     shape, axes = place["kernel_shape"], place["axes"]
     stack, features_of = sizes(shape, axes, "s"), features(shape, axes)
     mora_type = config["use_mora"] and config["mora_type"]
     parts = 1 if mora_type else len(by_index) // math.prod(stack)
     places = (*stack, parts) if parts > 1 else stack
     # Numbers first: without a model the file's names alone say how deep a stack is.
-    whole = len(by_index) == math.prod(places)
-    if not whole or by_index.keys() != set(np.ndindex(places)):
+    if len(by_index) != math.prod(places) or by_index.keys() != set(np.ndindex(places)):
         got = short(sorted(by_index))
         raise ValueError(f"the kernel is stacked {stack}, got modules for {got}")
     widths, modules = (features_of[0], features_of[1] // parts), []
@@ -195,17 +183,14 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
     return [np.pad(layer, ((0, 0), (0, rank - layer.shape[1]))) for layer in layers]
 
 
-def reference_operator(
-    mora_type: int, in_features: int, out_features: int, rank: int
-) -> Operator:
+def reference_operator(mora_type: int, ins: int, outs: int, rank: int) -> Operator:
     """The operator of the reference for a type that is in its config."""
     # It rounds q to the nearest number, so M may have more parameters than a LoRA of
     # that rank, unlike in this library.
-    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    q = int(((ins + outs) * rank) ** 0.5 + 0.5)
     if mora_type == 6:  # a rotation turns pairs of numbers
-        return Rotation(in_features, out_features, q // 2 * 2, truncate=True)
-    groups = REFERENCE_GROUPS[mora_type]
-    return Sharing(in_features, out_features, q, *groups, normalised=False)
+        return Rotation(ins, outs, q // 2 * 2, truncate=True)
+    return Sharing(ins, outs, q, *REFERENCE_GROUPS[mora_type], normalised=False)
 
 
 def _trained(

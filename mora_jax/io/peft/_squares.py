@@ -20,9 +20,7 @@ from mora_jax.operators import Damped, LowRank
 
 CHUNK = 256  # rows of a map that are in memory at once
 DENSE = 8  # a map is a matrix where an output sums more than one in so many inputs
-
-Module = tuple[Pair, str, AdapterSpec, np.ndarray, slice]
-"""A module of PyTorch: its names, path and spec of its kernel, its M and outputs."""
+Module = tuple[Pair, str, AdapterSpec, np.ndarray, slice]  # names, kernel, M, outputs
 
 
 def write_squares(path: Location, modules: Iterable[Module], base_model: str) -> None:
