@@ -11,7 +11,8 @@ What to adapt, and how::
   AdapterSpec           how one kernel is adapted
   TrainedArray          an array of the base that trains itself
   summary               a plan, or adapters, as a table
-  gradient_bases        a plan whose M's are between the directions of a gradient
+  directions            adapters between the directions of a first gradient
+  gradient_bases        the same of gradients that you have
   input_damping         adapters that see less of what ordinary inputs have most of
   gradient_start        adapters that start as one step of gradient descent
   Call                  the inputs of one of several calls that a plan is for
@@ -97,6 +98,7 @@ with lazy_api_imports(globals()):
     from mora_jax._tree.adapters import init as init
     from mora_jax._tree.adapters import split as split
     from mora_jax._tree.damping import input_damping as input_damping
+    from mora_jax._tree.gradients import directions as directions
     from mora_jax._tree.gradients import gradient_bases as gradient_bases
     from mora_jax._tree.gradients import gradient_start as gradient_start
     from mora_jax._tree.lora_trees import from_lora as from_lora

@@ -4,9 +4,9 @@ The rank of one delta is bounded by its operator. A *restart* adds the delta to 
 and starts M with a delta of zero between other maps C and D, so that the sum of all
 deltas may have a higher rank: so the paper pretrains with adapters alone. The adapters
 say where in the cycle a run is, so that a run which is resumed from a saved base and
-adapters restarts as it would have. Between the directions of a gradient it is *renewed*
-by `restart(grads=...)`: the next directions are of a new gradient. What was learned in
-the end is one file by `learned`.
+adapters restarts as it would have. `renewing` does it within a step of training, and
+the next maps are the directions of a new gradient. What was learned in the end is one
+file by `learned`.
 
 Example::
 
@@ -23,7 +23,7 @@ Example::
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 import jax
@@ -34,15 +34,23 @@ from jax import Array
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import check_concrete, check_finite, check_number
+from mora_jax._common.checks import (
+    check_choice,
+    check_concrete,
+    check_finite,
+    check_number,
+    positive_integer,
+)
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import gradients, lora_trees, merge, paths
 from mora_jax._tree.optim import check_transformation, restarted_state
-from mora_jax.operators import Damped, Operator, Sharing, low_rank, sharing
+from mora_jax._tree.plan import Plan
+from mora_jax.operators import Damped, Operator, Sharing, Subspace, low_rank, sharing
+from mora_jax.operators.orthogonal import Projection
 
-__all__ = ["Restarted", "learned", "restart"]
+__all__ = ["Renewing", "Restarted", "State", "learned", "renewing", "restart"]
 
 
 class Restarted(NamedTuple):
@@ -67,7 +75,6 @@ def restart(
     opt_state: Any,
     tx: optax.GradientTransformation,
     *,
-    grads: Callable[[Any], Any] | None = None,
     any_base: bool = False,
 ) -> Restarted:
     """Merge the adapters, and start new ones between other maps.
@@ -87,39 +94,163 @@ def restart(
       opt_state: The state of `tx` for the adapters, or for the combined tree; or an
         `nnx.Optimizer`'s, if `adapters` are `nnx.state(model, MoRAParam)`.
       tx: The optimizer.
-      grads: A function from the merged params to gradients of the loss there, a tree or
-        an iterator as `gradient_bases` takes them. The new maps are the directions of
-        these gradients then, which needs concrete arrays, so not under jit.
       any_base: True to merge into any weights, as for `merge`.
 
     Raises:
       TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
-        would not grow; `tx` is not a transformation, or `opt_state` is not its state
-        for these adapters.
+        would not grow; `tx` is not a transformation, or `opt_state` is
+        not its state for these adapters.
     """
     check_transformation(tx)
     found = paths.checked_adapters(adapters)
-    old, arrays = found.kernels, found.in_base(params, any_base=any_base)
-    following, sums = {}, {}
-    for path, adapter in old.items():
-        spec = dataclasses.replace(adapter.spec, base_digest=None)
-        # Equal layers share a program, whatever arrays their operators have. The dither
-        # is a hash of a number's place; shifted, it is another one.
-        shift = crc32(repr(operator_settings(spec.operator)).encode()) % 2**31
-        place, kernel = arrays[path]
-        sums[place] = _dithered(spec, adapter.m, kernel, shift)
-        # On the merged kernel it starts with a delta of zero.
-        init = "zeros" if spec.init == "gradient" else spec.init
-        op = spec.operator
-        if grads is None:
-            op = _next_operator("/".join(path), op)
-        following[path] = dataclasses.replace(spec, operator=op, init=init)
-    merged = paths.replace_leaves(params, sums)
-    if grads is not None:
-        following = gradients.specs_along(grads(merged), following, "tree of adapters")
-    new = {p: Adapter(_started(p, s, old[p].m), s) for p, s in following.items()}
+    merged, new = _merged(params, found, any_base=any_base), {}
+    for path, adapter in found.kernels.items():
+        op = _next_operator("/".join(path), adapter.operator)
+        spec = _restarted(adapter.spec, op)
+        new[path] = Adapter(_started(path, spec, adapter.m), spec)
     adapters = paths.replace_adapters(adapters, new)
     return Restarted(merged, adapters, restarted_state(opt_state, tx, merged, adapters))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A run whose adapters are renewed: a pytree of arrays, for jit and checkpoints.
+
+    Attributes:
+      params: The base, with all deltas up to the last renewal.
+      ms: The adapters, whose meanings have the shapes of directions alone.
+      plan: The meanings of the adapters of kernels, with the directions.
+      opt_state: The optimizer's state.
+      step: The number of steps, ().
+    """
+
+    params: Any
+    ms: Any
+    plan: Plan
+    opt_state: Any
+    step: Array
+
+    @property
+    def adapters(self) -> Any:
+        """The adapters, to be called, merged or saved."""
+        found = paths.adapters_in(self.ms).kernels
+        new = {path: a.replace(spec=self.plan.parts[path]) for path, a in found.items()}
+        return paths.replace_adapters(self.ms, new)
+
+
+class Renewing(NamedTuple):
+    """Training with renewals, as functions to be compiled.
+
+    Attributes:
+      init: (params, adapters) -> State.
+      step: (state, *batch) -> (state, loss).
+      renew: (state, *batch) -> state, for a loop that says itself when.
+    """
+
+    init: Callable[[Any, Any], State]
+    step: Callable[..., tuple[State, Array]]
+    renew: Callable[..., State]
+
+
+def renewing(
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    every: int | Callable[[Array], Any],
+    *,
+    along: Literal["gradient", "random"] = "gradient",
+    moments: Literal["restart", "keep"] = "restart",
+) -> Renewing:
+    """A training step that merges the adapters at times, and goes on between new maps.
+
+    It is one program for all renewals, since directions are data here. A renewal merges
+    as `restart` does, and takes two gradients of a LoRA at the merged params.
+
+    Args:
+      loss: A function from adapters, params and the arguments of a batch to the loss.
+      tx: The optimizer.
+      every: The number of steps from renewal to renewal, or a function from the number
+        of steps so far to True where one is due.
+      along: "gradient" for the `directions` of the step's batch; "random" for random
+        ones, as ReLoRA and the paper's ReMoRA have it.
+      moments: "restart" for an optimizer's state as after `restart`; "keep" for the
+        moments of the old directions.
+
+    Returns:
+      (init, step, renew). `init` takes adapters of `directions`, or, for random ones,
+      of `operator="orthogonal"`. If `step` is compiled with the state donated, the
+      params that `init` was given are overwritten.
+
+    Raises:
+      TypeError, ValueError: An argument is of another kind.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax, optax
+      >>> params, x = {"kernel": jnp.ones((8, 8))}, jnp.eye(8)
+      >>> def loss(adapters, params, x):
+      ...     return jnp.mean((x @ mora_jax.fold(params, adapters)["kernel"]) ** 2)
+      >>> adapters = mora_jax.init(mora_jax.plan(params, mora_jax.MoRAConfig(rank=1)))
+      >>> adapters = mora_jax.directions(loss, adapters, [(params, x)])
+      >>> init, step, _ = mora_jax.remora.renewing(loss, optax.adam(0.1), every=2)
+      >>> state, step = init(params, adapters), jax.jit(step, donate_argnums=0)
+      >>> for _ in range(4):
+      ...     state, value = step(state, x)
+      >>> bool(value < 0.9), state.adapters
+      (True, {'kernel_mora': Adapter(subspace, float32[4, 4])})
+    """
+    check_transformation(tx)
+    check_choice("along", along, ("gradient", "random"))
+    check_choice("moments", moments, ("restart", "keep"))
+    if not callable(every):
+        positive_integer("every", every)
+    gradients.check_loss(loss)
+
+    def init(params: Any, adapters: Any) -> State:
+        found, parts, shapes = paths.checked_adapters(adapters), {}, {}
+        found.in_base(params)
+        for path, adapter in found.kernels.items():
+            op = _along_data("/".join(path), adapter.operator)
+            # Copies, since a step may be given the state to overwrite.
+            spec = jax.tree.map(jnp.array, _restarted(adapter.spec, op))
+            parts[path] = gradients.moved(spec, *jax.tree.leaves(spec)[-2:])
+            shapes[path] = Adapter(adapter.m, jax.tree.map(_shape, parts[path]))
+        ms = jax.tree.map(jnp.copy, paths.replace_adapters(adapters, shapes))
+        return State(params, ms, Plan(parts), tx.init(ms), jnp.zeros((), jnp.int32))
+
+    def renew(state: State, *batch: Any) -> State:
+        adapters, old = state.adapters, paths.adapters_in(state.ms).kernels
+        merged = _merged(state.params, paths.adapters_in(adapters), state.step)
+        if along == "random":
+            key = jax.random.fold_in(jax.random.key(0), state.step)
+            parts = gradients.at_random(state.plan.specs, key)
+        else:
+            args = adapters, merged, *batch
+            parts = gradients.renewed(
+                lambda loras: gradients.lora_gradient(loss, loras, *args),
+                state.plan.specs,
+            )
+        zeros = {path: a.replace(m=jnp.zeros_like(a.m)) for path, a in old.items()}
+        ms, opt_state = paths.replace_adapters(state.ms, zeros), state.opt_state
+        if moments == "restart":
+            opt_state = restarted_state(opt_state, tx, merged, ms)
+        return State(merged, ms, Plan(parts), opt_state, state.step)
+
+    def step(state: State, *batch: Any) -> tuple[State, Array]:
+        at = state.step
+        due = every(at) if callable(every) else (at > 0) & (at % every == 0)
+        state = jax.lax.cond(due, renew, lambda state, *_: state, state, *batch)
+
+        def of(ms: Any) -> Any:
+            adapters = dataclasses.replace(state, ms=ms).adapters
+            return loss(adapters, state.params, *batch)
+
+        value, grads = jax.value_and_grad(of)(state.ms)
+        updates, opt_state = tx.update(grads, state.opt_state, state.ms)
+        ms = optax.apply_updates(state.ms, updates)
+        return State(state.params, ms, state.plan, opt_state, at + 1), value
+
+    return Renewing(init, step, renew)
 
 
 def learned(
@@ -174,6 +305,47 @@ def learned(
     return made.tree(), lost
 
 
+def _merged(
+    params: Any, found: paths.Found, shift: Any = None, *, any_base: bool = True
+) -> Any:
+    """The params with the deltas, rounded with the dither that starts at `shift`."""
+    sums = {}
+    for path, (place, kernel) in found.in_base(params, any_base=any_base).items():
+        if not (adapter := found[path]).of_kernel:
+            continue
+        # Equal layers share a program, whatever arrays their operators have. The dither
+        # is a hash of a number's place; shifted, it is another one.
+        settings = repr(operator_settings(adapter.operator))
+        own = crc32(settings.encode()) % 2**31 if shift is None else shift
+        spec = dataclasses.replace(adapter.spec, base_digest=None)
+        sums[place] = _dithered(spec, adapter.m, kernel, own)
+    return paths.replace_leaves(params, sums)
+
+
+def _shape(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _restarted(spec: AdapterSpec, op: Operator) -> AdapterSpec:
+    # On the merged kernel it starts with a delta of zero.
+    init = "zeros" if spec.init == "gradient" else spec.init
+    return dataclasses.replace(spec, base_digest=None, operator=op, init=init)
+
+
+def _along_data(name: str, op: Operator) -> Operator:
+    """The operator with directions that may be replaced, or an error."""
+    if isinstance(op, Damped):
+        return op.around(_along_data(name, op.inner))
+    if isinstance(op, Subspace):
+        return op
+    if not isinstance(op, Projection):
+        rule = "renewing needs directions, of directions(loss, adapters)"
+        got = f"got {op.name!r} at {name!r}"
+        raise ValueError(f"{rule} or operator='orthogonal', {got}")
+    bases = (op.basis(side, jnp.float32) for side in ("in", "out"))
+    return Subspace(op.in_features, op.out_features, op.square_rank, *bases)
+
+
 def _started(path: Path, spec: AdapterSpec, old: Array) -> Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
     # Path and operator determine what is random, so that resumed runs are the same.
@@ -199,7 +371,7 @@ def _next_operator(name: str, op: Operator) -> Operator:
     same = f"{op.name} has the same maps after each restart"
     why = "so that the rank of what is learned would not grow"
     remedy = "plan with 'block_diagonal', 'signed_decoupling' or 'sharing'"
-    raise ValueError(f"{name}: {same}, {why}; {remedy}, or give restart(grads=...)")
+    raise ValueError(f"{name}: {same}, {why}; {remedy}, or take directions(...)")
 
 
 @jax.jit

@@ -38,9 +38,16 @@ from models.options import positive
 SLICES = {"tiny": "2x4", "8b": "2x4", "70b": "8x8", "405b": "16x16"}
 """The slice of each model, without the name of its chips."""
 FROZEN = "frozen"
-NAMES = {FROZEN: FROZEN, "lora": "LoRA, not folded"}
+NAMES = {
+    FROZEN: FROZEN,
+    "lora": "LoRA, not folded",
+    "directions": "a gradient for directions",
+    "wide": "a step of that LoRA",
+}
 """Others have those of `method_name`."""
 METHODS = "block_diagonal", "sharing", "low_rank", "lora"
+OTHERS = "directions", "wide"
+"""Two that only `--methods` asks for."""
 BOUND = 0.05
 LAYERS = 8
 """The most layers of one chip alone."""
@@ -154,7 +161,7 @@ def arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="a small model on eight chips")
     add("--models", nargs="+", choices=list(SLICES), default=models)
     add("--chips", nargs="+", choices=["v5e", "v6e"], default=["v5e", "v6e"])
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=METHODS + OTHERS, default=list(METHODS))
     add("--tokens", type=positive, default=2048, help="the length of a sequence")
     add("--slices-only", action="store_true", help="no chip alone, in half the time")
     add("--add-to", type=Path, help="a file of an earlier run, whose rows come first")

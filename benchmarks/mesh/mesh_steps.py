@@ -20,6 +20,8 @@ from benchmarks.common.by_hand import adapted_by_hand, lora_by_hand
 from benchmarks.common.harness import Row, next_token_loss
 from models import llama
 from mora_jax import MoRAConfig, linen, sharding
+from mora_jax._tree import gradients
+from mora_jax._tree.paths import Found
 from mora_jax.operators import OPERATORS
 
 RANK = 8
@@ -33,6 +35,8 @@ METHODS = {
     **{f"{name}-split": f"MoRA, {name}, M split" for name in OPERATORS},
     "auto": "MoRA, auto",
     "lora": "LoRA",
+    "directions": "a gradient for directions",
+    "wide": "a LoRA of that rank",
     "full": "every parameter",
     "frozen": "frozen",
 }
@@ -117,10 +121,13 @@ def make_step(case: Case, devices: Sequence[Any] | None = None) -> Step:
         apply, trained = shifted(model), vector(params)
     elif case.method == "lora":
         apply, trained = adapted_by_hand(model, lora_by_hand), lora(params)
+    elif case.method in ("directions", "wide"):
+        with nn.logical_axis_rules(rules):
+            apply, trained = sketches(model, boxed, ids)
     else:
         with nn.logical_axis_rules(rules):
             apply, trained = mora(case.method, model, boxed, ids)
-    tx = optax.adamw(1e-3)
+    tx = optax.identity() if case.method == "directions" else optax.adamw(1e-3)
 
     def loss(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
         logits: Any = apply(trained, frozen, ids)
@@ -177,6 +184,23 @@ def mora(
         return wrapped(adapters, {"params": params}, ids)
 
     adapters = jax.eval_shape(lambda: mora_jax.init(plan))
+    return apply, jax.tree.map(placed, adapters, places)
+
+
+def sketches(
+    model: llama.Llama, boxed: Any, ids: Any
+) -> tuple[Callable[..., Any], Any]:
+    """The model with the LoRAs whose gradients `directions` takes."""
+    config = MoRAConfig(rank=RANK, operator="orthogonal")
+    plan = linen.plan(model, {"params": boxed}, config, ids)
+    plan = sharding.on_mesh(plan, boxed, batch_axes=llama.BATCH_AXES, mesh=model.mesh)
+    wrapped = linen.wrap(model, plan)
+
+    def apply(adapters: Any, params: Any, ids: jax.Array) -> Any:
+        return wrapped(adapters, {"params": params}, ids)
+
+    adapters = jax.eval_shape(lambda: Found(gradients.sketches(plan.specs)).tree())
+    places = sharding.adapter_shardings(adapters, boxed, mesh=model.mesh)
     return apply, jax.tree.map(placed, adapters, places)
 
 

@@ -28,7 +28,7 @@ from benchmarks.quality.learners import (
     plan_like,
     with_plan,
 )
-from mora_jax import MoRAConfig, remora
+from mora_jax import MoRAConfig, linen, remora
 from mora_jax.operators import Operator
 from mora_jax.operators._pytree import operator
 
@@ -125,15 +125,22 @@ def renewed(task: Task, learner: Learner, *, along: bool) -> Learner:
     These are the directions of a new gradient if `along`, or else those of another
     seed; a LoRA has new factors.
     """
+    _, plan = learner.frozen(task.params)
+    apply = linen.wrap(task.model, plan)
+
+    def loss(adapters: Any, params: Any) -> jax.Array:
+        return task.loss(apply(adapters, {"params": params}, *task.inputs))
 
     def following(ms: Any, frozen: Any) -> Any:
         (params, plan), tx = frozen, optax.identity()
-        grads = (
-            (lambda params: unflatten_dict(task.gradient(params))) if along else None
-        )
         adapters = plan.adapters(ms)
-        after = remora.restart(params, adapters, tx.init(adapters), tx, grads=grads)
-        return bare(after.adapters), (after.params, plan_like(plan, after.adapters))
+        if along:
+            params = mora_jax.merge(params, adapters)
+            adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params,)])
+        else:
+            state = tx.init(adapters)
+            params, adapters, _ = remora.restart(params, adapters, state, tx)
+        return bare(adapters), (params, plan_like(plan, adapters))
 
     return learner._replace(renewed=following)
 
@@ -294,5 +301,4 @@ def planned(task: Task, config: MoRAConfig) -> mora_jax.Plan:
 
 def with_directions(plan: mora_jax.Plan, grads: Mapping[Path, Any]) -> mora_jax.Plan:
     """The plan between the leading directions of matrices by their paths."""
-    pairs = (("/".join(path), gradient) for path, gradient in grads.items())
-    return mora_jax.gradient_bases(pairs, plan)
+    return mora_jax.gradient_bases(unflatten_dict(grads), plan)

@@ -30,6 +30,7 @@ from benchmarks.quality import cells, ladders, language, learners, teaching
 from models.options import positive
 from models.smollm2 import Config, Llama
 from mora_jax import MoRAConfig, linen, remora
+from mora_jax._tree.paths import adapters_in
 
 MODEL = Llama(Config(vocab=256, layers=3, width=128, hidden=384, heads=4, kv_heads=4))
 TARGETS = r"layers_\d+/.*_proj/kernel"
@@ -157,14 +158,13 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         for path, delta in learner.deltas(part.adapters).items():
             flat[path] += delta
         return learned_part(unflatten_dict(flat), learner, tx)
-    along = functools.partial(gradient, seed=number)
-    after = remora.restart(
-        part.params,
-        part.adapters,
-        part.state,
-        tx,
-        grads=along if method.startswith("subspace") else None,
-    )
+    if method.startswith("subspace"):
+        params = mora_jax.merge(part.params, part.adapters)
+        grads = gradient(params, seed=number)
+        plan = mora_jax.Plan(adapters_in(part.adapters).specs)
+        adapters = mora_jax.init(mora_jax.gradient_bases(grads, plan))
+        return Part(params, adapters, part.apply, tx.init(adapters))
+    after = remora.restart(part.params, part.adapters, part.state, tx)
     state = after.opt_state
     if method.endswith("kept"):  # the old moments, for the new adapters
         state = jax.tree.unflatten(

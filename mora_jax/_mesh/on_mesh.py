@@ -28,6 +28,7 @@ from mora_jax._mesh.parts import part_of
 from mora_jax._mesh.places import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax.operators._base import DeltaMap, Operator
 from mora_jax.operators.block_diagonal import BlockDiagonal
+from mora_jax.operators.orthogonal import Subspace
 
 REPLICATED = PartitionSpec()
 
@@ -161,7 +162,7 @@ class OnMesh(DeltaMap):
         mapped = jax.shard_map(
             local,
             mesh=mesh if context.empty else context,
-            in_specs=(REPLICATED, [*map(PartitionSpec, both)], *specs),
+            in_specs=(_specs_of(op, both), [*map(PartitionSpec, both)], *specs),
             out_specs=out_spec,
             axis_names=set(names),
         )
@@ -180,6 +181,13 @@ class OnMesh(DeltaMap):
     @property
     def _kernel_spec(self) -> PartitionSpec:
         return PartitionSpec(self.features.in_axes, self.features.out_axes)
+
+
+def _specs_of(op: Operator, both: tuple[MeshAxes, MeshAxes]) -> Any:
+    """The split of an operator's arrays: directions are where their features are."""
+    if isinstance(op, Subspace):
+        return jax.tree.unflatten(jax.tree.structure(op), map(PartitionSpec, both))
+    return REPLICATED
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:

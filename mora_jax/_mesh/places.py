@@ -9,6 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap
 
@@ -81,6 +82,14 @@ class KernelLayout:
         # On explicit axes types decide, and a delta gets its own by the sum with W.
         explicit = AxisType.Explicit in self.mesh.axis_types
         return None if explicit else self._features(axes, shape, without=())
+
+    def of_directions(self, axes: str, shape: Shape) -> list[NamedSharding]:
+        """Places of (*stack, features, q) for inputs and outputs, by their features."""
+        features = self._features(axes, shape, without=())
+        both = (features.in_axes, features.out_axes) if features else ((), ())
+        stack = sizes(self.mesh_axes, axes, "s")
+        specs = (PartitionSpec(*stack, split) for split in both)
+        return [NamedSharding(self.mesh, spec) for spec in specs]
 
     def _features(
         self, axes: str, shape: Shape, without: MeshAxes

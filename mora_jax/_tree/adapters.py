@@ -81,9 +81,8 @@ def init(
             f"params must be given, since the plan trains {[*plan.trained][0]!r} "
             "itself, from what the base has there; write init(plan, params=params)"
         )
-    trained = plan.shapes.trained
-    for path, (_, array) in trained.in_base(params).items():
-        spec = trained[path].spec
+    for path, (_, array) in plan.shapes.trained.in_base(params).items():
+        spec: Any = plan.parts[path]
         # A copy in any case: a step may be given the adapters to overwrite.
         made[path] = Adapter(jnp.array(array, spec.dtype, copy=True), spec)
     return made.tree()
@@ -112,8 +111,7 @@ def combine(params: Any, adapters: Any) -> Any:
       adapters: The adapters, as `init` makes them.
 
     Raises:
-      TypeError, ValueError: An argument is not such a tree, `params` hold adapters, or
-        an adapter lacks its kernel.
+      TypeError, ValueError: Not such trees; `params` hold adapters, or lack a kernel.
 
     Example::
 
@@ -139,8 +137,7 @@ def combine(params: Any, adapters: Any) -> Any:
 def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
     """The params with each adapter, or what stands for it, at its path."""
     flat = _flat(params, "params")
-    # The keys of a state are numbers where it has lists. Paths are made of strings. A
-    # kernel may be a mapping itself, of the parts of a quantized one.
+    # A state's keys are numbers where it has lists; a quantized kernel is a mapping.
     starts = {keys[:end]: None for keys in flat for end in range(len(keys) + 1)}
     known = {tuple(map(str, keys)): keys for keys in starts}
     for path, m in ms.items():
@@ -191,10 +188,7 @@ def split(tree: Any) -> tuple[Any, Tree]:
 
 
 def _of_params(adapter: Adapter, kernel: Any) -> Adapter:
-    """An adapter of a model's params, whose layers a transformation may have stacked.
-
-    Flax knows nothing of specs, and so makes a stack of M's with the spec of one layer.
-    """
+    """Adapter of params, whose M Flax may have stacked with the spec of one layer."""
     m, spec = adapter.m, adapter.spec
     count, shape = jnp.ndim(m) - len(spec.shape), jnp.shape(m)
     if count <= 0 or shape[count:] == spec.shape:

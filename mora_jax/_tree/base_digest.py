@@ -78,10 +78,7 @@ def gathered(array: Any) -> Any:
 def check_base(
     specs: Mapping[Path, Any], leaves: Mapping[str, tuple[Path, Any]]
 ) -> None:
-    """Raise if one of `named_leaves` is not what its adapter was trained on.
-
-    Nothing is known without a digest, or of shapes and tracers.
-    """
+    """Raise if an array of `named_leaves` is known not to be its adapter's base."""
     found = []
     for path, spec in specs.items():
         _, kernel = leaves.get(name := "/".join(path), (path, None))

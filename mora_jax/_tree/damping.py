@@ -11,18 +11,16 @@ from jax import Array
 
 from mora_jax._common.checks import check_concrete, check_finite, positive_integer
 from mora_jax._common.messages import patterns, warn
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path, Precision, Shape
 from mora_jax._jax.linear_algebra import rows_product
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._layer.equation import Delta
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
-from mora_jax.operators import Damped
-from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators import Damped, Operator
 from mora_jax.operators._pytree import operator
 
-FLOOR = 0.03
-"""The part of the mean second moment that each is raised by."""
+FLOOR = 0.03  # the part of the mean second moment that each is raised by
 
 
 def input_damping(
@@ -36,8 +34,7 @@ def input_damping(
     which is of what should stay as it is: some hundred tokens of any text. Inputs are
     scaled down along them to what they are in all other directions. Steps of M then
     lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
-    kernel; V is stored with the adapters, in * `directions` numbers of bfloat16 for
-    each input that layers have.
+    kernel; V is stored with the adapters: in * `directions` bfloat16s for each input.
 
     Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
     (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),
@@ -45,16 +42,14 @@ def input_damping(
     takes the task's. docs/what-it-learns.md says what it gains.
 
     Args:
-      call: A function from adapters to the outputs of a call of the adapted model.
-        Give it compiled.
+      call: A function from adapters to outputs of the adapted model. Give it compiled.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
         The layers of a stack each have directions of their own.
       directions: k, the number of directions, at most as many as inputs.
 
     Returns:
-      Adapters whose operator is `operators.Damped` around the old one. Embeddings,
-      convolutions and kernels that methods read stay as they are; a `MoRAWarning` names
-      them.
+      Adapters whose operator is `operators.Damped` around the old one. A `MoRAWarning`
+      names what stays: embeddings, convolutions and kernels that methods read.
 
     Raises:
       TypeError, ValueError: `call` is not a function, lacks floating-point outputs, or
@@ -77,8 +72,10 @@ def input_damping(
     found = paths.checked_adapters(adapters).kernels
     columns = {}
     for path, adapter in found.items():
-        _check_new("/".join(path), adapter)
-        width = adapter.operator.in_features
+        name, width = "/".join(path), adapter.operator.in_features
+        if isinstance(adapter.operator, Damped):
+            raise ValueError(f"{name} has damped inputs already: damp new adapters")
+        check_new(name, adapter)
         shape = width, min(width, 2 * directions + 8)
         columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
     # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
@@ -91,10 +88,9 @@ def input_damping(
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
     for path, (product, trace) in second.items():
-        adapter = found[path]
+        inner = (adapter := found[path]).operator
         v = _damping(columns[path], product, trace, directions)
         v = known.setdefault(v.tobytes(), v)
-        inner = adapter.operator
         sizes = inner.in_features, inner.out_features, inner.square_rank
         new = Damped(*sizes, inner=inner, directions=v)
         spec = dataclasses.replace(adapter.spec, operator=new)
@@ -105,18 +101,15 @@ def input_damping(
     return paths.replace_adapters(adapters, damped)
 
 
-def _check_new(name: str, adapter: Adapter) -> None:
-    """Raise if the adapter's delta is not zero, or its inputs are damped."""
+def check_new(name: str, adapter: Adapter) -> None:
+    """Raise if the delta of an adapter whose maps are to change is not zero."""
     spec, op = adapter.spec, adapter.operator
-    if isinstance(op, Damped):
-        raise ValueError(f"{name} has damped inputs already: damp new adapters")
     check_concrete(adapter.m, f"{name}{SUFFIX}", spec.shape)
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
     x = jnp.broadcast_to(x, (*spec.stack_shape, *x.shape))
     if Delta.of(spec, adapter.m).rows(x).any():
-        rule = "the delta of an adapter must be zero, since damping changes it"
-        hint = "damp inputs before training, as of init(plan)"
-        raise ValueError(f"{name}: {rule}; {hint}")
+        rule = "the delta of an adapter must be zero, since its maps change"
+        raise ValueError(f"{name}: {rule}; give new adapters, as of init(plan)")
 
 
 def _moments(

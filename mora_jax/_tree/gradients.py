@@ -2,24 +2,31 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
-from mora_jax._common.messages import lacking, nearest_paths, warn
+from mora_jax._common.messages import warn
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
+from mora_jax._tree.adapters import init
+from mora_jax._tree.base_digest import gathered
+from mora_jax._tree.damping import check_new
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Damped, Operator, Subspace, square_rank
+from mora_jax.operators.low_rank import LowRank
 
+OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
+"""A function from LoRAs, which stand where adapters do, to their gradients."""
 HALVINGS = 20
 """Lengths that `gradient_start` tries at most."""
 
@@ -30,21 +37,20 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
     with the q largest singular values. Take the gradients of the base's loss on a first
-    small batch. Each kernel of a stack has its own; where its gradient is zero, the
-    mean's. A square M keeps its size, others get one of their budget, and `scale` is
-    the new operator's if it was the old one's. The source is LoRA-SB (Ponkshe et al.
-    2024); the factor is ours.
-    docs/what-it-learns.md says what it gains, and docs/operators.md what it costs.
+    small batch. Each kernel of a stack has its own, or the largest one's if its
+    gradient is zero. A square M keeps its size, others get one of their budget, and
+    `scale` is the new operator's if it was the old one's. The source is LoRA-SB
+    (Ponkshe et al. 2024); the factor is ours. docs/what-it-learns.md says what it
+    gains, and docs/operators.md what it costs.
 
     Args:
-      grads: Gradients of the loss, in a tree as the base's params are, or as pairs of
-        (slash-joined path, gradient); of an iterator memory holds one at a time.
+      grads: Gradients of the loss, in a tree as the base's params are.
       plan: The plan.
 
     Raises:
       TypeError: A gradient is not a concrete floating-point array.
-      ValueError: A kernel lacks a gradient or has two, the plan lacks a path, or a
-        gradient is zero, not finite, or of another shape than its kernel.
+      ValueError: A kernel lacks a gradient, or a gradient is zero, not finite, or of
+        another shape than its kernel.
 
     Example::
 
@@ -56,85 +62,244 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    specs = specs_along(grads, check_plan(plan).specs)
-    return dataclasses.replace(plan, parts={**plan.parts, **specs})
+    found = check_plan(plan).shapes.kernels
+    arrays = found.in_base(grads, "grads")
+    for path, (_, gradient) in arrays.items():
+        what = f"the gradient of {'/'.join(path)!r}"
+        check_concrete(gradient, what, found[path].spec.kernel_shape)
+
+    def of_loras(loras: Mapping[Path, Any]) -> dict[Path, Adapter]:
+        products = {}
+        for path, lora in loras.items():
+            op, (_, gradient) = lora.operator, arrays[path]
+            rows = rows_from_kernel(gradient.astype(jnp.float32), lora.spec.axes)
+            a, b = op.factors(lora.m)
+            products[path] = lora.replace(m=op.joined(rows @ b.mT, a.mT @ rows))
+        return products
+
+    return dataclasses.replace(
+        plan, parts={**plan.parts, **_along(of_loras, found.specs)}
+    )
 
 
-def specs_along(
-    grads: Any, specs: Mapping[Path, AdapterSpec], what: str = "plan"
-) -> dict[Path, AdapterSpec]:
-    """{path: spec} with a `Subspace` along the gradient of each kernel."""
-    named, found = {"/".join(path): path for path in specs}, {}
-    for name, gradient in _pairs(grads, named):
-        if name not in named:
-            hint = nearest_paths(name, named)
-            raise ValueError(f"grads have {name!r}, which the {what} lacks{hint}")
-        if (path := named[name]) in found:
-            raise ValueError(f"grads have {name!r} twice")
-        found[path] = _with_bases(name, specs[path], gradient)
-    for name, path in named.items():
-        if path not in found:
-            hint = lacking(name, [*map("/".join, found)])
-            raise ValueError(f"grads lack the kernel {name!r}{hint}")
-    return found
+def directions(
+    loss: Callable[..., Any],
+    adapters_or_plan: Any,
+    batches: Iterable[tuple[Any, ...]] = ((),),
+    *,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Any:
+    r"""The same adapters between the leading directions of the loss's gradient.
+
+    They are `gradient_bases`' of the gradient G of all batches together, which is not
+    formed. A LoRA with A = 0 adds nothing, and its A has the gradient :math:`G B^T`;
+    with B = 0 its B has :math:`A^T G`. With a random B of rank q + 8, and then with
+    what that gradient spans for A, these are a randomised decomposition of G (Halko,
+    Martinsson and Tropp 2011, algorithms 4.1 and 5.1). So it takes two gradients of a
+    LoRA for each batch, on a mesh, under scan and beside quantized kernels as well.
+    docs/what-it-learns.md says what it gains.
+
+    Args:
+      loss: A function from adapters, and the arguments of a batch, to the loss. It is
+        compiled here: give what is large, such as the base, as an argument.
+      adapters_or_plan: New adapters, as `init` makes them, `nnx.state(model,
+        MoRAParam)`, or a plan.
+      batches: The arguments of `loss` after the adapters, a tuple for each batch. They
+        are read twice.
+      progress: A function of the number of batches, called after each gradient.
+
+    Returns:
+      Adapters, or a plan, with a `Subspace` of the same budget for each kernel; each of
+      a stack has its own. Arrays that train themselves stay.
+
+    Raises:
+      TypeError, ValueError: `loss` is not a function, `batches` are not tuples that can
+        be read twice, a delta is not zero, or a gradient is zero or not finite.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
+      >>> def loss(adapters, params):
+      ...     return jnp.sum(jnp.sin(mora_jax.fold(params, adapters)["fc"]["kernel"]))
+      >>> adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params,)])
+      >>> adapters["fc"]["kernel_mora"]
+      Adapter(subspace, float32[4, 4])
+    """
+    if isinstance(plan := adapters_or_plan, Plan):
+        made = directions(loss, init(plan), batches, progress=progress)
+        specs = paths.adapters_in(made).specs
+        return dataclasses.replace(plan, parts={**plan.parts, **specs})
+    check_loss(loss)
+    given = [] if isinstance(batches, Iterator) else [*batches]
+    if not given or not all(isinstance(batch, tuple) for batch in given):
+        rule = "batches must be one tuple of arguments at least, in a sequence"
+        raise TypeError(f"{rule}, got {batches!r:.80}")
+    found = paths.checked_adapters(adapters_or_plan).kernels
+    for path, adapter in found.items():
+        check_new("/".join(path), adapter)
+
+    def total(loras: Mapping[Path, Adapter]) -> Any:
+        sums = None
+        for batch in given:
+            grads = _compiled_gradient(loss, loras, adapters_or_plan, *batch)
+            sums = grads if sums is None else jax.tree.map(jnp.add, sums, grads)
+            progress(1)
+        return sums
+
+    specs = _along(total, found.specs).items()
+    new = {path: Adapter(spec.start(path), spec) for path, spec in specs}
+    return paths.replace_adapters(adapters_or_plan, new)
 
 
-def _pairs(grads: Any, named: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
-    if isinstance(grads, Iterator | list | tuple):
-        for pair in grads:
-            if not (isinstance(pair, tuple) and len(pair) == 2):
-                raise TypeError(f"grads must give (path, gradient) pairs, got {pair!r}")
-            yield pair
-        return
-    for name, (_, gradient) in paths.named_leaves(grads, "grads").items():
-        if name in named:
-            yield name, gradient
+def check_loss(loss: Any) -> None:
+    """Raise unless `loss` is a function."""
+    if not callable(loss):
+        rule = "loss must be a function from adapters, and more, to a number"
+        raise TypeError(f"{rule}, got {type(loss).__name__}")
 
 
-def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
-    """The adapter between the leading directions of its kernel's gradient."""
-    old, what = spec.operator, f"the gradient of {name!r}"
-    check_concrete(gradient, what, spec.kernel_shape)
-    rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32), spec.axes)
-    # Squares of small numbers would be zero in float32, so the largest becomes 1.
-    largest = jnp.abs(rows).max((-2, -1), keepdims=True)
-    check_finite(largest, what)
-    if not largest.any():
-        raise ValueError(f"{what} is zero, and has no directions")
-    rows /= jnp.where(largest > 0, largest, 1)
-    mean = rows.reshape(-1, *rows.shape[-2:]).mean(0)
-    rows = jnp.where(largest > 0, rows, mean)  # of an expert that saw nothing
-    if isinstance(old, Damped):  # the inner operator is to follow P G
-        v = old.columns(rows.dtype)
-        rows -= v @ (v.mT @ rows)
-    q, features = old.square_rank, (spec.in_features, spec.out_features)
-    if not old.square:  # a square of the same budget
-        rank = spec.rank or max(1, round(spec.lora_rank))
-        q = square_rank(rank, *features, "orthogonal")
-    bases = _leading(rows, q), _leading(rows.mT, q)
-    new: Operator = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
-    if isinstance(old, Damped):
-        new = dataclasses.replace(old, inner=new, square_rank=q)
-    scale = new.fine_tuning_scale if spec.scale == old.fine_tuning_scale else spec.scale
-    return dataclasses.replace(spec, operator=new, scale=scale)
+def lora_gradient(
+    loss: Callable[..., Any], loras: Any, adapters: Any, *batch: Any
+) -> dict[Path, Adapter]:
+    """The gradients of LoRAs that stand where adapters do."""
+
+    def of(loras: Any) -> Any:
+        return loss(paths.replace_adapters(adapters, loras), *batch)
+
+    return jax.grad(of)(loras)
+
+
+# One program for all calls with the same function.
+_compiled_gradient = jax.jit(lora_gradient, static_argnums=0)
+
+
+def _along(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+    """{path: spec} with a `Subspace` along the kernel's gradient."""
+    new = {}
+    for path, (span, product) in _sketched(gradient, specs).items():
+        spec, what = specs[path], f"the gradient of {'/'.join(path)!r}"
+        check_finite(product, what)
+        if not product.any():
+            raise ValueError(f"{what} is zero, and has no directions")
+        old, q = spec.operator, _width(spec)
+        widths = spec.in_features, spec.out_features, q
+        op: Operator = Subspace(*widths, *map(gathered, _leading(span, product, q)))
+        if isinstance(old, Damped):
+            op = dataclasses.replace(old, inner=op, square_rank=q)
+        own = spec.scale == old.fine_tuning_scale
+        scale = op.fine_tuning_scale if own else spec.scale
+        new[path] = dataclasses.replace(spec, operator=op, scale=scale)
+    return new
+
+
+def renewed(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+    """{path: spec} of subspaces, along new gradients; for use under jit."""
+    found = _sketched(gradient, specs)
+    return {p: moved(s, *_leading(*found[p], _width(s))) for p, s in specs.items()}
+
+
+def sketches(specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+    """{path: LoRA} with A = 0 and a random B, of a rank a little beyond q."""
+    loras, plain = {}, {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "rank": None}
+    for path, spec in specs.items():
+        features = spec.in_features, spec.out_features
+        # With a few more columns one comes nearer to the last directions.
+        op = LowRank(*features, min(*features, _width(spec) + 8))
+        how: Any = {"operator": op, "execution": "activation", **plain}
+        lora = dataclasses.replace(spec, **how)
+        m = op.start((), "embedding", jax.random.key(0), jnp.float32)
+        loras[path] = Adapter(jnp.broadcast_to(m, lora.shape), lora)
+    return loras
+
+
+def _sketched(
+    gradient: OfLoras, specs: Mapping[Path, AdapterSpec]
+) -> dict[Path, tuple[Array, Array]]:
+    """{path: (Q, Q^T G)}, where columns Q nearly span G, in two gradients of LoRAs."""
+    loras, spans = sketches(specs), {}
+    first: Mapping[Path, Any] = gradient(loras)
+    for path, lora in first.items():
+        by_a, by_b = lora.operator.factors(lora.m)
+        spans[path] = _span(_seen(specs[path], by_a))
+        a, b = _seen(specs[path], spans[path]), jnp.zeros_like(by_b)
+        loras[path] = lora.replace(m=lora.operator.joined(a, b))
+    second: Mapping[Path, Any] = gradient(loras)
+    return {p: (spans[p], a.operator.factors(a.m)[1]) for p, a in second.items()}
+
+
+def at_random(specs: Mapping[Path, AdapterSpec], key: Array) -> dict[Path, Any]:
+    """{path: spec} of subspaces, with random directions."""
+    new = {}
+    for path, spec in specs.items():
+        bases = jax.tree.leaves(spec)[-2:]
+        key, *own = jax.random.split(key, 3)
+        new[path] = moved(spec, *map(_random_like, own, bases))
+    return new
+
+
+def moved(spec: AdapterSpec, *bases: Array) -> AdapterSpec:
+    """The adapter of a subspace between other directions, placed as features are."""
+    if spec.layout:
+        places = spec.layout.of_directions(spec.axes, spec.kernel_shape)
+        bases = tuple(map(jax.lax.with_sharding_constraint, bases, places))
+    leaves, tree = jax.tree.flatten(spec)  # they are the last arrays of the operator
+    return tree.unflatten([*leaves[:-2], *bases])
+
+
+def _width(spec: AdapterSpec) -> int:
+    """The width of a square of the budget of an adapter."""
+    if spec.operator.square:
+        return spec.operator.square_rank
+    rank = spec.rank or max(1, round(spec.lora_rank))
+    return square_rank(rank, spec.in_features, spec.out_features, "orthogonal")
+
+
+def _seen(spec: AdapterSpec, columns: Array) -> Array:
+    """P times columns, for an adapter of P x, whose inner maps are to follow P G."""
+    if not isinstance(spec.operator, Damped):
+        return columns
+    v = spec.operator.columns(columns.dtype)
+    return columns - v @ (v.mT @ columns)
+
+
+def _random_like(key: Array, basis: Array) -> Array:
+    return _span(jax.random.normal(key, basis.shape))
+
+
+def _unit(arrays: Array) -> tuple[Array, Array]:
+    """Matrices whose largest number is 1, or all 0, and what it was."""
+    # Squares of small numbers would be zero in float32.
+    largest = jnp.abs(arrays).max((-2, -1), keepdims=True)
+    return arrays / jnp.where(largest > 0, largest, 1), largest
+
+
+@jax.jit
+def _span(columns: Array) -> Array:
+    """Orthonormal columns that span the same, (..., features, width)."""
+    return jnp.linalg.qr(_unit(columns)[0])[0]
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _leading(matrices: jax.Array, count: int) -> jax.Array:
-    """The leading eigenvectors of each G G^T, (..., features, count), largest first."""
-    # Randomised (Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.3): the columns
-    # of G Z, with a random Z, lie mostly in the leading directions. Within their span Q
-    # the directions are exact: the eigenvectors of Q^T G G^T Q. They hold nearly all of
-    # the squares that the best directions hold (`make bench-quality EXPERIMENT=bases`),
-    # so that powers of G G^T, which would come nearer, are not worth their time.
-    features, outs = matrices.shape[-2:]
-    width = min(features, count + 8)  # a few more come nearer to the last ones
-    columns = jax.random.normal(jax.random.key(0), (outs, width), matrices.dtype)
+def _leading(span: Array, product: Array, count: int) -> tuple[Array, Array]:
+    """Leading singular vectors of G by columns Q and Q^T G, (..., features, count)."""
+    # Within the span of Q they are exact. They hold nearly all of the squares that the
+    # best directions hold (`make bench-quality EXPERIMENT=bases`), so that powers of
+    # G G^T, which would come nearer, are not worth their time.
+    product, size = _unit(product)
     with jax.default_matmul_precision("highest"):
-        basis, _ = jnp.linalg.qr(matrices @ columns)
-        half = matrices.mT @ basis
-        _, rotation = jnp.linalg.eigh(half.mT @ half)
-        return (basis @ rotation)[..., ::-1][..., :count]
+        _, rotation = jnp.linalg.eigh(product @ product.mT)
+        rotation = rotation[..., ::-1][..., :count]
+        # Orthogonal columns; the factorisation completes what has length zero.
+        bases = span @ rotation, jnp.linalg.qr(product.mT @ rotation)[0]
+
+    def of_all(basis: Array) -> Array:
+        # An expert that saw nothing has the directions of the one that saw most.
+        most = basis.reshape(-1, *basis.shape[-2:])[jnp.argmax(size)]
+        return jnp.where(size > 0, basis, most)
+
+    return of_all(bases[0]), of_all(bases[1])
 
 
 def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:

@@ -30,8 +30,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
         Linen model; all other leaves are left alone.
       plan: A plan of the model with these kernels, of any operators, which knows their
         axes; by `linen.plan` or `nnx.plan` of the model without LoRA.
-      alpha: The factor of A B there, which the tree does not say: `alpha / rank` of the
-        rule of qwix and Tunix, 1 of `nnx.LoRA`.
+      alpha: The factor of A B there: `alpha / rank` of qwix and Tunix, 1 of `nnx.LoRA`.
 
     Returns:
       The adapters of the kernels that have factors.

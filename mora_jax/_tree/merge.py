@@ -31,8 +31,7 @@ def delta_weight(
       frozen: The layer, where M is a plain array.
 
     Returns:
-      A tree of arrays of the kernels' shapes, by their names, in float32, or in float64
-      where M is; for one layer its array.
+      A tree as of the kernels, in float32, or float64 where M is; or a layer's array.
 
     Example::
 
@@ -71,9 +70,8 @@ def merge(
       dtype: The dtype of merged kernels and trained arrays; None for their own dtypes.
       any_base: True to merge into other weights than the adapters were trained on.
         They know those if `save` was given `params`.
-      rounding: The way to round to less than 32 bits: "dither" rounds as many numbers
-        away from zero as keeps the delta in the mean, the same ones in each run;
-        "nearest" rounds each by itself.
+      rounding: The way to round to less than 32 bits: "nearest", or "dither": as many
+        numbers away from zero as keeps the delta in the mean, the same in each run.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.

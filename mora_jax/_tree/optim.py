@@ -23,8 +23,7 @@ def trainable_mask(params: Any) -> Any:
       params: A tree as `combine` makes it, or the state of a model with adapters.
 
     Returns:
-      A tree of bools, one for each array, also for an array in a box of metadata; a
-      prefix of `params`, as optax takes it.
+      A tree of bools, one for each array or its box: a prefix of `params`, for optax.
 
     Raises:
       TypeError: A model is given instead of its params.
@@ -66,8 +65,7 @@ def optimizer(
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
-    tree of adapters needs `tx` itself and not this function; no gradient of the base is
-    computed then.
+    tree of adapters needs `tx` itself, and no gradient of the base is computed then.
 
     Args:
       tx: Any optax transformation.
@@ -86,8 +84,7 @@ def optimizer(
     """
     check_transformation(tx)
     labels = trainable_labels(params)
-    # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
-    # while -0.0 + 0.0 is 0.0.
+    # Updates of -0.0 keep leaves to the bit: x + -0.0 is x, while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
     return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
 
@@ -102,10 +99,9 @@ def check_transformation(tx: Any) -> None:
 def restarted_state(
     opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
 ) -> Any:
-    """An optimizer's state for adapters that a restart has made, and the rest of it.
+    """An optimizer's state for adapters that a restart has made.
 
-    Their moments start again, and mean what the adapters do; the state of other leaves
-    goes on.
+    Their moments start again and mean what they do; the state of other leaves goes on.
     """
     before, structure = jax.tree.flatten(opt_state, is_leaf=trees.is_end)
     for tree_of in (lambda: adapters, lambda: combine(params, adapters)):

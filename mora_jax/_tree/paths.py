@@ -13,7 +13,6 @@ from flax.traverse_util import unflatten_dict
 from mora_jax._common import trees
 from mora_jax._common.checks import LEAVE_OUT, as_jax_array, check_finite, check_leaf
 from mora_jax._common.messages import lacking
-from mora_jax._common.trees import located_leaves, unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec, check_alike, many_if
@@ -37,8 +36,8 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
     """{slash-joined path: (path, leaf)} of a tree of arrays or shapes, unboxed."""
     leaves: dict[str, tuple[Path, Any]] = {}
-    for path, leaf in located_leaves(tree, what).items():
-        name, leaf = "/".join(path), unboxed(leaf)
+    for path, leaf in trees.located_leaves(tree, what).items():
+        name, leaf = "/".join(path), trees.unboxed(leaf)
         if isinstance(leaf, Adapter):
             rule = "give the base alone, as split(params)[0]"
             raise ValueError(f"{what} hold the adapter {name}: {rule}")
@@ -94,7 +93,7 @@ class Found(dict[Path, Adapter]):
             check_base(self.specs, leaves)
         arrays = {}
         for path, adapter in self.items():
-            place, leaf = find_array(leaves, path, adapter.spec)
+            place, leaf = find_array(leaves, path, adapter.spec, what)
             arrays[path] = place, as_jax_array(f"{'/'.join(path)} in {what}", leaf)
         return arrays
 
@@ -114,7 +113,7 @@ class Found(dict[Path, Adapter]):
 def adapters_in(tree: Any) -> Found:
     """The adapters of a tree, or of variables of NNX that hold M's, checked."""
     found = Found()
-    for place, leaf in located_leaves(tree, "adapters").items():
+    for place, leaf in trees.located_leaves(tree, "adapters").items():
         name, adapter = "/".join(place), adapter_of(leaf)
         if adapter is None:
             got = f"{type(leaf).__name__} at {name!r}"
@@ -170,7 +169,7 @@ def adapter_of(leaf: Any) -> Adapter | None:
     if isinstance(leaf, Adapter):
         return leaf
     spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
-    return None if spec is None else Adapter.of_model(unboxed(leaf), spec)
+    return None if spec is None else Adapter.of_model(trees.unboxed(leaf), spec)
 
 
 def place_of(path: Path, spec: Spec) -> Path:
@@ -179,7 +178,7 @@ def place_of(path: Path, spec: Spec) -> Path:
 
 
 def find_array(
-    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Spec
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Spec, tree: str = "params"
 ) -> tuple[Path, Any]:
     """The path and the array of the base that a trained array belongs to, checked."""
     name = "/".join(path)
@@ -188,12 +187,12 @@ def find_array(
     else:
         what, shape, otherwise = f"{name!r}, which is trained itself", spec.shape, ""
     if name not in leaves:  # or it is quantized: several arrays, below its path
-        raise ValueError(f"params lack {what}{lacking(name, leaves)}")
+        raise ValueError(f"{tree} lack {what}{lacking(name, leaves)}")
     path, leaf = leaves[name]
     if many := many_if(shape, leaf.shape):
-        shapes = f"of shape {tuple(leaf.shape)} in params, and {shape} in the adapters"
+        shapes = f"of shape {tuple(leaf.shape)} in {tree}, and {shape} in the adapters"
         raise ValueError(f"{name} is {shapes}{many}")
-    check_leaf(leaf, f"{name} in params", shape, otherwise)
+    check_leaf(leaf, f"{name} in {tree}", shape, otherwise)
     return path, leaf
 
 

@@ -19,15 +19,12 @@ from mora_jax._tree.paths import Found, Tree, adapters_in
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
-
-    They are `multiplied` if they multiply inputs, as far as is known.
-    """
+    """Arrays of one kind, by a pattern of paths, that get no adapter, and why."""
 
     pattern: str
     count: int
     why: str
-    multiplied: bool
+    multiplied: bool  # True if they multiply inputs, as far as is known
 
     def __str__(self) -> str:
         return f"{shown(self.pattern, self.count)}: {self.why}"
@@ -47,11 +44,9 @@ class Plan(Mapping[str, AdapterSpec]):
 
     Attributes:
       parts: {path: spec} of kernels, and of arrays that train themselves.
-      base_parameters: The number of parameters of the model without adapters; 0 if
-        nobody has said it.
+      base_parameters: The number of the base's parameters; 0 if nobody has said it.
       traced: True if a trace has shown that each kernel reaches the model's output only
-        through the product of its layer; embeddings need it. Equality ignores this,
-        `left_out` and `unproven`.
+        through its layer's product; embeddings need it. `==` ignores it and the rest.
       left_out: The other arrays of two or more axes, and why they are left out.
       unproven: (path, reason) for each adapted kernel that no trace has proven.
 
@@ -141,8 +136,7 @@ class Plan(Mapping[str, AdapterSpec]):
 
         Args:
           tree: Nested mappings of arrays or shapes, an M at `<kernel>_mora`, and each
-            array that trains itself at its own path. Adapters are taken if they mean
-            what the plan says.
+            array that trains itself at its own path; or adapters that mean the same.
 
         Raises:
           TypeError, ValueError: The tree lacks an array, has others, or one does not

@@ -72,8 +72,7 @@ class DeltaMap:
 
     def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         """The part of x that the derivative needs: C(x), unless it is as large as x."""
-        # Of blocks x itself is kept: layers that read the same x (queries, keys,
-        # values) keep it once.
+        # Of blocks x itself is kept: once for queries, keys and values, which share it.
         return x if self.block else self.enter(x)
 
     def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
@@ -102,14 +101,12 @@ class Operator(DeltaMap):
     a faster way. If M is not a square that multiplies the rows of C(x), it says which
     array it is, `m_shape`, and how rows are multiplied, `product`; and if the delta is
     not linear in it, the derivative, as `LowRank` does. Equality and hash go by the
-    settings. Arrays that a seed determines are pytree leaves: a jitted function takes
-    them as arguments.
+    settings. Arrays that a seed determines are pytree leaves: arguments under jit.
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M of `m_shape`, `indices` are numbers of inputs,
     and `precision` is for the products with M, as in `jax.numpy.matmul`. Public methods
-    raise a TypeError for arrays that are not floating-point, and a ValueError for
-    arrays of another shape.
+    raise a TypeError unless arrays are floating-point, a ValueError for other shapes.
 
     Attributes:
       in_features, out_features: The lengths of the vectors x and y.
@@ -137,9 +134,8 @@ class Operator(DeltaMap):
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
-    """True if the delta is linear in what is trained, and weighted sums are exact. A
-    product of trained arrays is not: zeros would lack a gradient, and `start` needs a
-    key whatever `init` is."""
+    """True if the delta is linear in what is trained: weighted sums are exact. Products
+    of trained arrays are not; as zeros lack a gradient, `start` always needs a key."""
     square: ClassVar[bool] = True
     """True if M is (q, q), so that q is as wide as a budget and both widths allow."""
 
@@ -168,7 +164,10 @@ class Operator(DeltaMap):
     def digest(self) -> str:
         """A SHA-256 of the arrays, in hexadecimal, by which given ones are compared."""
         # It does not belong to the pytree: layers of one shape share their programs.
-        arrays = (np.asarray(getattr(self, name)) for name in self.arrays)
+        arrays = [getattr(self, name) for name in self.arrays]
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            return f"{arrays}"
+        arrays = map(np.asarray, arrays)
         return hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()
 
     def at(self, index: tuple[int, ...]) -> Any:
@@ -211,9 +210,8 @@ class Operator(DeltaMap):
         """The factor in / (q c d), with which M learns at full fine-tuning's rate.
 
         Adam changes each trained number by about its rate. With numbers of x of size 1
-        a trained kernel then changes an output by up to rate * in, and M changes it by
-        rate * q c d (see `gains`). docs/learning-rates.md derives it; muA does so for
-        a LoRA (https://arxiv.org/abs/2602.06204).
+        a trained kernel then changes an output by up to rate * in, M by rate * q c d.
+        See docs/learning-rates.md, and for LoRA muA (https://arxiv.org/abs/2602.06204).
         """
         c, d = self.gains
         return self.in_features / (self.m_shape[-2] * c * d)
@@ -268,10 +266,7 @@ class Operator(DeltaMap):
         # columns of the result. Of several, each unit vector is multiplied.
         if self.block or not self.linear:
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
-
-        def column(column: Array) -> Array:
-            return transposed(self._compress, (self.in_features,), column)
-
+        column = functools.partial(transposed, self._compress, (self.in_features,))
         return jax.vmap(column, in_axes=-1, out_axes=-1)(self._decompress(m))
 
     def compress(self, x: Inputs) -> Float[Array, "..."]:
@@ -310,7 +305,6 @@ class Operator(DeltaMap):
         return array
 
 
-# A program for each shape takes a tenth of the time that JAX's own functions take
-# outside of jit.
+# A program for each shape takes a tenth of the time of JAX's functions outside of jit.
 _zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))

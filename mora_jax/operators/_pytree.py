@@ -43,8 +43,7 @@ def operator(cls: ClassT) -> ClassT:
 def by_layer(op: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays that differ between a stack's layers, and the operator of others.
 
-    Arrays of one layer are vectors and matrices; what has more axes begins with the
-    stack's.
+    Arrays of one layer have two axes at most; what has more begins with the stack's.
     """
     if not op.given:
         return [], lambda arrays: op

@@ -12,11 +12,8 @@ from mora_jax.operators._base import Operator
 OPERATORS: dict[str, type[Operator]] = {}
 """Every operator class by its name; `mora_jax.operators` puts them here."""
 
-SHARING_FROM_RANK = 128
-"""The budget from which "auto" is sharing, the paper's best at r=256."""
-
-LANES = 128
-"""The width of a TPU's registers, in numbers."""
+SHARING_FROM_RANK = 128  # from here on "auto" is sharing, the paper's best at r=256
+LANES = 128  # the width of a TPU's registers, in numbers
 
 OperatorSpec = str | Mapping[str, Any]
 """A name, or a mapping with "name" and settings: {"name": "sharing", ...}."""
@@ -71,9 +68,8 @@ def square_rank(
     trains no more parameters than LoRA of rank `rank` would (paper section 3.2; the
     reference rounds to the nearest instead, which may exceed the budget). q is at most
     min(in, out), and even for rotation. For chips the widest multiple of 128, or else
-    of 64, is taken that divides both widths, if it is more than half of that q. Where
-    nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
-    docs/operators.md has the reasons.
+    of 64, is taken that divides both widths, if more than half of that q. Where nothing
+    is divided ("orthogonal", "hadamard", "truncation") any will do: docs/operators.md.
 
     Args:
       rank: The budget r.
@@ -84,8 +80,7 @@ def square_rank(
         it; 1 takes all of the budget. None is for the rule above, or 8 from q = 64 on.
 
     Raises:
-      TypeError, ValueError: A number is not a positive integer, or the budget is too
-        small for the operator.
+      TypeError, ValueError: A number is not a positive integer; too small a budget.
 
     Example::
 

@@ -15,8 +15,7 @@ from mora_jax._jax.tiles import cut, join, places
 from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator, permutation, seeded
 
-LEAST_USE = 2 / 3
-"""The part of the parameters that blocks which divide both widths must have."""
+LEAST_USE = 2 / 3  # of the parameters, by blocks that divide both widths
 
 
 @operator
@@ -30,13 +29,11 @@ class BlockDiagonal(Operator):
     one, and the last row or column of their M is not used. The source is DiaBlo
     (https://arxiv.org/abs/2506.03230); choosing n by a budget is ours.
 
-    Other operators repeat each number of M in many places of the delta. Here none is,
-    so that steps of M are steps of the kernel itself, of rank up to min(in, out).
-    `square_rank` is n.
+    Other operators repeat each number of M in the delta. Here none is, so that steps of
+    M are steps of the kernel, of rank up to min(in, out). `square_rank` is n.
 
     Attributes:
-      seed: The seed of the order in which features are taken. With 0 they stay as they
-        are, so that a block is a part of the kernel.
+      seed: The seed of the order of features. With 0 a block is a part of the kernel.
 
     Example::
 

@@ -24,18 +24,15 @@ class Damped(Operator):
     .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
 
     `input_damping` makes it from ordinary inputs of the layer: what these have most of,
-    the adapter sees least of, and changes least. The delta is P C M D, a matrix as any
-    other, so that merging is exact.
+    the adapter sees least of, and changes least. The delta is P C M D, merged exactly.
 
     Attributes:
       inner: The operator, of the same widths and `square_rank`.
-      directions: V, (in_features, k), with orthogonal columns; kept in bfloat16. The
-        part |v|^2 of an input along a column v is taken away. The layers of a stack may
-        each have their own, (*stack, in_features, k).
+      directions: V, (in_features, k), or (*stack, in_features, k), kept in bfloat16.
+        Its columns v are orthogonal; the part |v|^2 of an input along v is taken away.
 
     Raises:
-      TypeError: `inner` is not an operator, or damped itself; `directions` are not a
-        floating-point array, or a tracer.
+      TypeError: `inner` is damped or not an operator; `directions` not concrete floats.
       ValueError: Sizes do not fit, or columns are not orthogonal or longer than 1.
 
     Example::

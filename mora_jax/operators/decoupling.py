@@ -99,8 +99,7 @@ class Decoupling(Operator):
         h = sum_tiles(h.reshape(*batch, n * q), groups * q)
         return h.reshape(*batch, groups, q)
 
-    # D sums the blocks of a group. M multiplies them all, so it may multiply the sum
-    # instead: n blocks become min(n, p).
+    # D sums the blocks of a group, so M may multiply their sum: n become min(n, p).
 
     def enter(self, x: Array) -> Array:
         return self.sum_groups(self._compress(x))
@@ -117,12 +116,10 @@ class Decoupling(Operator):
         h = self.product(self.rotate_rows(unit, block), m, precision)
         groups = np.arange(self.num_groups, dtype=np.uint32)
         feeds = self.in_group(block)[..., None] == groups
-        h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
-        return self.leave(h)
+        return self.leave(jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3))
 
     def matrix(self, m: Array) -> Array:
-        # In whole rows, which compilers vectorise; in tiles of q columns it took four
-        # times as long.
+        # In whole rows, which compilers vectorise: in tiles it took four times as long.
         (n, q), outs = self.compressed_shape, self.out_features
         columns = tile_to(m, outs)
         # XLA is to write it to memory once. It fuses nothing with what it updates in
@@ -234,9 +231,8 @@ class Rotation(Decoupling):
         """Cosine and signed sine of the angle of each block and feature, (n, q)."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), 10000.0 ** (-2 * np.arange(q // 2) / q))
-        cos, sin = np.cos(angle), np.sin(angle)
-        tables = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
-        return tables[0].astype(dtype), tables[1].astype(dtype)
+        cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+        return np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
 
 
 def _swap_halves(h: Array, axis: int) -> Array:

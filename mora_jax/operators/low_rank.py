@@ -82,8 +82,7 @@ class LowRank(Operator):
     ) -> Array:
         """A as PEFT draws it, and B: zeros, or as `super().start` draws an M.
 
-        With init="embedding" A is zero, so that tokens which are not trained keep what
-        they were, and B is normal.
+        With init="embedding" A is zero, so that untrained tokens stay, and B is normal.
         """
         assert key is not None
         keys = jax.random.split(key)
@@ -101,8 +100,7 @@ class LowRank(Operator):
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
 
     # C and D are identities, and between them x is multiplied by both factors. With
-    # h = x A kept for it, the derivative is dy = (x dA) B + h dB, so that dA = x^T (g
-    # B^T) and dB = h^T g.
+    # h = x A kept, dy = (x dA) B + h dB, so that dA = x^T (g B^T) and dB = h^T g.
 
     def enter(self, x: Array) -> Array:
         return x
@@ -145,8 +143,7 @@ def nearest_factors(
     """A and B that are nearest to a delta, (*stack, in, out), and what they lack.
 
     Then come the share of the delta's norm that is cut off, the largest of a stack, and
-    the least rank from 1 on that cuts off no more than `max_error`. A and B have that,
-    or a given one.
+    the least rank from 1 on that cuts off at most `max_error`: A's and B's by default.
     """
     left, values, right = np.linalg.svd(delta, full_matrices=False)
     squares = np.cumsum(values[..., ::-1] ** 2, -1)[..., ::-1]

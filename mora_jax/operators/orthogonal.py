@@ -17,8 +17,7 @@ from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import given, operator, seeded
 from mora_jax.operators.decoupling import divide
 
-TOLERANCE = 1e-3
-"""Largest distance of the columns' products from the unit matrix."""
+TOLERANCE = 1e-3  # the largest distance of columns' products from the unit matrix
 
 
 class Projection(Operator):
@@ -60,8 +59,7 @@ class Orthogonal(Projection):
     """Projection on q fixed random orthonormal directions, and the transpose back.
 
     The AiDotNet document's operator, and CoSA's (https://arxiv.org/abs/2602.05148).
-    Each width has its directions, (features, q), which are stored once for all layers
-    of that width and seed.
+    The directions, (features, q), are stored once for all layers of a width and seed.
 
     Attributes:
       seed: The seed of the directions.
@@ -113,8 +111,7 @@ class Hadamard(Projection):
     name = "hadamard"
 
     def basis(self, side: Side, dtype: DTypeLike) -> Array:
-        arrays = self.in_arrays if side == "in" else self.out_arrays
-        signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
+        signs, odd, coordinates = map(jnp.asarray, getattr(self, f"{side}_arrays"))
         size = len(signs) // len(odd)
         column, entry = divide(coordinates, len(odd))
         row = np.arange(size, dtype=np.uint32)[:, None]
@@ -138,8 +135,7 @@ class Subspace(Projection):
     are stored with the adapter: q (in + out) numbers.
 
     Attributes:
-      in_basis, out_basis: The directions of each side, (features, q), as float32; of
-        a stack's layers, (*stack, features, q).
+      in_basis, out_basis: Directions, (features, q) or (*stack, features, q), float32.
 
     Raises:
       TypeError: A basis is not a floating-point array, or is a tracer.
@@ -169,8 +165,7 @@ class Subspace(Projection):
 
 def _times_transpose(h: Array, basis: Array) -> Array:
     """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
-    # Not by a transpose: if the basis is a constant, XLA would compute its transpose
-    # while it compiles, once for each layer.
+    # Not by a transpose: XLA would compute a constant's for each layer as it compiles.
     return jax.lax.dot_general(h, basis, (((h.ndim - 1,), (1,)), ((), ())))
 
 

@@ -147,8 +147,7 @@ def _sum_strided(x: Array, groups: int) -> Array:
     features = x.shape[-1]
     if groups >= features:
         return tile_to(x, groups)
-    missing = -features % groups
-    if not missing:
+    if not (missing := -features % groups):
         return sum_tiles(x, groups)
     before = [(0, 0)] * (x.ndim - 1) + [(groups - missing, 0)]
     return sum_tiles(x, groups) + jnp.pad(x[..., :missing], before)

@@ -14,7 +14,6 @@ class Truncation(Operator):
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax.operators import Truncation
       >>> op = Truncation(in_features=4, out_features=3, square_rank=2)
       >>> op.delta_weight(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
       Array([[1., 2., 0.],

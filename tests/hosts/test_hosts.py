@@ -16,6 +16,7 @@ import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from adapter_files import assert_same, made, slow, without_digests
 from jax._src import compiler
@@ -338,6 +339,48 @@ def a_merge_keeps_shardings_and_moves_no_kernel(folder):
                 assert got.dtype == dtype and is_whole(got, kernel), name
 
 
+def directions_are_those_of_one_process(folder):
+    """Also where a compiled step renews them, with each where its features are."""
+    names = "fc", "stack"
+
+    def loss(adapters, params, weights):
+        folded = mora_jax.fold(params, adapters)
+        pairs = [(folded[n]["kernel"], weights[n]["kernel"]) for n in names]
+        return sum(
+            jnp.sum(weight * kernel * jnp.sin(kernel)) for kernel, weight in pairs
+        )
+
+    def trained(params, weights, batch_axes=None):
+        plan = mora_jax.Plan({(n, "kernel"): PLAN[f"{n}/kernel"] for n in names})
+        if batch_axes is not None:
+            plan = sharding.on_mesh(plan, params, batch_axes=batch_axes)
+        adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params, weights)])
+        init, step, _ = mora_jax.remora.renewing(loss, optax.sgd(1e-3), 2)
+        state, step, value = init(params, adapters), jax.jit(step), None
+        for _ in range(3):
+            state, value = step(state, weights)
+        return adapters, state, value
+
+    base = {name: kernels()[name] for name in names}
+    weights = jax.tree.map(lambda kernel: np.cos(7 * kernel), base)
+    expected, run, value = trained(base, weights)
+    shared = (on_hosts(tree) for tree in (kernels(), jax.tree.map(np.cos, kernels())))
+    params, other = ({name: tree[name] for name in names} for tree in shared)
+    other = {
+        n: {"kernel": placed(weights[n]["kernel"], other[n]["kernel"].sharding)}
+        for n in names
+    }
+    got, again, other_value = trained(params, other, ())
+    np.testing.assert_allclose(float(other_value), float(value), rtol=1e-4)
+    for name in names:
+        one, two = (tree[name]["kernel_mora"].operator for tree in (expected, got))
+        along = np.abs(np.sum(one.in_basis * two.in_basis, -2))
+        np.testing.assert_allclose(along, 1, atol=1e-2)
+        basis = again.plan[f"{name}/kernel"].operator.in_basis
+        there = NamedSharding(basis.sharding.mesh, P("f"))  # features, and layers
+        assert basis.sharding.is_equivalent_to(there, basis.ndim), name
+
+
 def saves_once_more(folder, number, module, name):
     """Adapters are saved; while they are saved again, a process calls `name` and dies.
 
@@ -369,6 +412,7 @@ CASES = [
     another_base_is_refused_alike,
     a_file_that_one_lacks_is_an_error_of_all,
     a_merge_keeps_shardings_and_moves_no_kernel,
+    directions_are_those_of_one_process,
     the_death_of_one_is_an_error_of_all,
 ]
 

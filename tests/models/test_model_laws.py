@@ -2,17 +2,20 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
 from cases import KINDS, in_turns
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from helpers import close, largest, random_like, trained, wide
 from programs import plan_of, results, shapes_of
 from twins import CONVOLUTIONS, LIFTED, TABLES, TWINS
 
-from mora_jax import AdapterSpec, MoRAConfig, Plan, fold
+from mora_jax import AdapterSpec, MoRAConfig, Plan, directions, fold
 from mora_jax import nnx as mora
+from mora_jax._common.axes import rows_from_kernel
 
 APIS = "linen", "nnx"
 # Layers alone are one computation in both: by turns, one of the two is slow.
@@ -99,6 +102,7 @@ GIVEN = [
     for api in APIS
     if getattr(TWINS[name], api)
 ]
+EVERY = [*GIVEN, *(slow(*case) for case in MODELS if case not in GIVEN)]
 
 
 def other_adapters(plan):
@@ -131,6 +135,31 @@ def test_a_model_computes_what_the_given_adapters_say(name, api):
     assert again is not case.plan
     chex.assert_trees_all_equal(case.run(trained(again)), case.after)
     assert len(case.traces) == number + 1
+
+
+@pytest.mark.parametrize(("name", "api"), EVERY)
+def test_directions_are_those_of_the_kernels_gradients(name, api):
+    """In each layer, whatever it computes, and in each layer of a stack."""
+    case = results(name, api)
+    weights = random_like(case.after[0], 1.0)
+
+    def weighed(y):
+        parts = jax.tree.map(lambda w, y: jnp.sum(w * y, dtype=y.dtype), weights, y)
+        return sum(jax.tree.leaves(parts))
+
+    def loss(adapters, params):
+        return weighed(case.adapted(params, adapters, case.x))
+
+    grads = jax.jit(jax.grad(lambda params: weighed(case.base(params, case.x))))
+    found = directions(loss, case.plan, [(case.params,)])
+    flat = flatten_dict(grads(case.params))
+    flat = {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+    for path, spec in found.items():
+        op, rows = spec.operator, wide(rows_from_kernel(flat[path], spec.axes))
+        between = wide(op.in_basis).swapaxes(-2, -1) @ rows @ wide(op.out_basis)
+        held, all_of = (np.sum(array**2, (-2, -1)) for array in (between, rows))
+        values = np.linalg.svd(rows, compute_uv=False)[..., : op.square_rank]
+        assert (held >= 0.98 * np.sum(values**2, -1)).all(), (path, held / all_of)
 
 
 @pytest.mark.parametrize("name", IN_BOTH)

@@ -720,3 +720,35 @@ def test_inputs_of_quantized_kernels_are_damped():
     assert inside > 0.999
     moved = jax.tree.map(jnp.ones_like, damped)
     assert jnp.abs(run(moved) - run(adapters)).max() > 0.1
+
+
+@pytest.mark.parametrize("types", ["int8", "nf4"])
+def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
+    """They are those of the gradient that the kernels would have."""
+    model, x = nn.Sequential([nn.Dense(24), nn.Dense(16)]), random(1, 12, 16)
+    rules = [MoRARule(module_path=".*", rank=1, operator="rotation", **TYPES[types])]
+    adapted = qwix.apply_lora_to_model(model, MoRAProvider(rules))
+    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+    weights = random(2, 12, 16)
+
+    def loss(adapters, base):
+        y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
+        return jnp.sum(weights * y)
+
+    found = mora_jax.directions(loss, adapters, [(base,)])
+    kernels = {
+        name: np.asarray(layer["kernel"]) for name, layer in dequantize(base).items()
+    }
+    grads = {
+        "layers_0": x.T @ (weights @ kernels["layers_1"].T),
+        "layers_1": (x @ kernels["layers_0"]).T @ weights,
+    }
+    for name, gradient in grads.items():
+        op = found[name]["kernel_mora"].operator
+        assert op.name == "subspace"
+        rows = np.asarray(gradient, np.float64)
+        held = np.sum((op.in_basis.T @ rows @ op.out_basis) ** 2)
+        values = np.linalg.svd(rows, compute_uv=False)[: op.square_rank]
+        assert held > 0.98 * np.sum(values**2)
+    started = mora_jax.gradient_start(lambda a: (loss(a, base) + 1e3) ** 2, found)
+    assert loss(started, base) < loss(found, base)

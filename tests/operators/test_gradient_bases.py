@@ -105,8 +105,6 @@ def test_directions_beyond_the_rank_of_a_gradient():
 def test_the_forms_of_gradients():
     plan, grads = planned(), gradients()
     found = gradient_bases(grads, plan)
-    pairs = ((name, grads[name[0]]["kernel"]) for name in reversed(list(plan)))
-    assert gradient_bases(pairs, plan) == found
     state = nnx.State(jax.tree.map(nnx.Param, grads))
     assert gradient_bases(state, plan) == found
     assert gradient_bases(jax.tree.map(np.asarray, grads), plan) == found
@@ -266,13 +264,8 @@ def test_bad_gradients():
         (with_a(one.at[0, 0].set(jnp.nan)), ValueError, "holds NaN or infinity"),
         (with_a(0 * one), ValueError, "'a/kernel' is zero, and has no directions"),
         (with_a(one.astype(int)), TypeError, "floating-point dtype, got int32"),
-        (jax.eval_shape(gradients), TypeError, "must be a concrete array"),
+        (jax.eval_shape(gradients), TypeError, "in grads must be an array"),
         ({}, ValueError, "^grads holds no array"),
-        (iter([("a/kernel", one)] * 2), ValueError, "grads have 'a/kernel' twice"),
-        (iter([("a/kernal", one)]), ValueError, "the plan lacks.*a/kernel"),
-        (iter([one]), TypeError, r"must give \(path, gradient\) pairs"),
-        ([one], TypeError, r"must give \(path, gradient\) pairs"),
-        ([], ValueError, "grads lack the kernel"),
         (None, ValueError, "^grads holds no array"),
         (one, TypeError, "^grads must be a tree of arrays"),
     ]

@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import os
 import runpy
 import signal
 import socket
@@ -56,7 +57,11 @@ def run(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # XLA's CPU compiler would let sums that need not wait for each other begin in
+    # another order on each process, and gloo would wait for ever.
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     env = environment(
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}",
         JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",

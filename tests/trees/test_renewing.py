@@ -1,0 +1,263 @@
+"""A compiled step of training that renews adapters as it goes."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from adapter_files import slow
+from flax import nnx
+from helpers import close, made_for, random, wide
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import mora_jax
+from mora_jax import MoRAConfig, directions, linen, remora
+from mora_jax._layer.rounding import share_lost
+from mora_jax._tree.paths import adapters_in
+
+X, Y = random(0, 16, 24), random(1, 16, 12)
+# Between the directions of its own batch the gradient is diagonal: a small epsilon
+# would make full steps of the rounding errors elsewhere.
+TX = optax.adam(3e-2, eps=1e-2)
+
+
+class Net(nn.Module):
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        dtypes = {"param_dtype": self.dtype}
+        h = jnp.tanh(nn.Dense(20, name="up", **dtypes)(x))
+        return nn.Dense(12, name="down", **dtypes)(h)
+
+
+def task(dtype="float32", operator=None, **settings):
+    """A loss, params, and adapters along its gradient, or between random maps."""
+    net = Net(dtype)
+    variables = made_for(net, X)
+    config = MoRAConfig(square_rank=4, operator=operator or "rotation", **settings)
+    plan = linen.plan(net, variables, config, X)
+    apply = linen.wrap(net, plan)
+
+    def loss(adapters, params, x, y):
+        return jnp.mean((apply(adapters, {"params": params}, x) - y) ** 2)
+
+    params = variables["params"]
+    adapters = mora_jax.init(plan, params=params)
+    if operator is None:
+        adapters = directions(loss, adapters, [(params, X, Y)])
+    return loss, params, adapters
+
+
+def restarted(loss, params, adapters, opt_state: Any):
+    """A renewal step by step, by other functions of the library."""
+    found = adapters_in(adapters)
+    params = mora_jax.merge(params, found.kernels.tree())
+    for path, adapter in found.kernels.items():
+        found[path] = adapter.replace(m=0 * adapter.m)
+    adapters = directions(loss, found.tree(), [(params, X, Y)])
+    new: Any = TX.init(adapters)
+    for name in ("mu", "nu"):  # the bias goes on, and so does the count of its steps
+        old = getattr(opt_state[0], name)["down"]["bias"]
+        getattr(new[0], name)["down"]["bias"] = old
+    count = opt_state[0].count
+    return params, adapters, (new[0]._replace(count=count), *opt_state[1:])
+
+
+def trained(loss, params, adapters, steps=7, every=3, batch=(X, Y), **settings):
+    """The state after some steps, the losses, and the compiled step."""
+    init, step, _ = remora.renewing(loss, TX, every, **settings)
+    step, state, values = jax.jit(step), init(params, adapters), []
+    for _ in range(steps):
+        state, value = step(state, *batch)
+        values.append(float(value))
+    return state, values, step
+
+
+def test_it_is_a_loop_with_restarts_as_one_program():
+    loss, params, adapters = task(train="down/bias")
+    state, values, step = trained(loss, params, adapters)
+    assert step._cache_size() == 1
+
+    opt_state, expected = TX.init(adapters), []
+    for k in range(7):
+        if k in (3, 6):
+            params, adapters, opt_state = restarted(loss, params, adapters, opt_state)
+        value, grads = jax.value_and_grad(loss)(adapters, params, X, Y)
+        updates, opt_state = TX.update(grads, opt_state)
+        adapters = optax.apply_updates(adapters, updates)
+        expected.append(float(value))
+    close(np.asarray(values), np.asarray(expected), 1e-4)
+    close(state.params, params, 1e-3)
+    close(mora_jax.delta_weight(state.adapters), mora_jax.delta_weight(adapters), 1e-3)
+    assert values[-1] < 0.9 * values[0] and int(state.step) == 7
+    # What it made are adapters as any other.
+    merged = mora_jax.merge(state.params, state.adapters)
+    y = Net().apply({"params": merged}, X)
+    close(jnp.mean((y - Y) ** 2), loss(state.adapters, state.params, X, Y))  # pyright: ignore
+
+
+def test_the_rank_grows_and_others_keep_their_directions():
+    loss, base, adapters = task()
+    state, _, _ = trained(loss, base, adapters, steps=9)
+    merged = mora_jax.merge(state.params, state.adapters)
+    difference = wide(merged["up"]["kernel"]) - wide(base["up"]["kernel"])
+    assert np.linalg.matrix_rank(difference, tol=1e-3 * np.abs(difference).max()) > 8
+    never, _, _ = trained(loss, base, adapters, every=lambda step: step < 0)
+    close(never.params, base)
+    for name, adapter in adapters_in(never.adapters).items():
+        op, first = adapter.operator, adapters_in(adapters)[name].operator
+        np.testing.assert_array_equal(op.in_basis, first.in_basis)
+
+
+@pytest.mark.parametrize("operator", ["orthogonal", slow("hadamard")])
+def test_random_maps_as_in_the_papers(operator):
+    loss, base, adapters = task(operator=operator)
+    state, values, step = trained(loss, base, adapters, steps=9, along="random")
+    assert step._cache_size() == 1 and values[-1] < values[0]
+    again, same, _ = trained(loss, base, adapters, steps=9, along="random")
+    assert same == values
+    for name, adapter in adapters_in(state.adapters).items():
+        op, first = adapter.operator, adapters_in(adapters)[name].operator
+        close(op.in_basis.T @ op.in_basis, np.eye(4))
+        old = first.basis("in", jnp.float32)
+        assert np.linalg.norm(op.in_basis.T @ old) < 1.9  # of at most 2
+        assert adapter.spec.scale == adapters_in(adapters)[name].spec.scale
+
+
+def test_moments_start_again_or_go_on():
+    loss, params, adapters = task()
+    for moments, count in (("restart", 1), ("keep", 4)):
+        settings = {"steps": 4, "moments": moments}
+        state, _, _ = trained(loss, params, adapters, **settings)
+        assert int(state.opt_state[0].count) == count
+        assert any(m.any() for m in jax.tree.leaves(state.opt_state[0].mu))
+
+
+@pytest.mark.slow
+def test_small_deltas_add_up_in_16_bits():
+    """Each renewal has a dither of its own: 24 of one step each are not lost."""
+    loss, params, adapters = task("bfloat16")
+    tx = optax.sgd(1e-4)
+    init, step, _ = remora.renewing(loss, tx, 1)
+    state, step, total = init(params, adapters), jax.jit(step), 0
+    for _ in range(24):
+        before = state.params
+        total = total + wide(mora_jax.delta_weight(state.adapters)["up"]["kernel"])
+        state, _ = step(state, X, Y)
+        assert state.params["up"]["kernel"].dtype == before["up"]["kernel"].dtype
+    change = wide(state.params["up"]["kernel"]) - wide(params["up"]["kernel"])
+    assert share_lost(jnp.asarray(change), jnp.asarray(total)) < 0.5
+
+
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
+    loss, params, adapters = task()
+    init, step, _ = remora.renewing(loss, TX, 2)
+    step = jax.jit(step, donate_argnums=0)
+    state = init(jax.tree.map(jnp.copy, params), adapters)
+    for _ in range(3):
+        state, _ = step(state, X, Y)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(lambda: init(params, adapters))
+        again = checkpointer.restore(tmp_path / "state", target)
+    ends = []
+    for run in (state, again):
+        for _ in range(3):
+            run, _ = step(run, X, Y)
+        ends.append(jax.tree.leaves(run))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_an_nnx_model():
+    loss, params, adapters = task()
+    expected, values, _ = trained(loss, params, adapters)
+
+    class Twin(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(24, 20, rngs=nnx.Rngs(0))
+            self.down = nnx.Linear(20, 12, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.down(jnp.tanh(self.up(x)))
+
+    model = Twin()
+    nnx.update(model, params)
+    plan = mora_jax.Plan({p: a.spec for p, a in adapters_in(adapters).items()})
+    wrapped = mora_jax.nnx.wrap(model, plan)
+    split, ms, base = nnx.split(wrapped, mora_jax.nnx.MoRAParam, nnx.Param)
+
+    def of_states(ms, base, x, y):
+        return jnp.mean((nnx.merge(split, ms, base)(x) - y) ** 2)
+
+    state, again, step = trained(of_states, base, ms)
+    close(np.asarray(again), np.asarray(values), 1e-4)
+    assert step._cache_size() == 1
+    nnx.update(wrapped, state.params, state.adapters)
+    merged = mora_jax.nnx.merge_adapters(wrapped)
+    close(merged(X), linen_merged(expected, X), 1e-3)
+
+
+def linen_merged(state, x):
+    merged = mora_jax.merge(state.params, state.adapters)
+    return Net().apply({"params": merged}, x)
+
+
+@pytest.mark.parametrize("layout", [False, slow(True)])
+def test_on_a_mesh(layout):
+    """Kernels stay split, and the run is that of one device."""
+    loss, params, adapters = task()
+    expected, values, _ = trained(loss, params, adapters)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    split = NamedSharding(mesh, PartitionSpec(None, "model"))
+    where = {
+        name: {"kernel": split, "bias": NamedSharding(mesh, PartitionSpec("model"))}
+        for name in params
+    }
+    params = jax.device_put(params, where)
+    batch = jax.device_put((X, Y), NamedSharding(mesh, PartitionSpec("data")))
+    if layout:
+        adapters = mora_jax.sharding.on_mesh(adapters, params, batch_axes="data")
+    with jax.set_mesh(mesh):
+        state, again, _ = trained(loss, params, adapters, batch=batch)
+    close(np.asarray(again), np.asarray(values), 1e-4)
+    if layout:  # directions are where their features are
+        for spec in state.plan.values():
+            places = [a.sharding.spec for a in jax.tree.leaves(spec)]
+            assert places == [PartitionSpec(), PartitionSpec(("model",))]
+    assert state.params["up"]["kernel"].sharding.is_equivalent_to(split, 2)
+    close(
+        mora_jax.merge(state.params, state.adapters),
+        mora_jax.merge(expected.params, expected.adapters),
+        1e-3,
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments():
+    loss, params, adapters = task()
+    cases = [
+        ((loss, "adam", 2), {}, TypeError, "tx must be an optax transformation"),
+        ((loss, TX, 0), {}, ValueError, "every must be a positive integer"),
+        ((loss, TX, 2), {"along": "W"}, ValueError, "along must be one of"),
+        ((loss, TX, 2), {"moments": "x"}, ValueError, "moments must be one of"),
+    ]
+    for args, settings, error, message in cases:
+        with pytest.raises(error, match=message):
+            remora.renewing(*args, **settings)
+    init, *_ = remora.renewing(loss, TX, 2)
+    blocks = task(operator="rotation")[2]
+    cases = [
+        ((params, blocks), ValueError, "renewing needs directions.* got 'rotation' at"),
+        ((adapters, adapters), ValueError, "params hold the adapter"),
+        (({}, adapters), ValueError, "params holds no array"),
+        ((params, params), TypeError, "adapters must hold adapters"),
+    ]
+    for args, error, message in cases:
+        with pytest.raises(error, match=message):
+            init(*args)
