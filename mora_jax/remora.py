@@ -98,8 +98,8 @@ def restart(
 
     Raises:
       TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
-        would not grow; `tx` is not a transformation, or `opt_state` is
-        not its state for these adapters.
+        would not grow; `tx` is not a transformation, or `opt_state` is not its state
+        for these adapters.
     """
     check_transformation(tx)
     found = paths.checked_adapters(adapters)
@@ -208,7 +208,7 @@ def renewing(
 
     def init(params: Any, adapters: Any) -> State:
         found, parts, shapes = paths.checked_adapters(adapters), {}, {}
-        found.in_base(params)
+        found.in_base(params, any_base=False)
         for path, adapter in found.kernels.items():
             op = _along_data("/".join(path), adapter.operator)
             # Copies, since a step may be given the state to overwrite.

@@ -238,6 +238,15 @@ def test_on_a_mesh(layout):
     )
 
 
+def test_another_base_is_refused(tmp_path):
+    loss, params, adapters = task()
+    mora_jax.save(tmp_path, adapters, params=params)
+    again, (init, *_) = mora_jax.load(tmp_path, params), remora.renewing(loss, TX, 2)
+    assert init(params, again).plan["up/kernel"].base_digest is None
+    with pytest.raises(ValueError, match="holds other weights than the base"):
+        init(jax.tree.map(lambda leaf: leaf + 1, params), again)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments():
     loss, params, adapters = task()
