@@ -130,7 +130,7 @@ class Hadamard(Projection):
 class Subspace(Projection):
     r"""Projection on q given orthonormal directions, and back along others.
 
-    `gradient_bases` makes it from a gradient: inputs of the layer lie in its leading
+    `directions` makes it from a gradient: inputs of the layer lie in its leading
     directions, and outputs should move in them. No seed gives such directions, so they
     are stored with the adapter: q (in + out) numbers.
 
