@@ -722,7 +722,7 @@ def test_inputs_of_quantized_kernels_are_damped():
     assert jnp.abs(run(moved) - run(adapters)).max() > 0.1
 
 
-@pytest.mark.parametrize("types", ["int8", "nf4"])
+@pytest.mark.parametrize("types", [slow("int8"), "nf4"])
 def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
     """They are those of the gradient that the kernels would have."""
     model, x = nn.Sequential([nn.Dense(24), nn.Dense(16)]), random(1, 12, 16)
