@@ -210,7 +210,7 @@ def renewing(
         found, parts, shapes = paths.checked_adapters(adapters), {}, {}
         found.in_base(params, any_base=False)
         for path, adapter in found.kernels.items():
-            op = _along_data("/".join(path), adapter.operator)
+            op = _replaceable("/".join(path), adapter.operator)
             # Copies, since a step may be given the state to overwrite.
             spec = jax.tree.map(jnp.array, _restarted(adapter.spec, op))
             parts[path] = gradients.moved(spec, *jax.tree.leaves(spec)[-2:])
@@ -332,10 +332,10 @@ def _restarted(spec: AdapterSpec, op: Operator) -> AdapterSpec:
     return dataclasses.replace(spec, base_digest=None, operator=op, init=init)
 
 
-def _along_data(name: str, op: Operator) -> Operator:
+def _replaceable(name: str, op: Operator) -> Operator:
     """The operator with directions that may be replaced, or an error."""
     if isinstance(op, Damped):
-        return op.around(_along_data(name, op.inner))
+        return op.around(_replaceable(name, op.inner))
     if isinstance(op, Subspace):
         return op
     if not isinstance(op, Projection):

@@ -28,7 +28,7 @@ from benchmarks.quality.learners import (
     plan_like,
     with_plan,
 )
-from mora_jax import MoRAConfig, linen, remora
+from mora_jax import MoRAConfig, remora
 from mora_jax.operators import Operator
 from mora_jax.operators._pytree import operator
 
@@ -125,22 +125,16 @@ def renewed(task: Task, learner: Learner, *, along: bool) -> Learner:
     These are the directions of a new gradient if `along`, or else those of another
     seed; a LoRA has new factors.
     """
-    _, plan = learner.frozen(task.params)
-    apply = linen.wrap(task.model, plan)
-
-    def loss(adapters: Any, params: Any) -> jax.Array:
-        return task.loss(apply(adapters, {"params": params}, *task.inputs))
 
     def following(ms: Any, frozen: Any) -> Any:
         (params, plan), tx = frozen, optax.identity()
         adapters = plan.adapters(ms)
         if along:
             params = mora_jax.merge(params, adapters)
-            adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params,)])
-        else:
-            state = tx.init(adapters)
-            params, adapters, _ = remora.restart(params, adapters, state, tx)
-        return bare(adapters), (params, plan_like(plan, adapters))
+            plan = with_directions(plan, task.gradient(params))
+            return bare(mora_jax.init(plan)), (params, plan)
+        after = remora.restart(params, adapters, tx.init(adapters), tx)
+        return bare(after.adapters), (after.params, plan_like(plan, after.adapters))
 
     return learner._replace(renewed=following)
 

@@ -165,6 +165,7 @@ class Operator(DeltaMap):
         """A SHA-256 of the arrays, in hexadecimal, by which given ones are compared."""
         # It does not belong to the pytree: layers of one shape share their programs.
         arrays = [getattr(self, name) for name in self.arrays]
+        # In a `remora.State` shapes stand for arrays that are data.
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
             return f"{arrays}"
         arrays = map(np.asarray, arrays)
