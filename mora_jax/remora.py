@@ -4,9 +4,8 @@ The rank of one delta is bounded by its operator. A *restart* adds the delta to 
 and starts M with a delta of zero between other maps C and D, so that the sum of all
 deltas may have a higher rank: so the paper pretrains with adapters alone. The adapters
 say where in the cycle a run is, so that a run which is resumed from a saved base and
-adapters restarts as it would have. `renewing` does it within a step of training, and
-the next maps are the directions of a new gradient. What was learned in the end is one
-file by `learned`.
+adapters restarts as it would have. `renewing` does it within a step of training, with
+the directions of a new gradient for maps. `learned` makes one file of all deltas.
 
 Example::
 
@@ -98,8 +97,7 @@ def restart(
 
     Raises:
       TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
-        would not grow; `tx` is not a transformation, or `opt_state` is not its state
-        for these adapters.
+        would not grow; `tx` is not a transformation, or `opt_state` not its state here.
     """
     check_transformation(tx)
     found = paths.checked_adapters(adapters)
@@ -164,22 +162,23 @@ def renewing(
     """A training step that merges the adapters at times, and goes on between new maps.
 
     It is one program for all renewals, since directions are data here. A renewal merges
-    as `restart` does, and takes two gradients of a LoRA at the merged params.
+    as `restart` does, and takes two gradients of a LoRA at the merged params. The first
+    step is one, and finds the first directions.
 
     Args:
       loss: A function from adapters, params and the arguments of a batch to the loss.
       tx: The optimizer.
       every: The number of steps from renewal to renewal, or a function from the number
-        of steps so far to True where one is due.
+        of steps so far to True where one is due, which need not be at 0.
       along: "gradient" for the `directions` of the step's batch; "random" for random
         ones, as ReLoRA and the paper's ReMoRA have it.
       moments: "restart" for an optimizer's state as after `restart`; "keep" for the
         moments of the old directions.
 
     Returns:
-      (init, step, renew). `init` takes adapters of `directions`, or, for random ones,
-      of `operator="orthogonal"`. If `step` is compiled with the state donated, the
-      params that `init` was given are overwritten.
+      (init, step, renew). `init` takes adapters with `operator="orthogonal"`, or of
+      `directions`. If `step` is compiled with the state donated, the params that `init`
+      was given are overwritten.
 
     Raises:
       TypeError, ValueError: An argument is of another kind.
@@ -190,8 +189,8 @@ def renewing(
       >>> params, x = {"kernel": jnp.ones((8, 8))}, jnp.eye(8)
       >>> def loss(adapters, params, x):
       ...     return jnp.mean((x @ mora_jax.fold(params, adapters)["kernel"]) ** 2)
-      >>> adapters = mora_jax.init(mora_jax.plan(params, mora_jax.MoRAConfig(rank=1)))
-      >>> adapters = mora_jax.directions(loss, adapters, [(params, x)])
+      >>> config = mora_jax.MoRAConfig(operator="orthogonal", rank=1)
+      >>> adapters = mora_jax.init(mora_jax.plan(params, config))
       >>> init, step, _ = mora_jax.remora.renewing(loss, optax.adam(0.1), every=2)
       >>> state, step = init(params, adapters), jax.jit(step, donate_argnums=0)
       >>> for _ in range(4):
@@ -213,8 +212,16 @@ def renewing(
             op = _replaceable("/".join(path), adapter.operator)
             # Copies, since a step may be given the state to overwrite.
             spec = jax.tree.map(jnp.array, _restarted(adapter.spec, op))
-            parts[path] = gradients.moved(spec, *jax.tree.leaves(spec)[-2:])
-            shapes[path] = Adapter(adapter.m, jax.tree.map(_shape, parts[path]))
+            if along == "gradient":
+                scale = gradients.scale_with(op, adapter.spec)
+                spec = dataclasses.replace(spec, scale=scale)
+            bases = (
+                jnp.broadcast_to(basis, (*spec.shape[:-2], *basis.shape[-2:]))
+                for basis in jax.tree.leaves(spec)[-2:]
+            )
+            parts[path] = gradients.moved(spec, *bases)
+            shape = jax.eval_shape(lambda spec: spec, parts[path])
+            shapes[path] = Adapter(adapter.m, shape)
         ms = jax.tree.map(jnp.copy, paths.replace_adapters(adapters, shapes))
         return State(params, ms, Plan(parts), tx.init(ms), jnp.zeros((), jnp.int32))
 
@@ -238,7 +245,7 @@ def renewing(
 
     def step(state: State, *batch: Any) -> tuple[State, Array]:
         at = state.step
-        due = every(at) if callable(every) else (at > 0) & (at % every == 0)
+        due = every(at) if callable(every) else at % every == 0
         state = jax.lax.cond(due, renew, lambda state, *_: state, state, *batch)
 
         def of(ms: Any) -> Any:
@@ -246,6 +253,8 @@ def renewing(
             return loss(adapters, state.params, *batch)
 
         value, grads = jax.value_and_grad(of)(state.ms)
+        if along == "gradient":
+            grads = _diagonal(grads, due)
         updates, opt_state = tx.update(grads, state.opt_state, state.ms)
         ms = optax.apply_updates(state.ms, updates)
         return State(state.params, ms, state.plan, opt_state, at + 1), value
@@ -259,8 +268,7 @@ def learned(
     """The difference that many restarts made to the base, as one tree of adapters.
 
     It is a LoRA ("low_rank") for each kernel, of the least rank that keeps it within
-    `max_error`, and the arrays that are trained themselves. Save, merge or export it as
-    any other.
+    `max_error`, and the arrays that are trained themselves: adapters as any others.
 
     Args:
       base: The params before the first restart.
@@ -322,8 +330,14 @@ def _merged(
     return paths.replace_leaves(params, sums)
 
 
-def _shape(array: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+def _diagonal(grads: Any, due: Array) -> Any:
+    """Gradients of M's between the directions of their own batch, if it is due."""
+    # They are diagonal, and Adam would make whole steps of the rounding errors beside.
+    new = {}
+    for path, grad in paths.adapters_in(grads).kernels.items():
+        mask = jnp.where(due, jnp.eye(grad.m.shape[-1], dtype=grad.m.dtype), 1)
+        new[path] = grad.replace(m=grad.m * mask)
+    return paths.replace_adapters(grads, new)
 
 
 def _restarted(spec: AdapterSpec, op: Operator) -> AdapterSpec:

@@ -86,8 +86,7 @@ def select(stacked: Tree, index: Any) -> Tree:
 
     They are for `jax.vmap` of a function of one adapter and one row, see above; in NNX
     that function calls `nnx.set_adapters` on a clone of the model, see
-    docs/many-adapters.md. Call this inside of the compiled function: then one program
-    serves all indices.
+    docs/many-adapters.md. Call this where it is compiled: one program for all indices.
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients

@@ -155,7 +155,7 @@ def _adapted(model: nn.Module) -> Callable[..., jax.Array]:
 
 def bare(adapters: Any) -> Any:
     """The arrays of adapters, whose meaning their plan has."""
-    return jax.tree.map(lambda a: a.m, adapters, is_leaf=_is_adapter)
+    return jax.tree.map(lambda a: a.m, adapters, is_leaf=is_adapter)
 
 
 def damped(task: Task, plan: mora_jax.Plan, directions: int = 16) -> mora_jax.Plan:
@@ -176,7 +176,8 @@ def plan_like(plan: mora_jax.Plan, adapters: Any) -> mora_jax.Plan:
     return dataclasses.replace(plan, parts=specs)
 
 
-def _is_adapter(node: Any) -> bool:
+def is_adapter(node: Any) -> bool:
+    """True for an adapter, a leaf for `jax.tree.map`."""
     return isinstance(node, mora_jax.Adapter)
 
 

@@ -8,8 +8,7 @@ r"""The equation of an adapted layer, and its derivatives.
 
 Here g is the gradient of y. The map D(C(x) M) and its derivative by M are the
 operator's, see `operators._base`. dx follows from the transpose of a map of x, see
-`ways`. alpha multiplies M before anything else is done with it, since alpha D(C(x) M) =
-D(C(x) (alpha M)).
+`ways`. alpha multiplies M before all else: alpha D(C(x) M) = D(C(x) (alpha M)).
 
 The rest of this file says what stands here for x (rows of a batch, unit vectors of an
 embedding, outputs of a convolution), and where the devices are that compute it.

@@ -34,23 +34,18 @@ _CPU = Tuning(fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors":
 # Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
 # the frozen layer or model (`make bench-chips`, whose results have each operator both
 # ways). "auto" goes by the model: a Llama of two layers with orthogonal costs 1.08 and
-# folded 0.89 on a v5e, 1.07 and 0.96 on a v6e, where its layers alone cost 1.34 to 1.43
-# and folded 1.46 to 1.56. A layer 4096 -> 4096 on a v5e costs 1.11 and folded 1.21 with
-# sharing, 1.37 and 1.07 with rotation.
-#
-# Kernels that are gathered, a training step of 8B on v5e:2x4 in ms (`--only meshes`):
-# rotation 464 fused and 418 folded, orthogonal 493 and 454, sharing 432 and 410. A
-# device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and 14.1 frozen: a fold of
-# sharing saves about the time that 1 GB more takes, the other two far more.
+# folded 0.89 on a v5e, where its layers alone cost 1.34 to 1.43, folded 1.46 to 1.56.
+# If kernels are gathered a fold of sharing saves about the time that its 1 GB more of
+# traffic takes, others far more: on v5e:2x4 8B's step with rotation takes 464 ms fused
+# and 418 folded, with sharing 432 and 410 (`--only meshes`).
 _TPU = Tuning(
     fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=True,
 )
-# The same for an H100. In a model what the activation path reads and writes is fused
-# with what stands before and after a layer: a Llama of 8B's width costs 1.00 and folded
-# 1.03 with sharing, 1.05 and 1.10 with orthogonal, 1.05 and 1.03 with rotation, where a
-# layer 4096 -> 4096 alone is 0.07 to 0.32 cheaper folded with each of them.
+# The same for an H100, where what the activation path reads and writes in a model is
+# fused with what stands around a layer: a Llama of 8B's width costs 1.00 and folded
+# 1.03 with sharing, 1.05 and 1.03 with rotation; a layer alone is cheaper folded.
 _GPU = Tuning(
     fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,

@@ -242,8 +242,7 @@ class MoRAConfig(KernelConfig):
         there plans of models choose it.
       dropout: The rate of dropout on the adapter's input; the layer itself sees all.
       param_dtype: The dtype of M. None takes each kernel's dtype, for tools that want
-        one dtype in a model, such as Tunix's samplers. Otherwise keep float32: 16 bits
-        lose small steps of M.
+        one dtype, as Tunix's samplers do. Else keep float32: 16 bits lose small steps.
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
         its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by shape, rows and dtype.

@@ -104,8 +104,7 @@ def directions(
         compiled here: give what is large, such as the base, as an argument.
       adapters_or_plan: New adapters, as `init` makes them, `nnx.state(model,
         MoRAParam)`, or a plan.
-      batches: The arguments of `loss` after the adapters, a tuple for each batch. They
-        are read twice.
+      batches: The other arguments of `loss`, a tuple for each batch. Read twice.
       progress: A function of the number of batches, called after each gradient.
 
     Returns:
@@ -188,10 +187,15 @@ def _along(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, A
         op: Operator = Subspace(*widths, *map(gathered, _leading(span, product, q)))
         if isinstance(old, Damped):
             op = dataclasses.replace(old, inner=op, square_rank=q)
-        own = spec.scale == old.fine_tuning_scale
-        scale = op.fine_tuning_scale if own else spec.scale
+        scale = scale_with(op, spec)
         new[path] = dataclasses.replace(spec, operator=op, scale=scale)
     return new
+
+
+def scale_with(op: Operator, spec: AdapterSpec) -> float:
+    """The scale of an adapter that gets `op`: that one's own, if it had its own."""
+    own = spec.scale == spec.operator.fine_tuning_scale
+    return op.fine_tuning_scale if own else spec.scale
 
 
 def renewed(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
@@ -233,14 +237,15 @@ def at_random(specs: Mapping[Path, AdapterSpec], key: Array) -> dict[Path, Any]:
     """{path: spec} of subspaces, with random directions."""
     new = {}
     for path, spec in specs.items():
-        bases = jax.tree.leaves(spec)[-2:]
         key, *own = jax.random.split(key, 3)
-        new[path] = moved(spec, *map(_random_like, own, bases))
+        shapes = (basis.shape for basis in jax.tree.leaves(spec)[-2:])
+        new[path] = moved(spec, *map(_span, map(jax.random.normal, own, shapes)))
     return new
 
 
 def moved(spec: AdapterSpec, *bases: Array) -> AdapterSpec:
     """The adapter of a subspace between other directions, placed as features are."""
+    bases = tuple(basis.astype(jnp.bfloat16) for basis in bases)
     if spec.layout:
         places = spec.layout.of_directions(spec.axes, spec.kernel_shape)
         bases = tuple(map(jax.lax.with_sharding_constraint, bases, places))
@@ -262,10 +267,6 @@ def _seen(spec: AdapterSpec, columns: Array) -> Array:
         return columns
     v = spec.operator.columns(columns.dtype)
     return columns - v @ (v.mT @ columns)
-
-
-def _random_like(key: Array, basis: Array) -> Array:
-    return _span(jax.random.normal(key, basis.shape))
 
 
 def _unit(arrays: Array) -> tuple[Array, Array]:
@@ -317,8 +318,7 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
     length is ours. docs/what-it-learns.md says where it pays.
 
     Args:
-      loss: A function from adapters to the loss of a first batch. Give it compiled, or
-        compile the whole call.
+      loss: A function from adapters to a first batch's loss. Compile it, or the call.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
         Arrays that are trained themselves stay.
 

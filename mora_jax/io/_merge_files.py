@@ -130,10 +130,9 @@ def merge_checkpoint(
     """Merge adapters into a checkpoint that need not fit in memory.
 
     Tensors go from file to file, and memory holds one kernel and its delta. Names,
-    dtypes and tensors without an adapter stay bit for bit the same. Arrays that are
-    trained themselves replace their tensors, rounded to nearest. The config, tokenizer
-    and templates beside the base are copied; pickles are not. A local `out` is there
-    whole or not at all.
+    dtypes and tensors without an adapter stay bit for bit the same. Trained
+    arrays replace their tensors, rounded to nearest. Config, tokenizer and templates
+    are copied, pickles are not. A local `out` is there whole or not at all.
 
     Args:
       base: As the path in `load_base`. A kernel is found by its path, joined by "/" or

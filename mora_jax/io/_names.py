@@ -29,8 +29,7 @@ class Pair(NamedTuple):
       kernel: The kernel's path here, such as "layers_{layer}/mlp/{name}/kernel". An
         index in a stack, as in "layers/{name}/kernel[{n}]", may also be one on a first
         axis that tells several modules apart.
-      axes: The order of the axes of PyTorch's weight, "io" in GPT-2's `Conv1D`, and "o"
-        of what is a vector.
+      axes: The order of PyTorch's weight, "io" in GPT-2's `Conv1D`, "o" of a vector.
       kernel_axes: The order of the kernel's axes. If it is "io" or "oi", each letter
         may stand for several axes; Gemma's "oio" is (heads, in, width).
     """
@@ -90,8 +89,7 @@ class Bijection:
         """{index in an array's stack: its pair whose tensor is there}, or None.
 
         A kernel with `axes`, its stack's first, has pairs of templates alone, in the
-        order of its axes. Of several outputs its first axis may tell modules apart: it
-        then belongs to the index.
+        order of its axes. Of several outputs the first may be one of the index's.
         """
         first, inner = axes.count("s"), axes.lstrip("s")
         several = inner[:1] == "o" and inner.count("o") > 1

@@ -158,8 +158,7 @@ def dequantize(params: Any) -> Any:
 def merge_adapters(model: _held.Model, *, any_base: bool = False) -> _held.Model:
     """An NNX model with its adapters merged into its kernels, which qwix never saw.
 
-    `model`, as a `MoRAProvider` makes it (see its example), stays as it is. `any_base`
-    is as in `mora_jax.merge`.
+    `model`, as a `MoRAProvider` makes it, stays as it is. `any_base` is as in `merge`.
 
     Returns:
       A new model of floating-point kernels, of the class that the base has.

@@ -8,7 +8,7 @@ import optax
 import pytest
 from adapter_files import single, slow
 from flax import nnx
-from helpers import close, made_for, random
+from helpers import close, made_for, random, wide
 
 import mora_jax
 from mora_jax import MoRAConfig, gradient_bases, io
@@ -67,11 +67,11 @@ def test_directions_hold_most_of_the_gradient():
         gradient = gradient.reshape(*stack, op.in_features, op.out_features)
         c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
         best = best_share(gradient, op.square_rank)
-        assert (share(gradient, c, d) > 0.999 * best).all()
+        assert (share(gradient, c, d) > 0.998 * best).all()  # in bfloat16
         for basis in (c, d):
             assert basis.shape[:-2] == stack
             products, unit = basis.swapaxes(-2, -1) @ basis, np.eye(op.square_rank)
-            close(products, np.broadcast_to(unit, products.shape))
+            close(products, np.broadcast_to(unit, products.shape), 2**-7)
         ins, outs = op.in_features, op.out_features
         # c d = sqrt(in / out), whatever the width: s = in / (q c d).
         scale = (ins * outs) ** 0.5 / op.square_rank
@@ -110,11 +110,12 @@ def test_the_forms_of_gradients():
     assert gradient_bases(jax.tree.map(np.asarray, grads), plan) == found
     tiny = jax.tree.map(lambda g: 1e-30 * g, grads)
     for name, spec in gradient_bases(tiny, plan).items():
-        basis, expected = spec.operator.in_basis, found[name].operator.in_basis
-        cosines = (basis * expected).sum(-2)[..., :3]  # the gradient has no more by far
-        close(np.abs(cosines), np.ones_like(cosines))  # each with one sign or the other
+        basis, other = (wide(p[name].operator.in_basis) for p in (found, {name: spec}))
+        cosines = (basis * other).sum(-2)[..., :3]  # the gradient has no more by far
+        # Each has one sign or the other, and is rounded.
+        close(np.abs(cosines), np.ones_like(cosines), 2**-7)
     half = gradient_bases(jax.tree.map(lambda g: g.astype("bfloat16"), grads), plan)
-    assert half["a/kernel"].operator.in_basis.dtype == np.float32
+    assert half["a/kernel"].operator.in_basis.dtype == jnp.bfloat16
 
 
 @pytest.mark.slow

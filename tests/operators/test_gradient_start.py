@@ -102,7 +102,8 @@ def test_the_step_is_the_gradient_between_the_maps(operator):
     assert loss(adapters) < 0.99 * loss(mora_jax.init(plan))
     assert starts(adapters) == {"gradient"} and starts(mora_jax.init(plan)) == {"zeros"}
     assert "init" not in str(plan) and " gradient " in mora_jax.summary(adapters)
-    lengths = []
+    # Directions are rounded to bfloat16, and orthonormal but for that.
+    lengths, tolerance = [], 2**-7 if operator == "subspace" else 1e-4
     for name, delta in mora_jax.delta_weight(adapters).items():
         both = delta["kernel"], grads[name]["kernel"]
         delta, gradient = (np.asarray(array, np.float64) for array in both)
@@ -111,8 +112,8 @@ def test_the_step_is_the_gradient_between_the_maps(operator):
         if operator == "subspace" or is_isometry(plan[f"{name}/kernel"].operator):
             expected = projected(plan, f"{name}/kernel", gradient)
             lengths.append(-delta.ravel() @ expected / (expected @ expected))
-            close(delta.ravel(), -lengths[-1] * expected, 1e-4)
-    assert all(t == pytest.approx(lengths[0], rel=1e-4) for t in lengths)
+            close(delta.ravel(), -lengths[-1] * expected, tolerance)
+    assert all(t == pytest.approx(lengths[0], rel=tolerance) for t in lengths)
 
 
 def test_the_length_lowers_the_loss_most_of_its_halves():

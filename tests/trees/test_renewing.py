@@ -87,13 +87,20 @@ def test_it_is_a_loop_with_restarts_as_one_program():
     for k in range(7):
         if k in (3, 6):
             params, adapters, opt_state = restarted(loss, params, adapters, opt_state)
+        grads: Any
         value, grads = jax.value_and_grad(loss)(adapters, params, X, Y)
+        if k in (0, 3, 6):  # but for rounding
+            for layer in (grads["up"], grads["down"]):
+                m = layer["kernel_mora"].m
+                close(m, diagonal := jnp.diag(jnp.diag(m)), 2**-6)
+                layer["kernel_mora"] = layer["kernel_mora"].replace(m=diagonal)
         updates, opt_state = TX.update(grads, opt_state)
         adapters = optax.apply_updates(adapters, updates)
         expected.append(float(value))
-    close(np.asarray(values), np.asarray(expected), 1e-4)
-    close(state.params, params, 1e-3)
-    close(mora_jax.delta_weight(state.adapters), mora_jax.delta_weight(adapters), 1e-3)
+    # A number of a basis may be rounded to bfloat16 otherwise.
+    close(np.asarray(values), np.asarray(expected), 1e-3)
+    close(state.params, params, 2e-3)
+    close(mora_jax.delta_weight(state.adapters), mora_jax.delta_weight(adapters), 2e-3)
     assert values[-1] < 0.9 * values[0] and int(state.step) == 7
     # What it made are adapters as any other.
     merged = mora_jax.merge(state.params, state.adapters)
@@ -123,10 +130,65 @@ def test_random_maps_as_in_the_papers(operator):
     assert same == values
     for name, adapter in adapters_in(state.adapters).items():
         op, first = adapter.operator, adapters_in(adapters)[name].operator
-        close(op.in_basis.T @ op.in_basis, np.eye(4))
-        old = first.basis("in", jnp.float32)
-        assert np.linalg.norm(op.in_basis.T @ old) < 1.9  # of at most 2
+        new, old = (each.basis("in", jnp.float32) for each in (op, first))
+        close(new.T @ new, np.eye(4), 2**-7)
+        assert np.linalg.norm(new.T @ old) < 1.9  # of at most 2
         assert adapter.spec.scale == adapters_in(adapters)[name].spec.scale
+
+
+def test_it_finds_its_first_directions_and_moves_along_them():
+    """Adam makes no steps of rounding errors, and other operators get a scale."""
+    loss, params, adapters = task()
+    _, _, others = task(operator="orthogonal")
+    init, step, _ = remora.renewing(loss, optax.adam(1e-2), 100)
+    ends = []
+    for start in (adapters, others):
+        state, _ = jax.jit(step)(init(params, start), X, Y)
+        ends.append(mora_jax.delta_weight(state.adapters))
+        for name, adapter in adapters_in(state.adapters).items():
+            assert adapter.spec.scale == adapters_in(adapters)[name].spec.scale
+            m = np.asarray(adapter.m)
+            np.testing.assert_array_equal(m, np.diag(np.diag(m)))
+            close(abs(np.diag(m)), np.full(4, 1e-2), 1e-4)
+    close(*ends, 1e-3)
+    assert jax.tree.leaves(ends[0])[0].any()
+
+
+class Stack(nn.Module):
+    """Three equal layers under a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(dense, h):
+            return jnp.tanh(dense(h)), None
+
+        split = {"params": True}
+        scanned = nn.scan(layer, {"params": 0}, split_rngs=split, length=3)
+        return scanned(nn.Dense(24, name="fc"), x)[0]
+
+
+@pytest.mark.parametrize("along", ["gradient", slow("random")])
+def test_each_layer_of_a_stack_has_its_own_maps(along):
+    net = Stack()
+    variables = made_for(net, X)
+    config = MoRAConfig(operator="orthogonal", square_rank=4)
+    plan = linen.plan(net, variables, config, X)
+    apply = linen.wrap(net, plan)
+
+    def loss(adapters, params, x, y):
+        return jnp.mean((apply(adapters, {"params": params}, x) - y) ** 2)
+
+    params, batch = variables["params"], (X, jnp.roll(X, 1, 0))
+    state, values, _ = trained(
+        loss, params, mora_jax.init(plan), batch=batch, along=along
+    )
+    assert values[-1] < values[0]
+    op = state.adapters["fc"]["kernel_mora"].operator
+    assert op.in_basis.shape == (3, 24, 4)
+    assert not np.allclose(wide(op.in_basis[0]), wide(op.in_basis[1]), atol=0.1)
+    merged = mora_jax.merge(state.params, state.adapters)
+    y = net.apply({"params": merged}, X)
+    close(y, apply(state.adapters, {"params": state.params}, X), 1e-4)
 
 
 def test_moments_start_again_or_go_on():

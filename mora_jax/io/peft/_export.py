@@ -80,9 +80,8 @@ def export(
       adapters: The adapters, as `init` makes them.
       program: "peft", or the server "vllm" or "sglang".
       names: As in `load_peft`.
-      rank: The most singular values that a module keeps, PEFT's `r`. None keeps of a
-        delta of full rank the fewest that lose no more than `max_error`, and all of
-        the others.
+      rank: The most singular values that a module keeps, PEFT's `r`. None keeps all,
+        and of a delta of full rank the fewest that lose no more than `max_error`.
       max_error: The largest share of its delta that a module may lose, between 0 and
         1, measured by the Frobenius norm. 1 accepts any loss.
       base_model: The base, a directory or a name on the Hub. It is PEFT's

@@ -58,8 +58,7 @@ def load_peft(
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
     Raises:
-      AdapterFileError: The files are damaged or of another type, or do not fit the
-        model.
+      AdapterFileError: The files are damaged, of another type, or do not fit the model.
     """
     path_of = _files.as_path("directory", directory)
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
