@@ -95,7 +95,8 @@ class Adapter:
           x: (*stack, *batch, *in), with the input axes of the kernel.
 
         Raises:
-          TypeError, ValueError: `x` is no array or does not fit, or the array no M.
+          TypeError, ValueError: `x` is not an array or does not fit, or the adapter is
+            a trained array.
         """
         spec, x = self._kernel_spec("a product"), as_jax_array("x", x)
         spec = check_adapter(f"kernel{SUFFIX}", self).spec

@@ -374,7 +374,8 @@ def directions_are_those_of_one_process(folder):
     np.testing.assert_allclose(float(other_value), float(value), rtol=1e-4)
     for name in names:
         one, two = (tree[name]["kernel_mora"].operator for tree in (expected, got))
-        along = np.abs(np.sum(one.in_basis * two.in_basis, -2))
+        bases = (np.asarray(op.in_basis, np.float64) for op in (one, two))
+        along = np.abs(np.sum(np.multiply(*bases), -2))
         np.testing.assert_allclose(along, 1, atol=1e-2)
         basis = again.plan[f"{name}/kernel"].operator.in_basis
         there = NamedSharding(basis.sharding.mesh, P("f"))  # features, and layers

@@ -109,12 +109,17 @@ def check_maps(case, op: Operator, m, x, delta):
     if isinstance(op, Projection):
         close((got["in"], got["out"]), (c[:, 0], d[0].T))
         c_gram, d_gram = c[:, 0].T @ c[:, 0], d[0] @ d[0].T
-        close((c_gram, d_gram), (np.eye(q), np.eye(q)))
+        close((c_gram, d_gram), (np.eye(q), np.eye(q)), rounded(case))
     for name in ("general lookup", "general rows of units"):
         close(got[name], delta)
     close(got["general rows"], x @ delta)
     assert op.block == (len(op.compressed_shape) == 2)
     assert op.block or n == 1
+
+
+def rounded(case):
+    """How far from orthonormal maps may be: those that are given are in bfloat16."""
+    return 2**-7 if case.given else 1e-5
 
 
 @in_turns("case, size", FEW_CASES, FEW_SIZES, each=2)
@@ -281,7 +286,8 @@ def test_gains_are_those_of_the_matrices(case, size):
     if case.given:  # x lies in the directions
         x = c @ random(0, op.square_rank)
         norms = (np.linalg.norm(x @ c) / np.sqrt((x**2).mean()), norms[1])
-    close(op.gains, (norms[0] / c.shape[1] ** 0.5, norms[1] / reached.sum() ** 0.5))
+    gains = norms[0] / c.shape[1] ** 0.5, norms[1] / reached.sum() ** 0.5
+    close(op.gains, gains, rounded(case))
     ins, q = op.in_features, op.square_rank
     unit = op.fine_tuning_scale * q * op.gains[0] * op.gains[1]
     assert unit == pytest.approx(ins)
