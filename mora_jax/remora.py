@@ -169,7 +169,7 @@ def renewing(
       loss: A function from adapters, params and the arguments of a batch to the loss.
       tx: The optimizer.
       every: The number of steps from renewal to renewal, or a function from the number
-        of steps so far to True where one is due, which need not be at 0.
+        of steps so far to True where one is due, also at 0 unless there are directions.
       along: "gradient" for the `directions` of the step's batch; "random" for random
         ones, as ReLoRA and the paper's ReMoRA have it.
       moments: "restart" for an optimizer's state as after `restart`; "keep" for the
