@@ -38,7 +38,7 @@ RENEWED: dict[str, dict[str, Any]] = {
     "renewed at random": {"along": "random", "moments": "restart"},
 }
 """Settings of `remora.renewing`."""
-OPERATORS = {"lora": "low_rank", "rotation": "rotation", "blocks": "block_diagonal"}
+OPERATORS = {"lora": "low_rank", "rotation": "rotation"}
 """Others are "orthogonal"."""
 ROWS = 16  # pairs of digits in a batch
 TILES = {"int8": {}, "nf4": {"tile_size": 32}}
