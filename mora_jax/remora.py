@@ -101,7 +101,7 @@ def restart(
     """
     check_transformation(tx)
     found = paths.checked_adapters(adapters)
-    merged, new = _merged(params, found, any_base=any_base), {}
+    merged, new = _merged(params, adapters, any_base=any_base), {}
     for path, adapter in found.kernels.items():
         op = _next_operator("/".join(path), adapter.operator)
         spec = _restarted(adapter.spec, op)
@@ -158,6 +158,7 @@ def renewing(
     *,
     along: Literal["gradient", "random"] = "gradient",
     moments: Literal["restart", "keep"] = "restart",
+    merge: Callable[[Any, Any, Array], Any] | None = None,
 ) -> Renewing:
     """A training step that merges the adapters at times, and goes on between new maps.
 
@@ -174,6 +175,8 @@ def renewing(
         ones, as ReLoRA and the paper's ReMoRA have it.
       moments: "restart" for an optimizer's state as after `restart`; "keep" for the
         moments of the old directions.
+      merge: A function from params, adapters and the step to params with the deltas, as
+        `qwix.merge_quantized`; None merges into floating-point kernels.
 
     Returns:
       (init, step, renew). `init` takes adapters with `operator="orthogonal"`, or of
@@ -204,10 +207,12 @@ def renewing(
     if not callable(every):
         positive_integer("every", every)
     gradients.check_loss(loss)
+    merge_into = merge or _merged
 
     def init(params: Any, adapters: Any) -> State:
         found, parts, shapes = paths.checked_adapters(adapters), {}, {}
-        found.in_base(params, any_base=False)
+        if not merge:
+            found.in_base(params, any_base=False)
         for path, adapter in found.kernels.items():
             op = _replaceable("/".join(path), adapter.operator)
             # Copies, since a step may be given the state to overwrite.
@@ -227,7 +232,7 @@ def renewing(
 
     def renew(state: State, *batch: Any) -> State:
         adapters, old = state.adapters, paths.adapters_in(state.ms).kernels
-        merged = _merged(state.params, paths.adapters_in(adapters), state.step)
+        merged = merge_into(state.params, adapters, state.step)
         if along == "random":
             key = jax.random.fold_in(jax.random.key(0), state.step)
             parts = gradients.at_random(state.plan.specs, key)
@@ -254,7 +259,7 @@ def renewing(
 
         value, grads = jax.value_and_grad(of)(state.ms)
         if along == "gradient":
-            grads = _diagonal(grads, due)
+            grads = _along(grads, due)
         updates, opt_state = tx.update(grads, state.opt_state, state.ms)
         ms = optax.apply_updates(state.ms, updates)
         return State(state.params, ms, state.plan, opt_state, at + 1), value
@@ -314,10 +319,10 @@ def learned(
 
 
 def _merged(
-    params: Any, found: paths.Found, shift: Any = None, *, any_base: bool = True
+    params: Any, adapters: Any, shift: Any = None, *, any_base: bool = True
 ) -> Any:
     """The params with the deltas, rounded with the dither that starts at `shift`."""
-    sums = {}
+    found, sums = paths.adapters_in(adapters), {}
     for path, (place, kernel) in found.in_base(params, any_base=any_base).items():
         if not (adapter := found[path]).of_kernel:
             continue
@@ -330,13 +335,14 @@ def _merged(
     return paths.replace_leaves(params, sums)
 
 
-def _diagonal(grads: Any, due: Array) -> Any:
+def _along(grads: Any, due: Array) -> Any:
     """Gradients of M's between the directions of their own batch, if it is due."""
-    # They are diagonal, and Adam would make whole steps of the rounding errors beside.
+    # Adam would make whole steps of the rounding errors where they are zero.
     new = {}
     for path, grad in paths.adapters_in(grads).kernels.items():
-        mask = jnp.where(due, jnp.eye(grad.m.shape[-1], dtype=grad.m.dtype), 1)
-        new[path] = grad.replace(m=grad.m * mask)
+        others = np.arange(q := grad.m.shape[-1]) >= q // gradients.ALONE
+        where = np.eye(q, dtype=bool) | others & others[:, None]
+        new[path] = grad.replace(m=jnp.where(where | ~due, grad.m, 0))
     return paths.replace_adapters(grads, new)
 
 

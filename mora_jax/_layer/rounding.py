@@ -62,16 +62,26 @@ def _dithered(
         dithered = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
     else:
         grid = jnp.finfo(dtype)
-        thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
         # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.
         exponent = jnp.maximum(jnp.frexp(total)[1] - 1, grid.minexp) - grid.nmant
         step = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent, -126))
-        steps = jnp.floor(jnp.abs(total) / step + thresholds)
+        steps = jnp.floor(jnp.abs(total) / step + _shares(numbers))
         dithered = jnp.copysign(steps * step, total).astype(dtype)
     nearest = total.astype(dtype)
     where &= jnp.isfinite(nearest) & jnp.isfinite(dithered)
     where &= nearest.astype(total.dtype) != total
     return jnp.where(where, dithered, nearest)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def dithered_steps(steps: Array, start: Start, axes: str) -> Array:
+    """Integers, which are numbers of steps in the mean."""
+    return jnp.floor(steps + _shares(_random_numbers(steps.shape, start, axes)))
+
+
+def _shares(numbers: Array) -> Array:
+    """Random bits as numbers in [0, 1)."""
+    return (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _random_numbers(shape: Shape, start: Start, axes: str) -> Array:

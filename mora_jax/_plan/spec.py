@@ -267,13 +267,13 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
-    """An operator's name and settings without sizes, and a digest of given arrays."""
+    """An operator's name and settings without sizes, and digests of given arrays."""
     # Arrays that the settings determine are not compared.
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
     # Nothing is known of the numbers of arguments of a function under jit.
     traced = any(isinstance(getattr(operator, k), Tracer) for k in operator.arrays)
-    fields |= {"digest"} if operator.given and not traced else set()
+    fields |= {"digests"} if operator.given and not traced else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     for name, value in values.items():
         if isinstance(value, Operator):

@@ -22,11 +22,13 @@ from mora_jax._tree.adapters import init
 from mora_jax._tree.base_digest import gathered
 from mora_jax._tree.damping import check_new
 from mora_jax._tree.plan import Plan, check_plan
-from mora_jax.operators import Damped, Operator, Subspace, square_rank
+from mora_jax.operators import Damped, Operator, Orthogonal, Subspace, square_rank
 from mora_jax.operators.low_rank import LowRank
 
 OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
 """A function from LoRAs, which stand where adapters do, to their gradients."""
+ALONE = 4
+"""One in so many directions, the first ones, is a singular vector."""
 HALVINGS = 20
 """Lengths that `gradient_start` tries at most."""
 
@@ -77,9 +79,8 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
             products[path] = lora.replace(m=op.joined(rows @ b.mT, a.mT @ rows))
         return products
 
-    return dataclasses.replace(
-        plan, parts={**plan.parts, **_along(of_loras, found.specs)}
-    )
+    new = _along(of_loras, found.specs)
+    return dataclasses.replace(plan, parts={**plan.parts, **new})
 
 
 def directions(
@@ -284,23 +285,33 @@ def _span(columns: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _leading(span: Array, product: Array, count: int) -> tuple[Array, Array]:
-    """Leading singular vectors of G by columns Q and Q^T G, (..., features, count)."""
+    """Leading directions of G by columns Q and Q^T G, (..., features, count)."""
     # Within the span of Q they are exact. They hold nearly all of the squares that the
     # best directions hold (`make bench-quality EXPERIMENT=bases`), so that powers of
     # G G^T, which would come nearer, are not worth their time.
+    # Between singular vectors M's gradient is diagonal, so that Adam's first step would
+    # move few numbers: most are turned among themselves. The first ones are not, since
+    # that would make all numbers of the gradient as large as theirs.
     product, size = _unit(product)
     with jax.default_matmul_precision("highest"):
         _, rotation = jnp.linalg.eigh(product @ product.mT)
         rotation = rotation[..., ::-1][..., :count]
+        # Rounding says which of two signs a vector has, and so how it would be turned.
+        negative = (span @ rotation).sum(-2, keepdims=True) < 0
+        rotation = jnp.where(negative, -rotation, rotation)
         # Orthogonal columns; the factorisation completes what has length zero.
         bases = span @ rotation, jnp.linalg.qr(product.mT @ rotation)[0]
 
-    def of_all(basis: Array) -> Array:
+    def turned(basis: Array, seed: int) -> Array:
+        first, others = jnp.split(basis, [count // ALONE], axis=-1)
+        turn = Orthogonal(*3 * others.shape[-1:], seed=seed).in_basis
+        with jax.default_matmul_precision("highest"):
+            basis = jnp.concatenate([first, others @ turn], axis=-1)
         # An expert that saw nothing has the directions of the one that saw most.
         most = basis.reshape(-1, *basis.shape[-2:])[jnp.argmax(size)]
         return jnp.where(size > 0, basis, most)
 
-    return of_all(bases[0]), of_all(bases[1])
+    return turned(bases[0], 0), turned(bases[1], 1)
 
 
 def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:

@@ -125,7 +125,7 @@ class Operator(DeltaMap):
     arrays: ClassVar[tuple[str, ...]] = ()
     """The names of the fields that hold arrays."""
     given: ClassVar[bool] = False
-    """True if the arrays are given, not determined by settings; it has a `digest`."""
+    """True if the arrays are given, not determined by settings."""
     bounded: ClassVar[bool] = True
     """False if `square_rank` may exceed `min(in_features, out_features)`, as where C
     and D cut features into pieces of q, and the last one may be short."""
@@ -161,15 +161,10 @@ class Operator(DeltaMap):
         return math.isqrt((in_features + out_features) * rank)
 
     @functools.cached_property
-    def digest(self) -> str:
-        """A SHA-256 of the arrays, in hexadecimal, by which given ones are compared."""
-        # It does not belong to the pytree: layers of one shape share their programs.
-        arrays = [getattr(self, name) for name in self.arrays]
-        # In a `remora.State` shapes stand for arrays that are data.
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-            return f"{arrays}"
-        arrays = map(np.asarray, arrays)
-        return hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()
+    def digests(self) -> dict[str, str]:
+        """SHA-256s of the arrays, by which given ones are compared, and are stored."""
+        # They do not belong to the pytree: layers of one shape share their programs.
+        return {name: _digest(getattr(self, name)) for name in self.arrays}
 
     def at(self, index: tuple[int, ...]) -> Any:
         """The operator of one layer of a stack, where each has arrays of its own."""
@@ -309,3 +304,11 @@ class Operator(DeltaMap):
 # A program for each shape takes a tenth of the time of JAX's functions outside of jit.
 _zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+
+def _digest(array: Any) -> str:
+    # In a `remora.State` shapes stand for arrays that are data.
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return f"{array}"
+    shape = f"{array.dtype}{array.shape}".encode()
+    return hashlib.sha256(shape + np.asarray(array).tobytes()).hexdigest()

@@ -61,7 +61,7 @@ def _alike(one: Any, other: Any) -> bool:
     """True for operators with equal settings and equal given arrays."""
     if type(one) is not type(other):
         return False
-    fields = [f.name for f in dataclasses.fields(one) if f.compare] + ["digest"]
+    fields = [f.name for f in dataclasses.fields(one) if f.compare] + ["digests"]
     return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 

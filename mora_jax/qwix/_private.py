@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._common.trees import is_end, located_leaves, path_of
-from mora_jax._common.types import Path
+from mora_jax._common.types import ArrayLike, Path
+from mora_jax._layer.adapter import delta_of, wide
+from mora_jax._layer.rounding import dithered_steps
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import reboxed
+from mora_jax._tree.paths import checked_adapters, reboxed
 from mora_jax.nnx import _held
 
 try:
@@ -153,6 +155,56 @@ def dequantize(params: Any) -> Any:
             why = "which do not say how it is quantized"
             raise TypeError(f"params hold {parts}, {why}: write dequantize(model)")
     return structure.unflatten(map(dequantized, named.values()))
+
+
+def merge_quantized(params: Any, adapters: Any, shift: ArrayLike | int = 0) -> Any:
+    r"""Params whose quantized kernels have the deltas, rounded to whole steps.
+
+    .. math:: Q' = \lfloor Q + \alpha s\, C M D / scale + u \rfloor, \quad 0 \le u < 1
+
+    A delta is far smaller than a step. The dither u, a hash of a number's place and of
+    `shift`, keeps it in the mean of many numbers. Scales stay, so that the largest
+    numbers of a kernel cannot grow. It is for `remora.renewing(merge=)`; what is to be
+    kept is better merged by `merge(dequantize(params), adapters)`.
+
+    Args:
+      params: Nested dicts that qwix quantized to int4 or int8, without adapters.
+      adapters: The adapters of quantized kernels.
+      shift: An integer; another one is another dither.
+
+    Raises:
+      TypeError, ValueError: A kernel is not there, or not of whole numbers, as nf4 is.
+
+    Example::
+
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 16)))
+      >>> params, adapters = mora_jax.split(variables["params"])
+      >>> merged = mora_jax.qwix.merge_quantized(params, adapters)
+      >>> bool((merged["kernel"].array.qvalue == params["kernel"].array.qvalue).all())
+      True
+    """
+    named, structure = parameters_in(params)
+    for path, adapter in checked_adapters(adapters, finite=False).kernels.items():
+        old: Any = named.get(name := "/".join(path))
+        rule = f"{name}: merge_quantized needs kernels of signed integers, as int8"
+        if not is_quantized(old):
+            raise TypeError(f"{rule}; this one is not quantized")
+        array = flax_util.unbox(old.array)
+        if not jnp.issubdtype(array.qvalue.dtype, jnp.signedinteger):
+            raise TypeError(f"{rule}, got {array.qtype}")
+        of = (jnp.full_like(array.qvalue, number) for number in (0, 1))
+        zero, one = (wide(qwix.dequantize(array.replace(qvalue=q))) for q in of)
+        steps = delta_of(adapter) / jnp.where(one > zero, one - zero, 1)
+        sums = array.qvalue.astype(steps.dtype) + steps
+        sums = dithered_steps(sums, (shift, shift), adapter.spec.axes)
+        limits = jnp.iinfo(array.qvalue.dtype)
+        new = jnp.clip(sums, limits.min, limits.max).astype(array.qvalue.dtype)
+        array = old.array.replace(qvalue=reboxed(old.array.qvalue, new))
+        named[name] = old.replace(array=array)
+    return structure.unflatten(named.values())
 
 
 def merge_adapters(model: _held.Model, *, any_base: bool = False) -> _held.Model:

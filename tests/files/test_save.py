@@ -284,7 +284,7 @@ BAD_TENSORS = {
     "integers": (M, np.ones((10, 10), np.int32), "enc/kernel_mora.*I32"),
     "dtype": (M, np.ones((10, 10), np.float16), "enc/kernel .*dtype"),
     "extra": ("../../etc/passwd", np.ones(1, np.float32), "knows nothing"),
-    "of another operator": (f"{M}/in_basis", np.eye(9, 2, dtype="f"), "knows nothing"),
+    "of another operator": ("subspace/0", np.eye(9, 2, dtype="f"), "knows nothing"),
 }
 
 

@@ -30,6 +30,8 @@ from mora_jax import MoRAConfig, sharding
 from mora_jax._tree import base_digest
 from mora_jax.io import AdapterFileError, _files
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "fc": ((256, 192), "io", P("f", "t")),
     "rows": ((256, 192), "io", P(("f", "t"))),
@@ -482,7 +484,6 @@ def test_the_death_of_one_is_an_error_of_all(group, count):
     assert found.codes[-1] == -signal.SIGKILL, found.logs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", DEATHS)
 def test_a_death_at_a_bad_time_is_an_error_of_all(case, tmp_path):
     """JAX ends the others if one dies in a collective, or if it coordinates."""

@@ -95,6 +95,7 @@ def planned(gemma):
     return model, params, linen.plan(model, {"params": params}, config, X)
 
 
+@pytest.mark.slow
 def test_one_module_has_the_base_and_the_adapters(planned):
     model, params, plan = planned
     assert {path: spec.axes for path, spec in plan.items()} == {

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import in_turns
 from flax import nnx
 from flax.core import FrozenDict
 from helpers import random
@@ -204,8 +205,7 @@ def adapted(api, turns, first):
 
 
 @pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-@pytest.mark.parametrize("kind", KINDS)
+@in_turns("kind, api", KINDS, ["linen", "nnx"])
 def test_another_value_is_another_call(api, kind, jitted):
     values, turns = KINDS[kind]
     values = iter([*values] if kind != "the same object" else mutated())

@@ -18,8 +18,13 @@ from mora_jax import nnx as mora
 from mora_jax._common.axes import rows_from_kernel
 
 APIS = "linen", "nnx"
-# Layers alone are one computation in both: by turns, one of the two is slow.
-TURNS = {name: APIS[k % 2] for k, name in enumerate(CONVOLUTIONS | TABLES)}
+# By turns, one of the two is slow: layers alone are one computation in both, and of
+# layers in a lift there are several models.
+TURNS = {
+    name: APIS[k % 2]
+    for models in (CONVOLUTIONS | TABLES, LIFTED)
+    for k, name in enumerate(models)
+}
 MODELS = [
     slow(name, api) if TURNS.get(name) == api else (name, api)
     for name, twin in TWINS.items()
@@ -27,7 +32,7 @@ MODELS = [
     if getattr(twin, api)
 ]
 IN_BOTH = [
-    slow(name) if name in TURNS else name
+    slow(name) if name in CONVOLUTIONS | TABLES else name
     for name, twin in TWINS.items()
     if twin.linen and twin.nnx
 ]

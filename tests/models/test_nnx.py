@@ -469,6 +469,7 @@ def test_dropout_drops_at_its_rate():
     assert np.abs(outputs[0] - outputs[1]).max() > 1
 
 
+@pytest.mark.slow
 def test_scanned_layers_drop_in_their_own_way():
     """Even with M's that are equal, as the zeros of the start are."""
     model = stack_of(lambda rngs: nnx.Linear(16, 16, rngs=rngs))

@@ -171,6 +171,7 @@ def test_inputs_by_keyword(kind):
     assert len(linen.plan(model, variables, ALL, inputs=x)) == 1
 
 
+@pytest.mark.slow
 def test_half_adapted_heads_are_refused():
     elsewhere = "embed/embedding: the model also reads this embedding outside of its"
     for use in ("array", "variables"):
@@ -188,6 +189,7 @@ def test_half_adapted_heads_are_refused():
             adapted(IDS)
 
 
+@pytest.mark.slow
 def test_dropout_drops_whole_rows():
     config = dataclasses.replace(ALL, operator="sharing", dropout=0.25)
     ids, ones = jnp.arange(300).reshape(3, 100) % 11, nnx.initializers.ones

@@ -467,6 +467,7 @@ def test_rules_for_some_operations():
 # --- Meshes ---
 
 
+@pytest.mark.slow
 def test_m_is_on_the_mesh_of_its_kernel():
     mesh = make_mesh(fsdp=2, model=2)
     net, x = nnx.Linear(16, 24, rngs=nnx.Rngs(0)), random(1, 4, 16)
@@ -705,6 +706,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(api):
     close(jax.vmap(lambda a, x: apply(a, x[None])[0])(own, x), jnp.stack(alone))
 
 
+@pytest.mark.slow
 def test_inputs_of_quantized_kernels_are_damped():
     """Their directions are found as those of any other, without a gradient of one."""
     model, x = nn.Sequential([nn.Dense(16), nn.Dense(16)]), random(1, 12, 16)
@@ -722,6 +724,7 @@ def test_inputs_of_quantized_kernels_are_damped():
     assert jnp.abs(run(moved) - run(adapters)).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", [slow("int8"), "nf4"])
 def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
     """They are those of the gradient that the kernels would have."""
@@ -752,3 +755,72 @@ def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
         assert held > 0.98 * np.sum(values**2)
     started = mora_jax.gradient_start(lambda a: (loss(a, base) + 1e3) ** 2, found)
     assert loss(started, base) < loss(found, base)
+
+
+def quantized_layers(types):
+    """A loss, kernels of few bits, and adapters between random directions."""
+    model, x = nn.Sequential([nn.Dense(24), nn.Dense(16)]), random(1, 12, 16)
+    how = TYPES | {"int8 tiles": {"weight_qtype": "int8", "tile_size": 8}}
+    rules = [MoRARule(module_path=".*", rank=1, operator="orthogonal", **how[types])]
+    adapted = qwix.apply_lora_to_model(model, MoRAProvider(rules))
+    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+    wanted = random(2, 12, 16)
+
+    def loss(adapters, base):
+        y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
+        return jnp.mean((y - wanted) ** 2)
+
+    return loss, base, adapters
+
+
+@pytest.mark.parametrize("types", ["int8", slow("int4"), slow("int8 tiles")])
+def test_deltas_are_kept_in_whole_steps_in_the_mean(types):
+    _, base, adapters = quantized_layers(types)
+    merged = jax.jit(mora_jax.qwix.merge_quantized)
+    for old, new in zip(
+        *map(jax.tree.leaves, (base, merged(base, adapters))), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+    moved = jax.tree.map(lambda m: 5e-4 * random(3, *m.shape), adapters)
+    deltas, before = mora_jax.delta_weight(moved), dequantize(base)
+    sums, count = jax.tree.map(jnp.zeros_like, before), 400
+    for shift in range(count):
+        after = dequantize(merged(base, moved, 12345 * shift))
+        sums = jax.tree.map(lambda s, a, b: s + (a - b) / count, sums, after, before)
+    for name, layer in base.items():
+        array = layer["kernel"].array
+        step = float(jnp.max(array.scale))
+        inside = (
+            jnp.abs(array.qvalue.astype("int32")) < jnp.iinfo(array.qvalue.dtype).max
+        )
+        delta, got = deltas[name]["kernel"], sums[name]["kernel"]
+        assert float(jnp.abs(delta).max()) < step
+        # A number's error has a deviation of half a step at most.
+        error = float(jnp.abs(jnp.where(inside, got - delta, 0)).max())
+        assert error < 5 * step / 2 / count**0.5, name
+
+
+def test_kernels_without_whole_steps_are_refused():
+    _, base, adapters = quantized_layers("nf4")
+    with pytest.raises(TypeError, match="layers_0/kernel: .* got nf4"):
+        mora_jax.qwix.merge_quantized(base, adapters)
+    with pytest.raises(TypeError, match="layers_0/kernel: .* is not quantized"):
+        mora_jax.qwix.merge_quantized(dequantize(base), adapters)
+
+
+def test_a_renewal_beside_kernels_of_8_bits():
+    loss, base, adapters = quantized_layers("int8")
+    init, step, _ = mora_jax.remora.renewing(
+        loss, optax.adam(1e-2), 3, merge=mora_jax.qwix.merge_quantized
+    )
+    state, step, losses = init(adapters=adapters, params=base), jax.jit(step), []
+    for _ in range(9):
+        state, value = step(state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0] and step._cache_size() == 1
+    for name in base:
+        old, new = (tree[name]["kernel"].array for tree in (base, state.params))
+        np.testing.assert_array_equal(old.scale, new.scale)
+        assert new.qvalue.dtype == old.qvalue.dtype and (new.qvalue != old.qvalue).any()
+    # It is what a merge of all adapters so far would be, but for rounding.
+    close(loss(state.adapters, state.params), losses[-1], 0.2)

@@ -577,6 +577,7 @@ def test_a_scale_that_cannot_be_compared_is_said():
         planned_scale(lambda x, w, s: (x @ (w * 2j)).imag, lambda _: 2j)
 
 
+@pytest.mark.slow
 def test_a_scaled_embedding_is_merged_into_the_kernel_itself(unchecked):
     """Gemma scales what it looks up, and not what its head multiplies by."""
 

@@ -55,21 +55,26 @@ def best_share(matrices, width):
     return share(matrices, u[..., :width], vt.swapaxes(-2, -1)[..., :width])
 
 
+def check_held(grads, name, spec, least=0.998):
+    """Directions hold what the best would, but for rounding to bfloat16."""
+    op, gradient = spec.operator, np.asarray(grads[name[0]]["kernel"], np.float64)
+    gradient = gradient.T if name == "b/kernel" else gradient
+    gradient = gradient.reshape(*spec.stack_shape, op.in_features, op.out_features)
+    c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
+    best = best_share(gradient, op.square_rank)
+    assert (share(gradient, c, d) > least * best).all()
+    return c, d
+
+
 def test_directions_hold_most_of_the_gradient():
     plan, grads = planned(), gradients(rank=12)
     found = gradient_bases(grads, plan)
     for name, spec in found.items():
         op, old = spec.operator, plan[name].operator
         assert (op.m_shape, op.name) == (old.m_shape, "subspace")
-        gradient = np.asarray(grads[name[0]]["kernel"], np.float64)
-        gradient = gradient.T if name == "b/kernel" else gradient
-        stack = gradient.shape[: len(spec.stack_shape)]
-        gradient = gradient.reshape(*stack, op.in_features, op.out_features)
-        c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
-        best = best_share(gradient, op.square_rank)
-        assert (share(gradient, c, d) > 0.998 * best).all()  # in bfloat16
+        c, d = check_held(grads, name, spec)
         for basis in (c, d):
-            assert basis.shape[:-2] == stack
+            assert basis.shape[:-2] == spec.stack_shape
             products, unit = basis.swapaxes(-2, -1) @ basis, np.eye(op.square_rank)
             close(products, np.broadcast_to(unit, products.shape), 2**-7)
         ins, outs = op.in_features, op.out_features
@@ -81,6 +86,7 @@ def test_directions_hold_most_of_the_gradient():
     assert gradient_bases(grads, planned(scale="paper"))["a/kernel"].scale == 1
 
 
+@pytest.mark.slow
 def test_blocks_become_a_square_of_the_same_budget():
     blocks = planned(rank=2, operator="block_diagonal", multiple_of=None)
     for name, spec in gradient_bases(gradients(), blocks).items():
@@ -98,8 +104,8 @@ def test_directions_beyond_the_rank_of_a_gradient():
         places = (5, 3) if spec.axes == "oi" else (3, 5)
         for basis, at in zip((op.in_basis, op.out_basis), places, strict=True):
             one = basis.reshape(-1, *basis.shape[-2:])[-1]
-            close(one.T @ one, np.eye(op.square_rank))
-            assert np.sum(one[at] ** 2) == pytest.approx(1)
+            close(one.T @ one, np.eye(op.square_rank), 2**-7)
+            assert np.sum(wide(one)[at] ** 2) == pytest.approx(1, abs=2**-7)
 
 
 def test_the_forms_of_gradients():
@@ -110,10 +116,7 @@ def test_the_forms_of_gradients():
     assert gradient_bases(jax.tree.map(np.asarray, grads), plan) == found
     tiny = jax.tree.map(lambda g: 1e-30 * g, grads)
     for name, spec in gradient_bases(tiny, plan).items():
-        basis, other = (wide(p[name].operator.in_basis) for p in (found, {name: spec}))
-        cosines = (basis * other).sum(-2)[..., :3]  # the gradient has no more by far
-        # Each has one sign or the other, and is rounded.
-        close(np.abs(cosines), np.ones_like(cosines), 2**-7)
+        check_held(grads, name, spec, 0.99)
     half = gradient_bases(jax.tree.map(lambda g: g.astype("bfloat16"), grads), plan)
     assert half["a/kernel"].operator.in_basis.dtype == jnp.bfloat16
 
@@ -187,7 +190,7 @@ def test_linen_and_nnx_train_between_them():
 
 
 @pytest.mark.parametrize(
-    "operator", [slow("rotation"), "signed_decoupling", "subspace"]
+    "operator", [slow("rotation"), "signed_decoupling", slow("subspace")]
 )
 def test_a_plan_is_an_argument_of_a_program(operator):
     """So that its arrays are no constants, which XLA limits to 2 GB.
@@ -315,12 +318,9 @@ def test_damaged_bases(tmp_path):
     mora_jax.save(tmp_path, mora_jax.init(plan))
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    assert sorted(tensors) == [
-        "a/kernel_mora",
-        "a/kernel_mora/in_basis",
-        "a/kernel_mora/out_basis",
-    ]
-    tensors["a/kernel_mora/in_basis"] = np.eye(6, 2, dtype="f")[::-1].copy()
+    m, name = sorted(tensors)  # both sides are equal, and are stored once
+    assert m == "a/kernel_mora" and name.startswith("subspace/")
+    tensors[name] = tensors[name][::-1].copy()
     with safe_open(file, "numpy") as whole:
         metadata = whole.metadata()
     save_file(tensors, file, metadata)

@@ -201,6 +201,7 @@ def test_bad_options(script, options, message):
     assert message in run(script, options, code=2)
 
 
+@pytest.mark.slow
 def test_planning_takes_time_in_proportion_to_the_kernels():
     """By processor time, the least of some, since other programs slow single ones."""
 
@@ -210,6 +211,7 @@ def test_planning_takes_time_in_proportion_to_the_kernels():
     assert seconds(3000) < 25 * seconds(300)
 
 
+@pytest.mark.slow
 def test_a_kernel_takes_few_calls():
     """Of Python functions, to plan it and to make its adapter.
 

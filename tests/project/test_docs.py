@@ -87,7 +87,7 @@ NEEDS = {
 
 
 SLOW = {"checkpoints.md", "many-adapters.md", "quantized.md", "transformers.md"}
-SLOW |= {"coming-from.md", "inside.md", "lora.md", "training.md"}
+SLOW |= {"coming-from.md", "inside.md", "lora.md", "operators.md", "training.md"}
 """Pages whose blocks take seconds."""
 
 

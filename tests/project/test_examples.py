@@ -153,6 +153,7 @@ def learn(folder, name, turn, **settings):
     save(folder / "out" / name, adapters, params=params)
 
 
+@pytest.mark.slow
 def test_each_row_says_what_its_adapter_says_alone(folder, capsys, monkeypatch):
     """And one compiled program serves all of them, the base among them."""
     learn(folder, "chat", 0)

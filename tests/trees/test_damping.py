@@ -99,6 +99,7 @@ def test_inputs_are_scaled_to_the_mean_of_the_others():
     close(apply(trained, variables, X)[0], Block().apply(merged, X)[0], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, slow(True)])
 def test_layers_of_a_stack_have_their_own(remat):
     adapters, _, variables, apply = damped(Stack(remat))
@@ -137,6 +138,7 @@ def test_bfloat16():
     close(found_of(adapters["b"]["kernel_mora"]), projection(X), 0.05)
 
 
+@pytest.mark.slow
 def test_few_inputs_and_many_directions():
     adapters, *_ = damped(Block(), X[:2], directions=WIDTH + 5)
     p = found_of(adapters["a"]["kernel_mora"])
@@ -157,6 +159,7 @@ def test_files_and_restarts(tmp_path):
     assert isinstance(op, Damped) and op.inner.seed == 1
 
 
+@pytest.mark.slow
 def test_what_has_no_rows_of_numbers_is_named():
     class Words(nn.Module):
         @nn.compact

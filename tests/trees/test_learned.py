@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import slow
 from helpers import close, random, wide
 
 import mora_jax
@@ -35,7 +36,7 @@ def learned(base, merged, adapters, **settings):
     return adapters, lost, mora_jax.delta_weight(adapters)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_what_was_learned_is_one_adapter(dtype, tmp_path):
     base, plan = made(dtype)
     params, last = base, moved(plan, 0, 0.1)

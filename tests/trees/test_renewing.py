@@ -20,8 +20,8 @@ from mora_jax._layer.rounding import share_lost
 from mora_jax._tree.paths import adapters_in
 
 X, Y = random(0, 16, 24), random(1, 16, 12)
-# Between the directions of its own batch the gradient is diagonal: a small epsilon
-# would make full steps of the rounding errors elsewhere.
+# Between the first and the other directions of its own batch the gradient is zero: a
+# small epsilon would make full steps of the rounding errors there.
 TX = optax.adam(3e-2, eps=1e-2)
 
 
@@ -92,8 +92,9 @@ def test_it_is_a_loop_with_restarts_as_one_program():
         if k in (0, 3, 6):  # but for rounding
             for layer in (grads["up"], grads["down"]):
                 m = layer["kernel_mora"].m
-                close(m, diagonal := jnp.diag(jnp.diag(m)), 2**-6)
-                layer["kernel_mora"] = layer["kernel_mora"].replace(m=diagonal)
+                along = m.at[0, 1:].set(0).at[1:, 0].set(0)
+                close(m, along, 2**-6)
+                layer["kernel_mora"] = layer["kernel_mora"].replace(m=along)
         updates, opt_state = TX.update(grads, opt_state)
         adapters = optax.apply_updates(adapters, updates)
         expected.append(float(value))
@@ -147,9 +148,10 @@ def test_it_finds_its_first_directions_and_moves_along_them():
         ends.append(mora_jax.delta_weight(state.adapters))
         for name, adapter in adapters_in(state.adapters).items():
             assert adapter.spec.scale == adapters_in(adapters)[name].spec.scale
-            m = np.asarray(adapter.m)
-            np.testing.assert_array_equal(m, np.diag(np.diag(m)))
-            close(abs(np.diag(m)), np.full(4, 1e-2), 1e-4)
+            m = abs(np.asarray(adapter.m))
+            np.testing.assert_array_equal(m[0, 1:], 0)
+            np.testing.assert_array_equal(m[1:, 0], 0)
+            close(m[m > 0], np.full(10, 1e-2), 1e-4)
     close(*ends, 1e-3)
     assert jax.tree.leaves(ends[0])[0].any()
 
@@ -270,6 +272,7 @@ def linen_merged(state, x):
     return Net().apply({"params": merged}, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [False, slow(True)])
 def test_on_a_mesh(layout):
     """Kernels stay split, and the run is that of one device."""

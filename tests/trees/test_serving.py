@@ -219,6 +219,7 @@ def test_dropout_is_that_of_one_adapter():
     close(y, jnp.stack(alone))
 
 
+@pytest.mark.slow
 def test_a_cache_is_mapped():
     """Rows are decoded token by token, each with its adapter and its part of it."""
     model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)

@@ -10,6 +10,7 @@ import optax
 import pytest
 import safetensors.numpy
 from adapter_files import assert_same, slow
+from cases import in_turns
 from flax import nnx
 from helpers import close, random, random_like
 from jax.sharding import NamedSharding, PartitionSpec
@@ -43,11 +44,11 @@ def operator(kind, *stack):
 
 
 SIDES = "in", "out"
+SUBSPACES = "subspace+damped", "subspace+shared"
 KINDS = [
     "block_diagonal+damped",
     "subspace",
-    "subspace+damped",
-    "subspace+shared",
+    *SUBSPACES,
     slow("rotation+damped"),
     slow("sharing+damped"),
     slow("low_rank+damped"),
@@ -120,11 +121,9 @@ def delta(adapter, index):
     return adapter.spec.factor * p @ np.asarray(inner.delta_weight(m), np.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("lengths", "remat"), [((LAYERS,), False), ((2, 2), False), slow((LAYERS,), True)]
-)
-def test_scanned_layers_compute_with_their_own(kind, lengths, remat):
+@in_turns("kind, how", KINDS, [((LAYERS,), False), ((2, 2), False), ((LAYERS,), True)])
+def test_scanned_layers_compute_with_their_own(kind, how):
+    lengths, remat = how
     apply, adapters, variables, model = a_model(kind, lengths, remat)
     adapter = the_adapter(adapters)
     deltas = adapter.delta()
@@ -150,8 +149,7 @@ def test_scanned_layers_compute_with_their_own(kind, lengths, remat):
     close(adapter(x), jnp.einsum("...bi,...io->...bo", x, deltas), 1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("remat", [False, slow(True)])
+@in_turns("kind, remat", KINDS, [False, True])
 def test_nnx(kind, remat):
     class Layer(nnx.Module):
         def __init__(self, rngs):
@@ -240,7 +238,7 @@ def test_on_a_mesh(kind, spec):
         close(merged[k], own + delta(the_adapter(adapters), (k,)), 1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:2], *map(slow, SUBSPACES), *KINDS[4:]])
 def test_files_and_all_that_takes_adapters(kind, tmp_path):
     apply, adapters, variables, _ = a_model(kind)
     adapter, params = the_adapter(adapters), variables["params"]
@@ -274,6 +272,7 @@ def test_files_and_all_that_takes_adapters(kind, tmp_path):
     close(the_adapter(lora).delta(), adapter.delta(), 1e-3)
 
 
+@pytest.mark.slow
 def test_directions_and_restarts():
     """The same directions as of layers on their own."""
     apply, _, variables, model = a_model("subspace")

@@ -21,7 +21,6 @@ from mora_jax.io._json import Field, plain, short
 from mora_jax.io._tensors import Arrays, TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 from mora_jax.io.native._records import Record
-from mora_jax.operators import Damped
 from mora_jax.sharding import adapter_shardings
 
 FORMAT, KEY = "mora_jax adapter", "mora_jax"  # KEY is the only one of the metadata
@@ -206,11 +205,10 @@ def save(
             name = "/".join(paths.place_of(path, adapter.spec))
             arrays[name] = to_numpy(name, adapter.m)
             op = getattr(adapter.spec, "operator", None)
-            if isinstance(op, Damped):
-                arrays[_records.directions_name(op.digest)] = np.asarray(op.directions)
-                op = op.inner
-            if op is not None and op.given:
-                arrays |= {f"{name}/{key}": getattr(op, key) for key in op.arrays}
+            while op is not None and op.given:  # equal arrays are stored once
+                for key, digest in op.digests.items():
+                    arrays[f"{op.name}/{digest}"] = np.asarray(getattr(op, key))
+                op = getattr(op, "inner", None)
         alike.append(digest := _digest(arrays))
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
     with together("save"):

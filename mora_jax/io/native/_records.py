@@ -23,7 +23,7 @@ from mora_jax._common.checks import check_finite, check_leaf
 from mora_jax._common.types import FIRST, Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, operator_settings
+from mora_jax._plan.spec import AdapterSpec, TrainedArray, operator_settings
 from mora_jax._tree.paths import Found, place_of
 from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
@@ -194,7 +194,7 @@ def restore(
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
                 if key == "layers":
-                    spec: Any = _kernel_spec(record, name, file)
+                    spec: Any = _kernel_spec(record, file)
                 else:
                     shape = _shape("shape", record["shape"], least=0)
                     spec = TrainedArray(shape, record["dtype"], record["base_dtype"])
@@ -233,7 +233,7 @@ def _shape(name: str, values: list[Any], least: int) -> Shape:
     return tuple(values)
 
 
-def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
+def _kernel_spec(record: Record, file: Reading) -> AdapterSpec:
     """The meaning of a kernel's adapter; a subspace takes its arrays from the file."""
     shape = _shape("kernel_shape", record["kernel_shape"], least=1)
     axes, q, rank = record["axes"], record["square_rank"], record["rank"]
@@ -241,7 +241,7 @@ def _kernel_spec(record: Record, name: str, file: Reading) -> AdapterSpec:
     _check_sizes(record["operator"], widths, file)
     if rank is not None:
         _shape("rank", [rank], least=1)
-    operator = _operator(record["operator"], widths, name, file)
+    operator = _operator(record["operator"], widths, file)
     settings = read_record(record["settings"], SETTINGS, "settings", file.writer)
     settings |= {"base_digest": _digests(record["base_digest"], stack), "rank": rank}
     return AdapterSpec(operator, shape, axes, **settings)
@@ -275,16 +275,14 @@ def _digests(digests: list[Any] | None, stack: int) -> tuple[str, ...] | None:
     return tuple(digests)
 
 
-def _operator(record: Record, widths: Widths, name: str, file: Reading) -> Operator:
-    """The operator of (in, out, q) of the kernel `name`."""
+def _operator(record: Record, widths: Widths, file: Reading) -> Operator:
+    """The operator of (in, out, q)."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
-        given: Any = {k: file.take(f"{name}{SUFFIX}/{k}") for k in Subspace.arrays}
-        return Subspace(*widths, **given)
+        return Subspace(*widths, **_given(Subspace, record, file))
     if settings.get("name") == Damped.name:
-        inner = _operator(_inner(record), widths, name, file)
-        v: Any = file.take(directions_name(record.get("digest")))
-        return Damped(*widths, inner=inner, directions=v)
+        inner = _operator(_inner(record), widths, file)
+        return Damped(*widths, inner=inner, **_given(Damped, record, file))
     try:
         return make_operator(settings, *widths, seed=settings.pop("seed", 0))
     except ValueError as error:
@@ -292,9 +290,11 @@ def _operator(record: Record, widths: Widths, name: str, file: Reading) -> Opera
         raise ValueError(f"{error} ({hint})") from None
 
 
-def directions_name(digest: Any) -> str:
-    """The name of an array of directions, which kernels with one input share."""
-    return f"{Damped.name}/{digest}"
+def _given(kind: type[Operator], record: Record, file: Reading) -> dict[str, Any]:
+    """The arrays of an operator, which are stored by their digests."""
+    if not isinstance(digests := record.get("digests"), dict):
+        raise ValueError(f"{kind.name} must have digests, got {short(digests)}")
+    return {k: file.take(f"{kind.name}/{digests.get(k)}") for k in kind.arrays}
 
 
 def _inner(record: Record) -> Record:

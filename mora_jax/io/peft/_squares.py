@@ -52,7 +52,7 @@ def write_squares(path: Location, modules: Iterable[Module], base_model: str) ->
         }
         if isinstance(op, Damped):
             v = {"v": np.asarray(op.columns("float32"))}
-            entries[pair.module]["damped"] = once(op.digest, partial(dict, v))
+            entries[pair.module]["damped"] = once(str(op.digests), partial(dict, v))
     data = encode(tensors, {})
     record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
     config = {
