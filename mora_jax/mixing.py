@@ -52,9 +52,8 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     found, factor = paths.checked_adapters(adapters), _factor(factor, "factor")
     found.refuse_trained(NO_DELTA)
     for path, adapter in found.items():
-        dtype = adapter.m.dtype
-        m = adapter.operator.scaled(wide(adapter.m), factor).astype(dtype)
-        check_finite(m, "the result", f" in {dtype}")
+        m = adapter.operator.scaled(wide(adapter.m), factor).astype(adapter.m.dtype)
+        check_finite(m, "the result", f" in {m.dtype}")
         found[path] = adapter.replace(m=m)
     return paths.replace_adapters(adapters, found)
 

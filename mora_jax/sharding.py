@@ -64,7 +64,7 @@ def adapter_shardings(
       TypeError: A leaf does not say how it is sharded.
       ValueError: A kernel lacks a leaf, or metadata lack a mesh.
     """
-    found = _found(adapters)
+    found = adapters.shapes if isinstance(adapters, Plan) else adapters_in(adapters)
     for path, sharding in _shardings(found, params_or_shardings, mesh).items():
         adapter = found[path]
         if adapter.of_kernel:
@@ -108,7 +108,7 @@ def on_mesh(
         rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
         raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    found = _found(adapters)
+    found = adapters.shapes if isinstance(adapters, Plan) else adapters_in(adapters)
     unsafe: dict[tuple[str, ...], str] = {}
     for path, kernel in _shardings(found.kernels, params_or_shardings, mesh).items():
         spec = found[path].spec
@@ -130,11 +130,6 @@ def on_mesh(
     if isinstance(adapters, Plan):
         return dataclasses.replace(adapters, parts={**adapters.parts, **found.specs})
     return replace_adapters(adapters, found)
-
-
-def _found(given: Any) -> Found:
-    """The adapters, or the shapes of a plan's."""
-    return given.shapes if isinstance(given, Plan) else adapters_in(given)
 
 
 def _shardings(

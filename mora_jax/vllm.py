@@ -191,10 +191,9 @@ def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
     if devices == 1:
         return Part(start, square, None, None)
     # vLLM cuts numbers of features as it would cut a LoRA's A and B.
-    cut_a, cut_b = layer.slice_lora_a, layer.slice_lora_b
     a, b = torch.arange(inputs)[None], torch.arange(square.shape[1])[:, None]
-    a = cut_a([a] * count)[k] if count > 1 else cut_a(a)
-    b = cut_b([b] * count)[k] if count > 1 else cut_b(b)
+    a = layer.slice_lora_a([a] * count)[k] if count > 1 else layer.slice_lora_a(a)
+    b = layer.slice_lora_b([b] * count)[k] if count > 1 else layer.slice_lora_b(b)
     return Part(start, square, a[0], b[:, 0])
 
 
@@ -212,8 +211,7 @@ def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
     known: Any = get_forward_context().no_compile_layers
     manager, module = known[name]
     for lora_id, rows in manager.modules[module].punica_wrapper.rows.items():
-        placed = getattr(manager.get_adapter(lora_id), "placed", {})
-        for part in placed.get(module, ()):
+        for part in getattr(manager.get_adapter(lora_id), "placed", {}).get(module, ()):
             added = part(x[rows].to(part.square.m.dtype))
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
 

@@ -51,8 +51,7 @@ def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
     """The sizes in `shape`, or other things, of the axes marked with `letter`."""
     if len(shape) != len(axes):
         raise ValueError(f"axes must have a letter for each of {shape}, got {axes!r}")
-    pairs = zip(shape, axes, strict=True)
-    return tuple([size for size, kind in pairs if kind == letter])
+    return tuple([one for one, kind in zip(shape, axes, strict=True) if kind == letter])
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
@@ -81,8 +80,7 @@ def without(items: Sequence[T], places: Collection[int]) -> tuple[T, ...]:
 
 def stack_places(whole: Shape, shape: Shape) -> list[Places]:
     """Places of axes without which `whole` is `shape`: the ones in front come first."""
-    count = len(whole) - len(shape)
-    places = itertools.combinations(range(len(whole)), max(count, 0))
+    places = itertools.combinations(range(len(whole)), max(len(whole) - len(shape), 0))
     return [each for each in places if without(whole, each) == shape]
 
 

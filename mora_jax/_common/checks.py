@@ -5,7 +5,6 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable
-from operator import index
 from typing import Any, SupportsIndex
 
 import jax
@@ -41,9 +40,9 @@ def _integer(rule: str, value: Any, least: int, end: float = math.inf) -> int:
     # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
     if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
         raise TypeError(f"{rule}, got {value!r}")
-    if not least <= value.__index__() < end:
+    if not least <= (number := value.__index__()) < end:
         raise ValueError(f"{rule}, got {value!r}")
-    return index(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

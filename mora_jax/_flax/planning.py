@@ -21,13 +21,12 @@ from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import NOT_USED, Survey
 from mora_jax._layer.ways import check_product
 from mora_jax._plan import settings
-from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
 
 
-def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
+def plan(params_or_shapes: Any, config: settings.MoRAConfig | None = None) -> Plan:
     """Choose the kernels to adapt, and an operator and square rank for each.
 
     The plan goes by names and shapes alone: a kernel of two axes is (in, out), one of
@@ -53,12 +52,12 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
       fc/kernel   64 -> 64  block_diagonal  2.0  16 x 4 x 4     16         256    6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160
     """
-    config = check_config(config, "plan(params, config)")
+    config = settings.check_config(config, "plan(params, config)")
     refuse_variables(params_or_shapes)
     return plan_surveyed(params_or_shapes, config, Survey(by_names=True))
 
 
-def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey) -> Plan:
+def plan_surveyed(params: Any, config: settings.MoRAConfig, survey: Survey) -> Plan:
     """`plan` for a model that is known by a survey."""
     leaves = dict(sorted(named_leaves(params).items(), key=lambda item: item[1][0]))
     model = Candidates(leaves, config, survey)
@@ -100,7 +99,7 @@ class Candidates:
     """Arrays of a model, as `named_leaves`, and what decides which are adapted."""
 
     leaves: dict[str, tuple[Path, Any]]
-    config: MoRAConfig
+    config: settings.MoRAConfig
     survey: Survey
 
     @property

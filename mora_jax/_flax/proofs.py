@@ -121,12 +121,11 @@ def content(value: Any) -> Hashable:
 _VALUES = {bool, int, str, bytes, type(None), type, types.CodeType, type(jnp.int8)}
 _ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, Proofs
 
-Whole: TypeAlias = Callable[[Any], Hashable]
 Parts: TypeAlias = Callable[[Any], Iterable[Any]]
 
 
 @functools.cache
-def _readers(kind: type) -> tuple[Whole | None, Parts]:
+def _readers(kind: type) -> tuple[Callable[[Any], Hashable] | None, Parts]:
     """Functions of a value of a type: its content, or None and the parts of that."""
     if issubclass(kind, _ALONE):
         return lambda value: (kind, value), iter

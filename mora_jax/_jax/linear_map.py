@@ -134,17 +134,9 @@ class _Call:
 # layer, and a program for several platforms holds a choice by layer and no more.
 linear_p = Primitive("linear_map")
 _run = jax.jit(_Call.__call__, static_argnums=0)
-
-
-@linear_p.def_impl
-def _impl(*args: Any, call: _Call) -> jax.Array:
-    return _run(call, *args)
-
-
-@linear_p.def_abstract_eval
-def _abstract(*args: Any, call: _Call) -> Any:
-    # JAX keeps the trace: a model's layers ask the same again and again.
-    return _run.trace(call, *args).jaxpr.out_avals[0]
+linear_p.def_impl(lambda *args, call: _run(call, *args))
+# JAX keeps the trace: a model's layers ask the same again and again.
+linear_p.def_abstract_eval(lambda *xs, call: _run.trace(call, *xs).jaxpr.out_avals[0])
 
 
 def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
@@ -162,8 +154,7 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
             parts.append(call.tangent(*primals, by_second))
         else:  # as `tangent` does, with a frame less between a user and the product
             leaves, derivative = call.derivative(primals)
-            args = alike(*leaves, by_second)
-            parts.append(linear_p.bind(*args, call=derivative))
+            parts.append(linear_p.bind(*alike(*leaves, by_second), call=derivative))
     if moving:
         at = [residuals[k] for k in moving]
         function = _as_function_of(list(moving), primals, call)

@@ -74,8 +74,7 @@ class _Tile(LinearMap):
             first = operand[..., :rest]
             return jnp.concatenate([operand, first], axis=-1) if whole else first
         rows = operand.shape[-2] if operand.ndim > 1 else 1
-        whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
-        if whole_tiles and current_chip() == "tpu":
+        if rows % _SUBLANES == self.width % _LANES == 0 and current_chip() == "tpu":
             return self._broadcast(operand)
         # Not by `jnp.tile`: older JAX cannot type its steps where sharding is explicit.
         *batch, width = operand.shape

@@ -106,8 +106,7 @@ def _loop(
 def _cond(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
     programs = map(opened, eqn.params["branches"])
     branches = [walk(domain, program, values[1:]) for program in programs]
-    outputs = zip(*branches, strict=True)
-    return [functools.reduce(domain.join, output) for output in outputs]
+    return [functools.reduce(domain.join, each) for each in zip(*branches, strict=True)]
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond}

@@ -119,9 +119,8 @@ class Adapter:
 
     def in_model(self) -> Any:
         """M with stack axes where the kernel has them, as a model holds it."""
-        spec = self.spec
-        moved = isinstance(spec, AdapterSpec) and not spec.stacked_in_front
-        return to_model(self.m, spec.axes) if moved else self.m
+        moved = isinstance(self.spec, AdapterSpec) and not self.spec.stacked_in_front
+        return to_model(self.m, self.spec.axes) if moved else self.m
 
     @classmethod
     def of_model(cls, m: Any, spec: Any, given: Sequence[Array] = ()) -> "Adapter":

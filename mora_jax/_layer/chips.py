@@ -28,12 +28,10 @@ from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._jax.tracing import MAX_UNROLLED_SLICES, current_chip
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, DiagonalPart, OperatorPart, whole
+from mora_jax.operators import BlockDiagonal, Damped, Decoupling, LowRank
 from mora_jax.operators._base import DeltaMap, Precision
 from mora_jax.operators._registry import LANES
-from mora_jax.operators.block_diagonal import BlockDiagonal
-from mora_jax.operators.damped import Damped
-from mora_jax.operators.decoupling import Decoupling, divide
-from mora_jax.operators.low_rank import LowRank
+from mora_jax.operators.decoupling import divide
 
 # Products of the gradient of M in one step of a loop. XLA fetches what a product reads
 # while it computes the ones before it, in one step of a loop. With 1, all and 8 a Llama
@@ -189,8 +187,7 @@ def _batched_products(
 ) -> Array:
     """The form for GPUs: one product with an axis of blocks."""
     n, p, s = _blocks_shape(op)
-    h, back = x.reshape(shards, -1, n, p), sum_tiles(g, n * s)
-    back = back.reshape(shards, -1, n, s)
+    h, back = x.reshape(shards, -1, n, p), sum_tiles(g, n * s).reshape(shards, -1, n, s)
     return _products_of_rows(h, back, ((2, 0), (2, 0)), precision)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
@@ -102,7 +101,7 @@ def mora_apply(
     *,
     key: PRNGKeyArray | None = None,
     deterministic: bool = False,
-) -> Float[Array, "..."]:
+) -> Float[jax.Array, "..."]:
     r"""One adapted dense layer, :math:`y = x W + b + \alpha\, D(C(x) M)`.
 
     Args:

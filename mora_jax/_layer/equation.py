@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
@@ -33,11 +32,9 @@ from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh import places
 from mora_jax._mesh.on_mesh import OnMesh
-from mora_jax._mesh.places import FeatureSharding, KernelLayout
 from mora_jax._plan.spec import AdapterSpec, many_if
 from mora_jax.operators._pytree import by_layer
-from mora_jax.products._product import KernelDelta
-from mora_jax.products.contraction import Contraction
+from mora_jax.products import Contraction, KernelDelta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class ByM(LinearMap):
     dtype: Any  # of the computation
     precision: jax.lax.PrecisionLike
     shards: int = 1  # of the rows of x, whose first axis devices split
-    features: FeatureSharding | None = None  # None on one device
+    features: places.FeatureSharding | None = None  # None on one device
     product: Contraction | None = None  # whose output y is; None for y as rows
     out_shape: Shape = ()  # of its features
 
@@ -68,8 +65,7 @@ class ByM(LinearMap):
         return gradient.astype(self.m_dtype)
 
     def _map(self, op: Any) -> Any:
-        features = self.features
-        return chips.map_of(op) if features is None else OnMesh(op, features)
+        return chips.map_of(op) if self.features is None else OnMesh(op, self.features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Delta(KernelDelta):
     kernel_shape: Shape
     axes: str
     precision: jax.lax.PrecisionLike = None
-    layout: KernelLayout | None = None
+    layout: places.KernelLayout | None = None
 
     @classmethod
     def of(
@@ -93,7 +89,7 @@ class Delta(KernelDelta):
         spec: AdapterSpec,
         m: ArrayLike,
         *,
-        dtype: DTypeLike | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         x: Array | None = None,
     ) -> "Delta":
@@ -101,20 +97,19 @@ class Delta(KernelDelta):
 
         With the layer's input `x` its M is on the devices that `x` is on.
         """
-        shape, axes, expected = spec.kernel_shape, spec.axes, spec.shape
-        if (got := jnp.shape(m)) != expected:
-            many = many_if(got, expected)
-            raise ValueError(f"M must have shape {expected}, got {got}{many}")
+        if (got := jnp.shape(m)) != spec.shape:
+            many = many_if(got, spec.shape)
+            raise ValueError(f"M must have shape {spec.shape}, got {got}{many}")
         op, layout, m = spec.operator, spec.layout, jnp.asarray(m)
         dtype = m.dtype if dtype is None else dtype
         # The factor is not rounded where the layer is wider than M.
         wide = m.astype(jnp.promote_types(m.dtype, dtype))
         scaled: Array = op.scaled(wide, spec.factor).astype(dtype)
         if x is not None:
-            features = layout and layout.for_activations(axes, shape)
+            features = layout and layout.for_activations(spec.axes, spec.kernel_shape)
             split = OnMesh(op, features).m_spec if features else ()
             scaled = places.gather_m(scaled, layout, x, len(op.m_shape), split)
-        return cls(op, scaled, shape, axes, precision, layout)
+        return cls(op, scaled, spec.kernel_shape, spec.axes, precision, layout)
 
     def rows(self, x: Array) -> Array:
         if self._stack:
@@ -174,10 +169,9 @@ class Delta(KernelDelta):
         return _matrix(self.operator, self.m, current_chip(), self._features_of_kernel)
 
     @property
-    def _features_of_kernel(self) -> FeatureSharding | None:
+    def _features_of_kernel(self) -> places.FeatureSharding | None:
         """The mesh axes that split features of the kernel itself, if any does."""
-        layout = self.layout
-        return layout and layout.for_kernel(self.axes, self.kernel_shape)
+        return self.layout and self.layout.for_kernel(self.axes, self.kernel_shape)
 
     @property
     def _stack(self) -> Shape:
@@ -197,7 +191,7 @@ class Delta(KernelDelta):
 # One program for all layers of a shape: `merge` calls it for each kernel.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _matrix(
-    op: Any, m: Array, chip: Chip | None, features: FeatureSharding | None
+    op: Any, m: Array, chip: Chip | None, features: places.FeatureSharding | None
 ) -> Array:
     if features:
         return OnMesh(op, features).matrix(m, chips.matrix_of)
@@ -214,8 +208,7 @@ def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: Array) -> Array:
     if (sharding := places.explicit_sharding(kernel)) is not None:
         fold = functools.partial(folded_kernel, dataclasses.replace(spec, layout=None))
         return places.with_auto_axes(fold, sharding, m, kernel)
-    dtype = jnp.result_type(m, kernel, jnp.float32)
-    delta = Delta.of(spec, m, dtype=dtype, x=kernel)
+    delta = Delta.of(spec, m, dtype=jnp.result_type(m, kernel, jnp.float32), x=kernel)
     return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
 
 

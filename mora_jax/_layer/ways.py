@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, sizes, without
@@ -40,11 +39,9 @@ from mora_jax._layer.equation import ByM, Delta
 from mora_jax._layer.tuning import Tuning, current_tuning
 from mora_jax._mesh import places
 from mora_jax._mesh.on_mesh import OnMesh
-from mora_jax._mesh.places import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Work
-from mora_jax.products._product import Product
-from mora_jax.products.contraction import Contraction
+from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]
 
@@ -61,7 +58,7 @@ class Layer:
     multiply: Callable[..., Any]
     axes: str
     precision: jax.lax.PrecisionLike
-    layout: KernelLayout | None
+    layout: places.KernelLayout | None
     execution: str
     x_shape: Shape
     x_dtype: Any
@@ -73,10 +70,9 @@ class Layer:
             return "fold"
         return "fused" if self.features(kernel.shape) else "activation"
 
-    def features(self, kernel_shape: Shape) -> FeatureSharding | None:
+    def features(self, kernel_shape: Shape) -> places.FeatureSharding | None:
         """The mesh axes that split features of inputs and outputs, if any does."""
-        layout = self.layout
-        return layout and layout.for_activations(self.axes, kernel_shape)
+        return self.layout and self.layout.for_activations(self.axes, kernel_shape)
 
     def _fold_pays(self, kernel: Any, work: Work, tuning: Tuning) -> bool:
         bits = jnp.finfo(kernel.dtype).bits
@@ -99,8 +95,7 @@ class _OfLayer(LinearMap):
         # JAX transposes what `forward` does with x, which holds nothing but the
         # residuals, so that no activation is kept for it.
         of_x = functools.partial(self.forward, residuals)
-        layer = self.layer
-        return transposed(of_x, layer.x_shape, cotangent, layer.x_dtype)
+        return transposed(of_x, self.layer.x_shape, cotangent, self.layer.x_dtype)
 
 
 class Adapted(_OfLayer):
@@ -109,8 +104,7 @@ class Adapted(_OfLayer):
     def chosen(self, residuals: Any) -> LinearMap:
         operator, _, kernel = residuals
         way = self.layer.way(kernel, operator.work, current_tuning())
-        ways = {"activation": Activation, "fold": Fold, "fused": Fused}
-        return ways[way](self.layer)
+        return {"activation": Activation, "fold": Fold, "fused": Fused}[way](self.layer)
 
     def mapped(self, residuals: Any) -> LinearMap:
         # Each of many M's would make a folded kernel of its own.
@@ -208,19 +202,19 @@ class Fused(_OfLayer):
         (op, m, kernel), layer = residuals, self.layer
         labels, features = layer.product.claim.einsum, layer.features(kernel.shape)
         assert features is not None
-        split: dict[str, MeshAxes] = {}
+        split: dict[str, places.MeshAxes] = {}
         for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
             # Of several axes of a kind (heads and their features) the first is split.
             of_kernel = zip(labels[1], layer.axes, kernel.shape, strict=True)
             first = next((c for c, a, n in of_kernel if a == letter and n > 1), "")
             split[first] = axes
         x_spec, kernel_spec, y_spec = (
-            PartitionSpec(*(split.get(label) or None for label in part))
+            jax.sharding.PartitionSpec(*(split.get(label) or None for label in part))
             for part in labels
         )
         # XLA might gather the input instead. The kernel is gathered again in the
         # backward pass, so that it is not saved.
-        place = NamedSharding(features.mesh, kernel_spec)
+        place = jax.sharding.NamedSharding(features.mesh, kernel_spec)
         arrays = operand, m, jax.lax.with_sharding_constraint(kernel, place)
         on_one = Activation(dataclasses.replace(layer, layout=None))
         on_mesh = OnMesh(op, features)
@@ -345,8 +339,7 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         return
     # A lifted transformation may take off stack axes of the plan.
     taken = spec.stacks(len(spec.axes) - len(product.axes))
-    axes = ("".join(without(spec.axes, one)) for one in taken)
-    if not any(map(product.fits, axes)):
+    if not any(product.fits("".join(without(spec.axes, one))) for one in taken):
         raise ValueError(
             f"the adapter reads the kernel's axes as {spec.axes!r}, the layer computes "
             f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "

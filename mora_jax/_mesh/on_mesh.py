@@ -26,9 +26,8 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tracing import current_platform
 from mora_jax._mesh.parts import part_of
 from mora_jax._mesh.places import FeatureSharding, MeshAxes, mesh_axes
-from mora_jax.operators._base import DeltaMap, Operator
-from mora_jax.operators.block_diagonal import BlockDiagonal
-from mora_jax.operators.orthogonal import Subspace
+from mora_jax.operators import BlockDiagonal, Operator, Subspace
+from mora_jax.operators._base import DeltaMap
 
 REPLICATED = PartitionSpec()
 
@@ -115,9 +114,8 @@ class OnMesh(DeltaMap):
 
         Where a kernel is gathered before it is used, the sum is what is gathered.
         """
-        arrays, spec = [kernel, m], self._kernel_spec
-        specs = [spec, REPLICATED], spec
-        return self.shared(lambda own, kernel: add(*own, kernel), arrays, *specs)
+        specs = [self._kernel_spec, REPLICATED], self._kernel_spec
+        return self.shared(lambda own, kernel: add(*own, kernel), [kernel, m], *specs)
 
     def _in_parts(self, x: Array, m: Array, precision: Any) -> Array:
         """The rows of x, where the output is what devices sum."""
@@ -158,11 +156,14 @@ class OnMesh(DeltaMap):
         # Not `jax.lax.axis_index`, which XLA's CPU compiler refuses in larger programs.
         counts = zip(sizes, shards, strict=True)
         starts = [size * np.arange(n, dtype=np.int32) for size, n in counts]
+        own_specs, by_features = REPLICATED, [*map(PartitionSpec, both)]
+        if isinstance(op, Subspace):  # its directions are where their features are
+            own_specs = jax.tree.unflatten(jax.tree.structure(op), by_features)
         context = jax.sharding.get_abstract_mesh()
         mapped = jax.shard_map(
             local,
             mesh=mesh if context.empty else context,
-            in_specs=(_specs_of(op, both), [*map(PartitionSpec, both)], *specs),
+            in_specs=(own_specs, by_features, *specs),
             out_specs=out_spec,
             axis_names=set(names),
         )
@@ -181,13 +182,6 @@ class OnMesh(DeltaMap):
     @property
     def _kernel_spec(self) -> PartitionSpec:
         return PartitionSpec(self.features.in_axes, self.features.out_axes)
-
-
-def _specs_of(op: Operator, both: tuple[MeshAxes, MeshAxes]) -> Any:
-    """The split of an operator's arrays: directions are where their features are."""
-    if isinstance(op, Subspace):
-        return jax.tree.unflatten(jax.tree.structure(op), map(PartitionSpec, both))
-    return REPLICATED
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:

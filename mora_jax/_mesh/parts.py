@@ -8,7 +8,6 @@ general one for every operator, and others that do less work.
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -47,10 +46,9 @@ class OperatorPart(DeltaMap):
         return here == (op.in_features, op.out_features)
 
     def enter(self, x: Array) -> Array:
-        op = self.operator
-        if self.in_features < op.in_features:
-            x = _put(x, op.in_features, self.in_start)
-        return op.enter(x)
+        if self.in_features < self.operator.in_features:
+            x = _put(x, self.operator.in_features, self.in_start)
+        return self.operator.enter(x)
 
     def leave(self, h: Array) -> Array:
         return self.take_outputs(self.operator.leave(h))
@@ -150,8 +148,7 @@ class BlockPart(OperatorPart):
         q = self.operator.square_rank
         h = pad_to(h, self.operator.num_groups, axis=-2)
         shift = self.in_start // q - self.out_start // q
-        wanted = self._groups(self.out_features)
-        return jnp.roll(h, shift, axis=-2)[..., :wanted, :]
+        return jnp.roll(h, shift, axis=-2)[..., : self._groups(self.out_features), :]
 
 
 @register_dataclass
@@ -212,7 +209,7 @@ class DampedPart(OperatorPart):
 
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:
     """The part of blocks with an M each, whose `place` is all else of the record."""
-    few, many = sorted(map(operator.truediv, place[2:], op.m_shape[1:]))
+    few, many = sorted(n / m for n, m in zip(place[2:], op.m_shape[1:], strict=True))
     whole = op.aligned and few % 1 == many % few == 0  # and one place in the other
     return DiagonalPart(op, *place) if whole else OperatorPart(op, *place)
 

@@ -96,10 +96,9 @@ class KernelLayout:
     ) -> FeatureSharding | None:
         def split(letter: str) -> MeshAxes:
             # An axis of one device splits nothing, and XLA fails to sum over it.
-            kernel = zip(axes, shape, self.mesh_axes, strict=True)
             first, *inner = [
                 tuple(a for a in split if a not in without and self.mesh.shape[a] > 1)
-                for axis, size, split in kernel
+                for axis, size, split in zip(axes, shape, self.mesh_axes, strict=True)
                 if axis == letter and size > 1
             ] or [()]
             # Of several axes (heads and their features) only the first may be split,
@@ -157,8 +156,7 @@ class _Replicated(LinearMap):
 def mesh_of(x: Array) -> AbstractMesh | None:
     """The mesh that `x` is on, if XLA decides how it splits `x`."""
     mesh = jax.typeof(x).sharding.mesh
-    auto = not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if auto else None
+    return mesh if not mesh.empty and set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def _replicate(

@@ -150,10 +150,8 @@ class KernelConfig:
 def default_targets(leaf: str) -> str:
     """Pattern of paths to `leaf`, except in heads, routers, embeddings and the like."""
     return (
-        r"(?i)"
-        r"(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
-        r"(_\d+)?/)"
-        r"(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
+        r"(?i)(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
+        r"(_\d+)?/)(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
         rf"(.*/)?{leaf}"
     )
 

@@ -8,7 +8,6 @@ delta then. Without what is done to these alone, it must be the same program as 
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -149,7 +148,7 @@ def _steps(program: Jaxpr, added: Sequence[bool]) -> Generator[Any, None, list[b
             for inner in programs:
                 last = yield from _steps(inner, _operands(eqn, inner, flags))
                 if len(last) == len(results):
-                    results = list(map(operator.or_, results, last))
+                    results = [a or b for a, b in zip(results, last, strict=True)]
         elif not any(flags):
             yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
         new |= set(itertools.compress(eqn.outvars, results))

@@ -24,7 +24,6 @@ from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
-from mora_jax._tree.paths import Found, Tree, adapters_in, nest
 from mora_jax._tree.plan import Plan, check_plan
 
 # Compiled, since a plan has hundreds of kernels, and each key is several operations.
@@ -36,7 +35,7 @@ def init(
     key: PRNGKeyArray | None = None,
     *,
     params: Any = None,
-) -> Tree:
+) -> paths.Tree:
     """New adapters: a tree of an `Adapter` for each kernel, and for each trained array.
 
     Args:
@@ -68,7 +67,7 @@ def init(
     if isinstance(plan_or_frozen, FrozenDense):
         spec = plan_or_frozen.spec
         return {f"kernel{SUFFIX}": Adapter(spec.start(("kernel",), key), spec)}
-    plan, made = check_plan(plan_or_frozen, "plan_or_frozen"), Found()
+    plan, made = check_plan(plan_or_frozen, "plan_or_frozen"), paths.Found()
     for path, spec in plan.specs.items():
         # By the path, so that an M does not depend on which other kernels are adapted.
         number = np.uint32(crc32("/".join(path).encode()))
@@ -121,7 +120,7 @@ def combine(params: Any, adapters: Any) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    found = adapters_in(adapters)
+    found = paths.adapters_in(adapters)
     if trained := found.trained:
         leaves = paths.named_leaves(params)
         new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}
@@ -152,7 +151,7 @@ def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
     return _nested(flat, params)
 
 
-def split(tree: Any) -> tuple[Any, Tree]:
+def split(tree: Any) -> tuple[Any, paths.Tree]:
     """Undo `combine`; also of the params of a model of `MoRADense` layers.
 
     Returns:
@@ -184,7 +183,7 @@ def split(tree: Any) -> tuple[Any, Tree]:
             adapters[path] = copy
             leaf = paths.reboxed(leaf, copy.m.astype(copy.spec.base_dtype))
         base[keys] = leaf
-    return _nested(base, tree), nest(adapters)
+    return _nested(base, tree), paths.nest(adapters)
 
 
 def _of_params(adapter: Adapter, kernel: Any) -> Adapter:

@@ -84,10 +84,9 @@ def input_damping(
     columns = {path: np.linalg.qr(product)[0] for path, (product, _) in first.items()}
     if not columns:
         raise ValueError("call must multiply inputs by an adapted kernel, got none")
-    second = _moments(call, adapters, found, columns)
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
-    for path, (product, trace) in second.items():
+    for path, (product, trace) in _moments(call, adapters, found, columns).items():
         inner = (adapter := found[path]).operator
         v = _damping(columns[path], product, trace, directions)
         v = known.setdefault(v.tobytes(), v)

@@ -72,11 +72,10 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
 
 def lora_adapter(spec: AdapterSpec, a: Array, b: Array, alpha: float = 1.0) -> Adapter:
     """The adapter of a kernel with the factors (*stack, in, r) and (*stack, r, out)."""
-    operator = LowRank(spec.in_features, spec.out_features, a.shape[-1])
-    m = operator.joined(a, b)
+    op = LowRank(spec.in_features, spec.out_features, a.shape[-1])
+    m = op.joined(a, b)
     settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
-    spec = dataclasses.replace(spec, operator=operator, rank=None, **settings)
-    return Adapter(m, spec)
+    return Adapter(m, dataclasses.replace(spec, operator=op, rank=None, **settings))
 
 
 def _factors_in(tree: Any, plan: Plan) -> dict[str, dict[str, Any]]:

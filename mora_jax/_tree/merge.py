@@ -90,8 +90,7 @@ def merge(
       True
     """
     check_rounding(rounding)
-    found = checked_adapters(adapters)
-    return merged(params, found, dtype, rounding, any_base=any_base)
+    return merged(params, checked_adapters(adapters), dtype, rounding, any_base)
 
 
 def fold(params: Any, adapters: Any, dtype: DTypeLike | None = None) -> Any:
@@ -153,7 +152,6 @@ def merged(
     found: Found,
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
-    *,
     any_base: bool = True,
 ) -> Any:
     """`merge` of adapters that are checked already."""

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import unflatten_dict as nest
 
 from mora_jax._common import trees
 from mora_jax._common.checks import LEAVE_OUT, as_jax_array, check_finite, check_leaf
@@ -26,11 +26,6 @@ trees.REFUSED[nnx.Module] += (
     ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, wrap and "
     "merge_adapters take models"
 )
-
-
-def nest(items: Mapping[Path, Any]) -> Tree:
-    """{path: leaf} as nested dicts."""
-    return unflatten_dict(items)
 
 
 def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:

@@ -14,7 +14,6 @@ from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.settings import FrozenMapping
 from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same
 from mora_jax._tree import paths
-from mora_jax._tree.paths import Found, Tree, adapters_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +122,15 @@ class Plan(Mapping[str, AdapterSpec]):
         return self.base_parameters + self.trainable_parameters
 
     @property
-    def shapes(self) -> Found:
+    def shapes(self) -> paths.Found:
         """The adapters, with shapes instead of arrays."""
-        made = Found()
+        made = paths.Found()
         for path, spec in self.parts.items():
             dtype = spec.param_dtype if isinstance(spec, AdapterSpec) else spec.dtype
             made[path] = Adapter(jax.ShapeDtypeStruct(spec.shape, dtype), spec)
         return made
 
-    def adapters(self, tree: Any) -> Tree:
+    def adapters(self, tree: Any) -> paths.Tree:
         """Adapters of this plan from a tree of plain arrays, as another library has it.
 
         Args:
@@ -207,7 +206,7 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     """
     plan = plan_or_adapters
     if not isinstance(plan, Plan):
-        plan = Plan(adapters_in(plan).specs)
+        plan = Plan(paths.adapters_in(plan).specs)
 
     def kind(part: tuple[str, Spec]) -> tuple[object, ...]:
         name, spec = part

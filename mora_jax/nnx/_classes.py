@@ -167,6 +167,5 @@ class MoRALinear(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
-        key = rngs.params() if spec.init == "gaussian" else None
-        m = spec.start(("kernel",), key)
+        m = spec.start(("kernel",), rngs.params() if spec.init == "gaussian" else None)
         _held.hold_adapter(self, "kernel", Adapter(m, spec), seed)

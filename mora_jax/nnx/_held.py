@@ -139,8 +139,7 @@ def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -
     m, spec = adapter.m, adapter.spec
     if sharding := named_sharding(getattr(module, kernel)):
         m = jax.device_put(m, adapter_sharding(spec, sharding))
-    m = Adapter(m, spec).in_model()
-    setattr(module, kernel + SUFFIX, MoRAParam(m, spec=spec))
+    setattr(module, kernel + SUFFIX, MoRAParam(Adapter(m, spec).in_model(), spec=spec))
     hold_given(module, kernel, spec)
     hold_dropout(module, spec, seed)
 

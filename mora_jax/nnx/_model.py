@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.extend.core import Jaxpr
-from jax.typing import DTypeLike
 
 from mora_jax._common.axes import stack_places
 from mora_jax._flax.calls import Call, all_calls, errors_of
@@ -26,7 +25,6 @@ from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _held
 from mora_jax.nnx._classes import MARKED, Marked, adapt, subclass
-from mora_jax.nnx._held import Model, plain_class, set_class
 
 
 def plan(
@@ -108,7 +106,7 @@ def program(model: nnx.Module, method: str, call: Call, survey: Survey | None) -
     twin = nnx.clone(model)
     for path, layer in list(_held.named_modules(twin)):
         names = [name + suffix for name in planning_rules(layer)]
-        set_class(layer, plain_class(layer))
+        _held.set_class(layer, _held.plain_class(layer))
         if any(isinstance(getattr(layer, n, None), nnx.Variable) for n in names):
             adapt(layer)
             setattr(layer, MARKED, Marked(survey, "".join(f"{key}/" for key in path)))
@@ -121,13 +119,13 @@ def program(model: nnx.Module, method: str, call: Call, survey: Survey | None) -
 
 
 def wrap(
-    model: Model,
+    model: _held.Model,
     config_or_plan: MoRAConfig | Plan | None = None,
     *args: Any,
     calls: Sequence[Call] = (),
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
-) -> Model:
+) -> _held.Model:
     """An unmodified model, with adapters.
 
     The model's own code runs. Each planned layer gets a `MoRAParam` next to its kernel,
@@ -198,15 +196,15 @@ def wrap(
             planned = f"plan has {spec.kernel_shape} at {name!r}"
             raise ValueError(f"{planned}, the model has {shape}")
         if (rule := planning_rules(module).get(own)) is None:
-            raise unknown_use(name, plain_class(module), "__call__")
+            raise unknown_use(name, _held.plain_class(module), "__call__")
         if (product := rule.product(module)) is not None:
             with errors_of(name):
                 check_product(spec, product)
         _held.refuse_dropout(module, name, spec)
         adapt(module)
         _held.hold_adapter(module, own, adapter, seed)
-    if plain_class(model) is type(model):  # a layer alone does what its rule says
-        set_class(model, _checked_class(type(model)))
+    if _held.plain_class(model) is type(model):  # a layer alone does what its rule says
+        _held.set_class(model, _checked_class(type(model)))
         setattr(model, _held.PROOFS, Proofs())
     return model
 
@@ -225,7 +223,7 @@ def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
         adapt(module)
 
 
-def unwrap(model: Model) -> Model:
+def unwrap(model: _held.Model) -> _held.Model:
     """The model without its adapters, as it was before `wrap`.
 
     `model`, as `wrap` makes it (see its example), stays as it is.
@@ -243,12 +241,12 @@ def unwrap(model: Model) -> Model:
 
 
 def merge_adapters(
-    model: Model,
-    dtype: DTypeLike | None = None,
+    model: _held.Model,
+    dtype: jax.typing.DTypeLike | None = None,
     *,
     any_base: bool = False,
     rounding: Rounding = "dither",
-) -> Model:
+) -> _held.Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
     `model`, as in the example of `wrap`, stays as it is; else as in `mora_jax.merge`.

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._common.trees import located_leaves
 from mora_jax._tree.optim import check_transformation
@@ -73,7 +72,7 @@ def adapter_optimizer(
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     if (sharding := next(filter(None, shardings), None)) is None:
         return optimizer
-    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
     # The first step would put what is not committed to a device, such as counters, onto
     # the mesh, and the second would be compiled again.

@@ -71,8 +71,7 @@ class BlockDiagonal(Operator):
         numbers = range(max(1, in_features * out_features // budget), most + 1)
         least = next(n for n in numbers if parameters(n) <= budget)
         whole = next((n for n in numbers if n >= least and common % n == 0), least)
-        enough = parameters(whole) >= LEAST_USE * parameters(least)
-        return whole if enough else least
+        return whole if parameters(whole) >= LEAST_USE * parameters(least) else least
 
     @property
     def m_shape(self) -> Shape:

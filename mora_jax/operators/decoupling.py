@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.tiles import sum_tiles, tile_to
@@ -83,8 +82,7 @@ class Decoupling(Operator):
 
     def _compress(self, x: Array) -> Array:
         n, q = self.compressed_shape
-        blocks = tile_to(x, n * q)
-        return self.rotate_rows(blocks.reshape(*x.shape[:-1], n, q))
+        return self.rotate_rows(tile_to(x, n * q).reshape(*x.shape[:-1], n, q))
 
     def _decompress(self, h: Array) -> Array:
         return self.leave(self.sum_groups(h))
@@ -127,8 +125,7 @@ class Decoupling(Operator):
         columns = jax.lax.dynamic_update_slice(columns, tile_to(m[:1], outs), (0, 0))
         group = jnp.asarray(self.in_group(np.arange(n)))
         wanted = jnp.asarray(np.arange(outs) // q % self.num_groups)
-        feeds = group[:, None, None] == wanted
-        rows = jnp.where(feeds, self.rotate_m(columns), 0)
+        rows = jnp.where(group[:, None, None] == wanted, self.rotate_m(columns), 0)
         # Rows past the end are added to the first ones.
         return sum_tiles(rows.reshape(n * q, outs).T, self.in_features).T
 
@@ -227,7 +224,7 @@ class Rotation(Decoupling):
         cos, sin = (table[..., None] for table in self._tables(m.dtype))
         return m * cos - _swap_halves(m, axis=-2) * sin
 
-    def _tables(self, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
+    def _tables(self, dtype: jax.typing.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and signed sine of the angle of each block and feature, (n, q)."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), 10000.0 ** (-2 * np.arange(q // 2) / q))

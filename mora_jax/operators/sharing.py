@@ -92,13 +92,12 @@ class Sharing(Operator):
         return join(repeated, self.out_features)
 
     def _compress_units(self, indices: Array, dtype: DTypeLike) -> Array:
-        width, features = self.square_rank, self.in_features
         if self.compress_groups == "contiguous":
-            at = jnp.asarray(places(features, width))[indices]
-            group = at[..., None] // -(-features // width)
+            at = jnp.asarray(places(self.in_features, self.square_rank))[indices]
+            group = at[..., None] // -(-self.in_features // self.square_rank)
         else:  # the first features may be in two groups
-            _, group = block_positions(indices, features, width)
-        member = jax.nn.one_hot(group, width, dtype=dtype).sum(-2)
+            _, group = block_positions(indices, self.in_features, self.square_rank)
+        member = jax.nn.one_hot(group, self.square_rank, dtype=dtype).sum(-2)
         return member * self._scale("in", dtype)
 
     def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:

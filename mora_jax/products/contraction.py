@@ -26,8 +26,7 @@ def dot_general_equation(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     left = list(string.ascii_letters[:lhs_ndim])
     right = list(string.ascii_letters[lhs_ndim : lhs_ndim + rhs_ndim])
-    pairs = zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True)
-    for here, there in pairs:
+    for here, there in zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True):
         right[there] = left[here]
     free = [c for c in (*left, *right) if (c in left) != (c in right)]
     outputs = [*(left[k] for k in lhs_batch), *free]
@@ -116,8 +115,7 @@ class Contraction(Product):
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def fits(self, axes: str) -> bool:
-        exchanged = self.axes.translate(str.maketrans("io", "oi"))  # as in a tied head
-        return axes in (self.axes, exchanged)
+        return axes in (self.axes, self.axes.translate(str.maketrans("io", "oi")))
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows

@@ -29,8 +29,7 @@ from mora_jax._tree.adapters import split
 from mora_jax._tree.paths import adapters_in, named_leaves
 from mora_jax._tree.plan import Plan
 from mora_jax.linen._bound import running_adapter
-from mora_jax.nnx._held import dropout_key, held, hold_adapter, named_modules, traceable
-from mora_jax.nnx._held import plan_of as nnx_plan_of
+from mora_jax.nnx import _held
 from mora_jax.products import Product
 from mora_jax.qwix import _private
 from mora_jax.qwix._products import arguments_of, find_kernel, product_of
@@ -128,7 +127,7 @@ class MoRAProvider(qwix.PtqProvider):
         """Begin a call of a model; the first one gives an NNX model its M's."""
         if traced.get() is None and (first := _private.first_call_of(model)):
             method, rngs = first
-            call, state = traceable(model, method)
+            call, state = _held.traceable(model, method)
             _, specs = trace(call, state, model_args, model_kwargs)
             _hold_new(model, specs, rngs)
         return super().process_model_inputs(model, model_args, model_kwargs)
@@ -193,7 +192,7 @@ class MoRAProvider(qwix.PtqProvider):
             return y
         spec, key = adapter.spec, None
         if isinstance(module, nnx.Module):
-            key = dropout_key(module, name, adapter)
+            key = _held.dropout_key(module, name, adapter)
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
         with errors_of("/".join(path)):
@@ -219,7 +218,7 @@ def _adapter(
 
     if isinstance(module, nnx.Module):
         if (found := traced.get()) is None:
-            return held(module, name)
+            return _held.held(module, name)
         found[path] = found.get(path) or new()
         return None
     m = module.get_variable("params", name + SUFFIX)
@@ -232,7 +231,7 @@ def _adapter(
 
 def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
     """Put new M's beside their kernels, on the meshes of the kernels."""
-    modules = dict(named_modules(model))
+    modules = dict(_held.named_modules(model))
     for path, spec in specs.items():
         module, name, place = modules[path[:-1]], path[-1], "/".join(path)
         kernel = getattr(module, name)
@@ -249,7 +248,7 @@ def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
         axes = "".join(interleaved("s" * more, spec.axes, places[0]))
         spec = dataclasses.replace(spec, kernel_shape=whole, axes=axes)
         key = rngs.params() if rngs and spec.init == "gaussian" else None
-        hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
+        _held.hold_adapter(module, name, Adapter(spec.start(path, key), spec), 0)
 
 
 def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
@@ -296,7 +295,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       (4, 4, 4)
     """
     if isinstance(model, nnx.Module):
-        return nnx_plan_of(model)
+        return _held.plan_of(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}

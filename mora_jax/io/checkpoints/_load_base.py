@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_dtype, check_floating
 from mora_jax._common.messages import nearest_paths
@@ -24,7 +23,7 @@ def load_base(
     like: Any,
     names: Names = None,
     *,
-    dtype: DTypeLike | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
     sharding: Any = None,
     skip: str | Sequence[str] = (),
 ) -> Any:

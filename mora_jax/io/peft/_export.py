@@ -225,8 +225,6 @@ def _contents(
     matrices: list[MatrixPair], whole: dict[str, np.ndarray], of_base: dict[str, Any]
 ) -> _files.Files:
     """The tensors of modules, and of `whole` by their names, and then the config."""
-    # PEFT corrects the order where a module is of the other kind.
-    axes = {pair.axes for pair in matrices if not pair.table}
     tensors, ranks, alphas = {}, {}, {}
     for name, table, a, b, r, factor, _ in matrices:
         start, end = ("embedding_", "") if table else ("", ".weight")
@@ -254,7 +252,8 @@ def _contents(
         "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "bias": bias if biases else "none",
-        "fan_in_fan_out": axes == {"io"},
+        # PEFT corrects the order where a module is of the other kind.
+        "fan_in_fan_out": {pair.axes for pair in matrices if not pair.table} == {"io"},
     }
     if saved:
         config["modules_to_save"] = sorted(saved)
@@ -284,10 +283,9 @@ def _modules(adapters: Any, names: Names) -> list[Module]:
                 what = f"names have no module for the kernel {place!r}"
                 raise ValueError(f"{what}; {_names.TEMPLATES}")
             start = number * width % spec.out_features
-            outputs = slice(start, start + width)
             index = index[: len(stack)]
             one = dataclasses.replace(spec, operator=spec.operator.at(index))
-            items.append((pair, kernel, one, m[index], outputs))
+            items.append((pair, kernel, one, m[index], slice(start, start + width)))
     if not items:
         raise ValueError("adapters must hold one of a kernel to write, got none")
     return items

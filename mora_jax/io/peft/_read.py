@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -110,7 +109,7 @@ def _kernel(
 ) -> tuple[Path, Place]:
     """A kernel's path, shape, axes and layout in a model, or by its modules' shapes."""
     if leaves is None:
-        last, pair = max(modules.items(), key=itemgetter(0))
+        last, pair = max(modules.items(), key=lambda item: item[0])
         # PEFT says so of Conv1D, and FlaxConv1D has the transpose of its weight.
         turn = -1 if may_be_conv1d(name) and config.get("fan_in_fan_out") is True else 1
         shape = *(k + 1 for k in last), *(len(pair.a), pair.b.shape[1])[::turn]
