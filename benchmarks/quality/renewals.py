@@ -76,6 +76,7 @@ SETTINGS = {
             ("directions, renewed", 24, FLOAT, 2.56e-2),
             ("directions, renewed", 6, FLOAT, 6.4e-3),
             ("directions, renewed", 6, FLOAT, 1.28e-2),
+            ("directions, renewed", 6, "int8", 1.28e-2),
             ("directions, renewed, moments kept", 6, FLOAT, 1.28e-2),
             ("renewed at random", 6, FLOAT, 1.28e-2),
             ("lora", 0, FLOAT, 1.28e-1),
@@ -201,7 +202,12 @@ def run_of(setting: str, method: str, every: int, base: str, seed: int) -> Run:
         start = new
     numbers = sum(leaf.size for leaf in jax.tree.leaves(start))
     if method in RENEWED:
-        init, step, _ = remora.renewing(loss, ADAM, every, **RENEWED[method])
+        how = dict(RENEWED[method])
+        if base != FLOAT:
+            from mora_jax.qwix import merge_quantized
+
+            how["merge"] = merge_quantized
+        init, step, _ = remora.renewing(loss, ADAM, every, **how)
         state = init(params, start)
     else:
         state = Plain(params, start, ADAM.init(start))
