@@ -207,7 +207,8 @@ def renewing(
     if not callable(every):
         positive_integer("every", every)
     gradients.check_loss(loss)
-    merge_into = merge or _merged
+    if not callable(merge_into := merge or _merged):
+        raise TypeError(f"merge must be a function or None, got {merge!r}")
 
     def init(params: Any, adapters: Any) -> State:
         found, parts, shapes = paths.checked_adapters(adapters), {}, {}
@@ -259,7 +260,7 @@ def renewing(
 
         value, grads = jax.value_and_grad(of)(state.ms)
         if along == "gradient":
-            grads = _along(grads, due)
+            grads = _own_gradients(grads, due)
         updates, opt_state = tx.update(grads, state.opt_state, state.ms)
         ms = optax.apply_updates(state.ms, updates)
         return State(state.params, ms, state.plan, opt_state, at + 1), value
@@ -335,7 +336,7 @@ def _merged(
     return paths.replace_leaves(params, sums)
 
 
-def _along(grads: Any, due: Array) -> Any:
+def _own_gradients(grads: Any, due: Array) -> Any:
     """Gradients of M's between the directions of their own batch, if it is due."""
     # Adam would make whole steps of the rounding errors where they are zero.
     new = {}

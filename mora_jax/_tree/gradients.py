@@ -293,6 +293,15 @@ def _leading(span: Array, product: Array, count: int) -> tuple[Array, Array]:
     # move few numbers: most are turned among themselves. The first ones are not, since
     # that would make all numbers of the gradient as large as theirs.
     product, size = _unit(product)
+
+    def turned(basis: Array, seed: int) -> Array:
+        first, others = jnp.split(basis, [count // ALONE], axis=-1)
+        turn = Orthogonal(*3 * others.shape[-1:], seed=seed).in_basis
+        basis = jnp.concatenate([first, others @ turn], axis=-1)
+        # An expert that saw nothing has the directions of the one that saw most.
+        most = basis.reshape(-1, *basis.shape[-2:])[jnp.argmax(size)]
+        return jnp.where(size > 0, basis, most)
+
     with jax.default_matmul_precision("highest"):
         _, rotation = jnp.linalg.eigh(product @ product.mT)
         rotation = rotation[..., ::-1][..., :count]
@@ -300,18 +309,8 @@ def _leading(span: Array, product: Array, count: int) -> tuple[Array, Array]:
         negative = (span @ rotation).sum(-2, keepdims=True) < 0
         rotation = jnp.where(negative, -rotation, rotation)
         # Orthogonal columns; the factorisation completes what has length zero.
-        bases = span @ rotation, jnp.linalg.qr(product.mT @ rotation)[0]
-
-    def turned(basis: Array, seed: int) -> Array:
-        first, others = jnp.split(basis, [count // ALONE], axis=-1)
-        turn = Orthogonal(*3 * others.shape[-1:], seed=seed).in_basis
-        with jax.default_matmul_precision("highest"):
-            basis = jnp.concatenate([first, others @ turn], axis=-1)
-        # An expert that saw nothing has the directions of the one that saw most.
-        most = basis.reshape(-1, *basis.shape[-2:])[jnp.argmax(size)]
-        return jnp.where(size > 0, basis, most)
-
-    return turned(bases[0], 0), turned(bases[1], 1)
+        outs = jnp.linalg.qr(product.mT @ rotation)[0]
+        return turned(span @ rotation, 0), turned(outs, 1)
 
 
 def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:

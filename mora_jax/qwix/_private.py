@@ -169,11 +169,12 @@ def merge_quantized(params: Any, adapters: Any, shift: ArrayLike | int = 0) -> A
 
     Args:
       params: Nested dicts that qwix quantized to int4 or int8, without adapters.
-      adapters: The adapters of quantized kernels.
+      adapters: The adapters of quantized kernels; trained arrays stay in them alone.
       shift: An integer; another one is another dither.
 
     Raises:
-      TypeError, ValueError: A kernel is not there, or not of whole numbers, as nf4 is.
+      TypeError, ValueError: A kernel is not there, of another shape, or not of whole
+        numbers, as nf4 is; or an M holds NaN or infinity.
 
     Example::
 
@@ -187,7 +188,7 @@ def merge_quantized(params: Any, adapters: Any, shift: ArrayLike | int = 0) -> A
       True
     """
     named, structure = parameters_in(params)
-    for path, adapter in checked_adapters(adapters, finite=False).kernels.items():
+    for path, adapter in checked_adapters(adapters).kernels.items():
         old: Any = named.get(name := "/".join(path))
         rule = f"{name}: merge_quantized needs kernels of signed integers, as int8"
         if not is_quantized(old):
@@ -195,6 +196,8 @@ def merge_quantized(params: Any, adapters: Any, shift: ArrayLike | int = 0) -> A
         array = flax_util.unbox(old.array)
         if not jnp.issubdtype(array.qvalue.dtype, jnp.signedinteger):
             raise TypeError(f"{rule}, got {array.qtype}")
+        if array.shape != (shape := adapter.spec.kernel_shape):
+            raise ValueError(f"{name} is {array.shape}, and {shape} in the adapters")
         of = (jnp.full_like(array.qvalue, number) for number in (0, 1))
         zero, one = (wide(qwix.dequantize(array.replace(qvalue=q))) for q in of)
         steps = delta_of(adapter) / jnp.where(one > zero, one - zero, 1)

@@ -724,19 +724,29 @@ def test_inputs_of_quantized_kernels_are_damped():
     assert jnp.abs(run(moved) - run(adapters)).max() > 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("types", [slow("int8"), "nf4"])
-def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
-    """They are those of the gradient that the kernels would have."""
+def quantized_layers(types, operator="orthogonal"):
+    """A model, its kernels of few bits, new adapters, and its input."""
     model, x = nn.Sequential([nn.Dense(24), nn.Dense(16)]), random(1, 12, 16)
-    rules = [MoRARule(module_path=".*", rank=1, operator="rotation", **TYPES[types])]
+    how = TYPES | {"int8 tiles": {"weight_qtype": "int8", "tile_size": 8}}
+    rules = [MoRARule(module_path=".*", rank=1, operator=operator, **how[types])]
     adapted = qwix.apply_lora_to_model(model, MoRAProvider(rules))
     base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+
+    def apply(adapters, base):
+        return adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
+
+    return apply, base, adapters, x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", ["int8", "nf4"])
+def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
+    """They are those of the gradient that the kernels would have."""
+    apply, base, adapters, x = quantized_layers(types, "rotation")
     weights = random(2, 12, 16)
 
     def loss(adapters, base):
-        y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
-        return jnp.sum(weights * y)
+        return jnp.sum(weights * apply(adapters, base))
 
     found = mora_jax.directions(loss, adapters, [(base,)])
     kernels = {
@@ -757,25 +767,9 @@ def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
     assert loss(started, base) < loss(found, base)
 
 
-def quantized_layers(types):
-    """A loss, kernels of few bits, and adapters between random directions."""
-    model, x = nn.Sequential([nn.Dense(24), nn.Dense(16)]), random(1, 12, 16)
-    how = TYPES | {"int8 tiles": {"weight_qtype": "int8", "tile_size": 8}}
-    rules = [MoRARule(module_path=".*", rank=1, operator="orthogonal", **how[types])]
-    adapted = qwix.apply_lora_to_model(model, MoRAProvider(rules))
-    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
-    wanted = random(2, 12, 16)
-
-    def loss(adapters, base):
-        y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
-        return jnp.mean((y - wanted) ** 2)
-
-    return loss, base, adapters
-
-
 @pytest.mark.parametrize("types", ["int8", slow("int4"), slow("int8 tiles")])
 def test_deltas_are_kept_in_whole_steps_in_the_mean(types):
-    _, base, adapters = quantized_layers(types)
+    _, base, adapters, _ = quantized_layers(types)
     merged = jax.jit(mora_jax.qwix.merge_quantized)
     for old, new in zip(
         *map(jax.tree.leaves, (base, merged(base, adapters))), strict=True
@@ -801,15 +795,29 @@ def test_deltas_are_kept_in_whole_steps_in_the_mean(types):
 
 
 def test_kernels_without_whole_steps_are_refused():
-    _, base, adapters = quantized_layers("nf4")
+    _, base, adapters, _ = quantized_layers("nf4")
     with pytest.raises(TypeError, match="layers_0/kernel: .* got nf4"):
         mora_jax.qwix.merge_quantized(base, adapters)
     with pytest.raises(TypeError, match="layers_0/kernel: .* is not quantized"):
         mora_jax.qwix.merge_quantized(dequantize(base), adapters)
+    _, base, adapters, _ = quantized_layers("int8")
+    other = {"layers_0": base["layers_1"], "layers_1": base["layers_0"]}
+    with pytest.raises(
+        ValueError, match=r"layers_0/kernel is \(24, 16\), and \(16, 24"
+    ):
+        mora_jax.qwix.merge_quantized(other, adapters)
+    bad = jax.tree.map(lambda m: m * jnp.nan, adapters)
+    with pytest.raises(ValueError, match="NaN"):
+        mora_jax.qwix.merge_quantized(base, bad)
 
 
 def test_a_renewal_beside_kernels_of_8_bits():
-    loss, base, adapters = quantized_layers("int8")
+    apply, base, adapters, _ = quantized_layers("int8")
+    wanted = random(2, 12, 16)
+
+    def loss(adapters, base):
+        return jnp.mean((apply(adapters, base) - wanted) ** 2)
+
     init, step, _ = mora_jax.remora.renewing(
         loss, optax.adam(1e-2), 3, merge=mora_jax.qwix.merge_quantized
     )

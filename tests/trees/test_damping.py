@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from adapter_files import assert_same, slow
+from adapter_files import assert_same
 from flax import nnx
 from helpers import close, random, random_like
 
@@ -100,7 +100,7 @@ def test_inputs_are_scaled_to_the_mean_of_the_others():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, slow(True)])
+@pytest.mark.parametrize("remat", [False, True])
 def test_layers_of_a_stack_have_their_own(remat):
     adapters, _, variables, apply = damped(Stack(remat))
     params, x = variables["params"]["blocks"], X

@@ -273,7 +273,7 @@ def linen_merged(state, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [False, slow(True)])
+@pytest.mark.parametrize("layout", [False, True])
 def test_on_a_mesh(layout):
     """Kernels stay split, and the run is that of one device."""
     loss, params, adapters = task()
@@ -320,6 +320,7 @@ def test_bad_arguments():
         ((loss, TX, 0), {}, ValueError, "every must be a positive integer"),
         ((loss, TX, 2), {"along": "W"}, ValueError, "along must be one of"),
         ((loss, TX, 2), {"moments": "x"}, ValueError, "moments must be one of"),
+        ((loss, TX, 2), {"merge": "x"}, TypeError, "merge must be a function or"),
     ]
     for args, settings, error, message in cases:
         with pytest.raises(error, match=message):
