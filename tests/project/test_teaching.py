@@ -95,8 +95,10 @@ def test_what_comes_before_the_adapted_layers_is_computed_once(small, name):
         for begin in ({}, {"begin": 2})
     )
     assert len(whole["losses"]) == 7 and whole["losses"][-1] < whole["losses"][0]
-    # Directions of a new gradient are found with what rounding left of it.
-    assert tail["losses"] == pytest.approx(whole["losses"], rel=5e-3)
+    # Directions of a gradient are found with what rounding left of it, which each
+    # processor rounds in another way, and a loss falls by a fifth here.
+    close = 2e-2 if name.endswith("renewed") else 1e-4
+    assert tail["losses"] == pytest.approx(whole["losses"], rel=close)
     assert tail["parameters"] == whole["parameters"]
 
 
