@@ -18,12 +18,14 @@ from mora_jax._common.messages import LeftOutWarning, alike, matching, patterns,
 from mora_jax._common.trees import refuse_variables
 from mora_jax._common.types import Path
 from mora_jax._flax.calls import errors_of
-from mora_jax._flax.survey import NOT_USED, Survey
+from mora_jax._flax.survey import DROPPED, NOT_USED, Survey
 from mora_jax._layer.ways import check_product
 from mora_jax._plan import settings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
+
+TARGETS = "targets adapt it if they name it, train all of it"
 
 
 def plan(params_or_shapes: Any, config: settings.MoRAConfig | None = None) -> Plan:
@@ -145,13 +147,22 @@ class Candidates:
             return re.fullmatch(settings.DEFAULT_TARGETS[0], name) is not None
         # The layers tell which arrays are kernels, whatever they are called.
         product = self.survey.products.get(name)
-        if product is None or not product.adapted_by_default or self._too_narrow(name):
-            return False
-        return re.fullmatch(settings.default_targets("[^/]+"), name) is not None
+        by_default = product is not None and product.adapted_by_default
+        return by_default and not self._why_no_default(name)
 
-    def _too_narrow(self, name: str) -> bool:
-        # As is a head of one number: the default's M is wider, another's one number.
-        return 1 in features(self.arrays[name].shape, self._axes(name))
+    def _why_no_default(self, name: str) -> str:
+        """The reason why the default leaves a dense layer's kernel out, or ""."""
+        if new := re.fullmatch(settings.NEW_HEAD, name, re.IGNORECASE):
+            return f"a new head by its name; train='{new[1]}/.*' trains all of it"
+        widths = features(self.arrays[name].shape, self._axes(name))
+        if 1 in widths:
+            # As is a head of one number: M would be wider than it, or one number too.
+            return "too narrow for a square; targets and operator may name it"
+        # What a head does before its last layer is between equal widths.
+        head = re.fullmatch(settings.HEAD, name, re.IGNORECASE)
+        if head and ("/" not in head.groups()[-1] or widths[0] != widths[1]):
+            return f"a head or router by its name; {TARGETS}"
+        return DROPPED if self.survey.drops(name) else ""
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
@@ -218,11 +229,10 @@ class Candidates:
             return "quantized; see mora_jax.qwix", True
         if survey.by_names or not named:
             return "no target", False
-        if product and product.adapted_by_default and self._too_narrow(name):
-            return "too narrow for a square; targets and operator may name it", False
+        if product and product.adapted_by_default:
+            return self._why_no_default(name), False
         if product:
-            label = product.label or "a head, router or embedding by its name"
-            return f"{label}; targets adapt it if they name it, train all of it", False
+            return f"{product.label or 'left out by its rule'}; {TARGETS}", False
         if sum(size > 1 for size in self.arrays[name].shape) < 2:
             return "a vector, such as a token or a row of scales", False
         if survey.no_kernel(name):

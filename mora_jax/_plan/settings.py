@@ -147,16 +147,13 @@ class KernelConfig:
             raise ValueError(f"{rule}, got {got}: a budget for q, and q itself")
 
 
-def default_targets(leaf: str) -> str:
-    """Pattern of paths to `leaf`, except in heads, routers, embeddings and the like."""
-    return (
-        r"(?i)(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
-        r"(_\d+)?/)(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
-        rf"(.*/)?{leaf}"
-    )
+NEW_HEAD = r"((.*/)?((pre_)?classifier|qa_outputs|score)(_\d+)?)/(.*)"
+"""Heads that a base lacks, whose kernels and biases are trained from their start."""
+HEAD = r"((.*/)?(([^/]*_)?(head|router)|(router_)?logits|cls)(_\d+)?)/(.*)"
+"""Heads that belong to the base; their last group is the path inside them."""
 
-
-DEFAULT_TARGETS = (default_targets("kernel"),)
+_NONE = rf"(?!{NEW_HEAD}|{HEAD}|.*(embed|conv)[^/]*/)"
+DEFAULT_TARGETS = (rf"(?i){_NONE}(.*/)?kernel",)
 
 PATTERNS = "regular expressions that match whole paths"
 NAMES_ELSEWHERE = {

@@ -74,7 +74,7 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
     kernel, spec = "/".join(path), adapter.spec
     m = to_numpy(kernel, adapter.m)
     m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-    if own := source.own_name(path, spec.kernel_shape):
+    if own := source.own_name(kernel, spec.kernel_shape):
         yield Layer(kernel, 0, spec, m, [own[()].name])
         return
     shape, axes = stack_first(spec.kernel_shape, spec.axes)
@@ -82,8 +82,9 @@ def _layers(source: Source, path: Path, adapter: Adapter) -> Iterator[Layer]:
     layers = itertools.groupby(parts.items(), lambda item: item[0][:depth])
     for number, (index, group) in enumerate(layers):
         found = [part for _, part in group]
-        if not found[0].columns:
-            raise AdapterFileError(f"{found[0].name!r} must have two axes, got one")
+        if len(found[0].shape) != 2:
+            rule = f"{found[0].name!r} must have two axes, got {found[0].shape}"
+            raise AdapterFileError(f"{rule}; mora_jax.merge merges it in memory")
         inner = axes[len(next(iter(parts))) :]
         letters = "".join(inner[group[0]] for group in found[0][2:])
         sizes = {"i": spec.in_features, "o": spec.out_features}
@@ -106,7 +107,7 @@ def _changes(
     for path, adapter in found.trained.items():
         name, shape = "/".join(path), adapter.spec.shape
         numbers = to_numpy(name, adapter.m)
-        stack = source.own_name(path, shape) or source.stack(name, shape)
+        stack = source.own_name(name, shape) or source.stack(name, shape)
         if not in_front and () not in stack:  # its own place is not known
             rule = "the stack of an array that is trained must be in front"
             raise ValueError(f"{name}: {rule}, as those of kernels; or merge in memory")

@@ -76,7 +76,10 @@ class Bijection:
         return _fitting(path, self._kernels)
 
     def of_leaf(self, path: str) -> Iterator[Pair]:
-        """The pairs of any array: without a template it is named as its tensor is."""
+        """The pairs of any array, as a port without a template has it.
+
+        Its path is its tensor's name: "encoder/layer/0/q/kernel" is that layer's q.
+        """
         yield from self.of_kernel(path)
         parent, _, last = path.rpartition("/")
         if parent and last in _LEAVES:
@@ -84,19 +87,21 @@ class Bijection:
             yield Pair(module, path, *_LEAVES[last])
 
     def layers(
-        self, path: str, shape: Shape, axes: str = "", there: Check = bool
+        self, path: str, shape: Shape, axes: str = "", there: Check | None = None
     ) -> dict[Shape, Pair | None]:
         """{index in an array's stack: its pair whose tensor is there}, or None.
 
-        A kernel with `axes`, its stack's first, has pairs of templates alone, in the
-        order of its axes. Of several outputs the first may be one of the index's.
+        A kernel with `axes`, its stack's first, has them in its pairs. Of several
+        outputs the first may be one of the index's. Where nobody knows what is there,
+        templates alone count.
         """
+        pairs_of, there = self.of_leaf if there else self.of_kernel, there or bool
         first, inner = axes.count("s"), axes.lstrip("s")
         several = inner[:1] == "o" and inner.count("o") > 1
         depths = range(first, first + 1 + several) if axes else range(len(shape) + 1)
 
         def find(index: Shape, there: Check = there) -> Pair | None:
-            pairs = (self.of_kernel if axes else self.of_leaf)(join_index(path, index))
+            pairs = pairs_of(join_index(path, index))
             pair = next((pair for pair in pairs if there(pair.tensor)), None)
             if pair is None or not axes:
                 return pair
@@ -118,8 +123,8 @@ def stack_first(shape: Shape, axes: str) -> tuple[Shape, str]:
     return tuple(shape[k] for k in order), "".join(axes[k] for k in order)
 
 
-_LEAVES = {"kernel": ("oi", "io"), "embedding": ("io", "io")}
-_LEAVES |= dict.fromkeys(("scale", "weight", "bias"), ("o", "o"))
+KERNELS = {"kernel": ("oi", "io"), "embedding": ("io", "io")}
+_LEAVES = KERNELS | dict.fromkeys(("scale", "weight", "bias"), ("o", "o"))
 """{Flax's name of a leaf: the axes of its tensor in PyTorch, and those here}."""
 
 
@@ -191,15 +196,23 @@ def split_index(kernel: str) -> tuple[str, Shape]:
     return path, tuple(map(int, numbers))
 
 
-TEMPLATES = (
-    "templates name them, as in names={'layers.{n}.fc': 'layers_{n}/fc/kernel'}, with "
-    "PyTorch's names on the left"
-)
-"""The remedy where names lack a kernel or a module, as the end of a message."""
+def templates(kernels: Iterable[str]) -> str:
+    """The remedy where names lack kernels, as the end of a message."""
+    found: dict[str, str] = {}
+    for path in kernels:
+        # A number by itself is one of several layers, and "fc1" none of many.
+        first, *rest = re.split(r"(?<![^/_\[,])\d+(?![^/_\],])", path)
+        fields = (f"{{n{k or ''}}}{text}" for k, text in enumerate(rest))
+        kernel = first + "".join(fields)
+        words, _, index = kernel.partition("[")
+        parts = re.sub(r"_(?=\{)", "/", words).split("/")[:-1]
+        parts[1:1] = index.removesuffix("]").split(",") if index else []
+        found[".".join(parts)] = kernel
+    return f"templates name them, as in names={found}, with PyTorch's names on the left"
 
 
 _BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
-TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
+TABLES = {"shared", "embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 """The last names of modules in PyTorch whose weights are embeddings."""
 
 

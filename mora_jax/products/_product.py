@@ -66,8 +66,7 @@ class Product(abc.ABC):
     Attributes:
       axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
       adapted_by_default: True if the default targets include such layers.
-      label: A name of such layers for a plan's list of what it leaves out; "" if only
-        the name of a kernel says why it is left out.
+      label: A name of such layers for a plan's list of what it leaves out.
       takes_indices: True if the input is integers that number rows of the kernel.
     """
 

@@ -73,7 +73,7 @@ SAID = {
     "blocks/*/heads/bias (2)": "not multiplied with an input as it is",
     "embed/embedding": "an embedding; targets adapt it if they name it, train",
     "experts": "teach its class GPT with mora_jax.register_layer",
-    "lm_head/kernel": "a head, router or embedding by its name",
+    "lm_head/kernel": "a head or router by its name",
     "pos_table": "not multiplied with an input as it is",
 }
 
@@ -193,7 +193,7 @@ def test_a_model_whose_kernels_are_all_heads_says_so():
     model = Classifier()
     text = message(linen.plan, model, made_for(model, X), None, X)
     assert "Conv_0/kernel: a convolution; targets adapt it" in text
-    assert "classifier/kernel: a head, router or embedding by its name" in text
+    assert "classifier/kernel: a new head by its name; train=" in text
 
 
 def test_biases_of_layers_that_do_not_run_are_no_news():

@@ -170,7 +170,7 @@ OTHERS = {
     "GPTJForCausalLM": ("GPTJ", SHORT | {"rotary_dim": 4}, TEXT, 6),
     "OPTForCausalLM": ("OPT", ENCODER | OPT, TEXT, 6),
     "BloomForCausalLM": ("Bloom", ENCODER | SHORT, (IDS, IDS), 4),
-    "ElectraForMaskedLM": ("Electra", ENCODER, (IDS, IDS, IDS, POSITIONS, None), 7),
+    "ElectraForMaskedLM": ("Electra", ENCODER, (IDS, IDS, IDS, POSITIONS, None), 8),
     "BartForConditionalGeneration": ("Bart", WIDTHS, BOTH, 16),
     "WhisperForConditionalGeneration": (
         "Whisper",

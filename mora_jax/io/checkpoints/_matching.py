@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
 from mora_jax._common.messages import matching, nearest_paths
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Shape
 from mora_jax.io import _names
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import short
@@ -34,10 +34,17 @@ class Part(NamedTuple):
     rows: Shape
     columns: Shape
 
+    @property
+    def shape(self) -> Shape:
+        return self.file.entries[self.name].shape
+
     @classmethod
     def of(cls, file: TensorFile, name: str, pair: Pair, array: Shape) -> "Part | None":
         """The part for an array of a shape; None if the tensor does not fit."""
         shape, letters, n = file.entries[name].shape, pair.kernel_axes, len(array)
+        if len(shape) == n > 2 and shape == (*array[:-3:-1], *array[:-2]):
+            # A convolution: (out, in, *window) there, and (*window, in, out) here.
+            return cls(file, name, (n - 1,), (n - 2, *range(n - 2)))
         if len(shape) < 2 and math.prod(array) == math.prod(shape):
             return cls(file, name, tuple(range(n)), ())
         splits = [letters] * (len(letters) == n > 1)
@@ -50,8 +57,7 @@ class Part(NamedTuple):
         return None
 
     def in_rows(self, array: np.ndarray) -> np.ndarray:
-        array = array.transpose(self.rows + self.columns)
-        return array.reshape(self.file.entries[self.name].shape)
+        return array.transpose(self.rows + self.columns).reshape(self.shape)
 
 
 class Leaf(NamedTuple):
@@ -148,6 +154,9 @@ class Source:
         The `axes` of a kernel are as in `Bijection.layers`.
         """
         pairs = self.known.layers(leaf, shape, axes, self.named)
+        if not axes and not any(pairs.values()):
+            if own := self.own_name(leaf, shape):
+                return own
         stack: dict[Shape, Part] = {}
         if not pairs:
             self.missing.append(leaf)
@@ -172,14 +181,15 @@ class Source:
             stack[index] = part
         return stack
 
-    def own_name(self, path: Path, shape: Shape) -> dict[Shape, Part]:
+    def own_name(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
         """As `stack`, by a tensor of that shape whose name is the path, or {}."""
-        for name in (separator.join(path) for separator in "/."):
+        for name in (leaf, leaf.replace("/", ".")):
             file = self.checkpoint.place.get(name)
             # A bias with axes for heads may have the name of its tensor by chance.
             if file and file.entries[name].shape == shape:
-                self.take(name, "/".join(path))
-                return {(): Part(file, name, tuple(range(len(shape))), ())}
+                self.take(name, leaf)
+                axes = tuple(range(len(shape)))
+                return {(): Part(file, name, axes[:1], axes[1:])}
         return {}
 
     def named(self, tensor: str) -> str:
@@ -216,8 +226,8 @@ class Source:
         for own in {leaf, leaf.replace("/", ".")} & place.keys():
             text += f"; {own!r} has another shape, {place[own].entries[own].shape}"
         others = (name for name in self.missing if not name.endswith("/bias"))
-        if not all(any(self.known.of_kernel(name)) for name in others):
-            text += f"; {_names.TEMPLATES}"
+        if unnamed := [name for name in others if not any(self.known.of_kernel(name))]:
+            text += f"; {_names.templates(unnamed)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:

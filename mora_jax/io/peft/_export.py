@@ -20,6 +20,8 @@ from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump, read_json
 from mora_jax.io._names import Names, bijection
 from mora_jax.io._tensors import encode, to_numpy
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, turned
 from mora_jax.io.peft._squares import Module, write_squares
 from mora_jax.operators import LowRank
@@ -85,7 +87,8 @@ def export(
       max_error: The largest share of its delta that a module may lose, between 0 and
         1, measured by the Frobenius norm. 1 accepts any loss.
       base_model: The base, a directory or a name on the Hub. It is PEFT's
-        `base_model_name_or_path`, and the model in a server's command.
+        `base_model_name_or_path`, and the model in a server's command. A kernel that
+        `names` lack is the module of its path if a directory has such a tensor.
       task_type: PEFT's `task_type`. None is "CAUSAL_LM" if `base_model` is a directory
         with the config of a causal model, and otherwise leaves it out, for any model.
       native: True to write M's as they are, without loss, for a vLLM that has this
@@ -122,11 +125,12 @@ def export(
         if program != "vllm" or rank is not None:
             rule = "native=True must be for 'vllm' and without a rank"
             raise ValueError(f"{rule}, got {program!r} and {rank}")
-        modules = _modules(adapters, names)
+        modules = _modules(adapters, names, base_model)
         write_squares(path, modules, base_model)
         lost = {pair.module: 0.0 for pair, *_ in modules}
         return Export(1, lost, _command(program, base_model, 1, str(path)))
-    matrices, lost = _make_lora(adapters, names, rank, max_error)
+    modules = _modules(adapters, names, base_model)
+    matrices, lost = _make_lora(modules, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
     if program != "peft":
         if most > (limit := RANKS[-1]):
@@ -167,11 +171,11 @@ def _task_of(base_model: str) -> str | None:
 
 
 def _make_lora(
-    adapters: Any, names: Names, rank: int | None, max_error: float | int
+    modules: list[Module], names: Names, rank: int | None, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
     """The modules that `export` writes, and the share of its delta that each loses."""
     matrices, lost, enough = [], {}, 1
-    for pair, kernel, spec, m, outputs in _modules(adapters, names):
+    for pair, kernel, spec, m, outputs in modules:
         name = pair.module
         a, b, factor, lost[name], own = _factors(spec, m, outputs, rank, max_error)
         enough = max(enough, own)
@@ -260,9 +264,12 @@ def _contents(
     return (TENSORS, [encode(tensors, {"format": "pt"})]), (CONFIG, [dump(config)])
 
 
-def _modules(adapters: Any, names: Names) -> list[Module]:
+def _modules(adapters: Any, names: Names, base_model: str) -> list[Module]:
     """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
-    known, items = bijection(names), []
+    known, items, missing = bijection(names), [], []
+    folder = pathlib.Path(os.path.expanduser(base_model))
+    is_here = base_model and any(folder.glob("*.safetensors"))
+    base = Source(Checkpoint(folder), names) if is_here else None
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -274,18 +281,25 @@ def _modules(adapters: Any, names: Names) -> list[Module]:
             rule = "what PEFT can have must be of dense layers and embeddings"
             got = f"got axes {spec.axes!r} of a convolution; mora_jax.merge merges it"
             raise ValueError(f"{kernel}: {rule}, {got}")
-        found = known.layers(kernel, *_names.stack_first(spec.kernel_shape, spec.axes))
+        place = _names.stack_first(spec.kernel_shape, spec.axes)
+        found = known.layers(kernel, *place)
+        if base and None in found.values():  # it may be called as it is here
+            found = known.layers(kernel, *place, there=base.named)
+            base.stack(kernel, *place)  # compares shapes
         stack, m = spec.stack_shape, to_numpy(kernel, adapter.m)
         width = spec.out_features * math.prod(stack) // len(found)
         for number, (index, pair) in enumerate(found.items()):
             if pair is None:
-                place = _names.join_index(kernel, index)
-                what = f"names have no module for the kernel {place!r}"
-                raise ValueError(f"{what}; {_names.TEMPLATES}")
+                missing.append(_names.join_index(kernel, index))
+                continue
             start = number * width % spec.out_features
             index = index[: len(stack)]
             one = dataclasses.replace(spec, operator=spec.operator.at(index))
             items.append((pair, kernel, one, m[index], slice(start, start + width)))
+    if missing:
+        what = f"names have no module for the kernel {missing[0]!r}"
+        remedy = "base_model=<a directory> finds those that are called as they are here"
+        raise ValueError(f"{what}; {remedy}; {_names.templates(missing)}")
     if not items:
         raise ValueError("adapters must hold one of a kernel to write, got none")
     return items

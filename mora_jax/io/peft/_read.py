@@ -19,7 +19,7 @@ from mora_jax._tree.plan import Plan
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import TEMPLATES, Names, bijection, split_index
+from mora_jax.io._names import KERNELS, Names, bijection, split_index, templates
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
@@ -89,16 +89,24 @@ def _kernels(modules: list[MatrixPair], leaves: Leaves, names: Names) -> Kernels
     known = bijection(names)
     paths = [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
     kernels: Kernels = defaultdict(dict)
+    missing = []
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
+        # A port has PyTorch's names, with slashes.
+        own = (f"{pair.module.replace('.', '/')}/{leaf}" for leaf in KERNELS)
+        found += [(path, ()) for path in own if path in paths]
         if not found:
-            near = nearest_paths(pair.module.replace(".", "/"), paths)
-            module = f"the module {short(pair.module)}, which {TENSORS} adapts{near}"
-            raise AdapterFileError(f"names have no kernel for {module}; {TEMPLATES}")
+            missing.append(pair.module)
+            continue
         path, index = next((one for one in found if one[0] in paths), found[0])
         if index in kernels[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
         kernels[path][index] = pair
+    if missing:
+        near = nearest_paths(missing[0].replace(".", "/"), paths)
+        module = f"the module {short(missing[0])}, which {TENSORS} adapts{near}"
+        remedy = templates(f"{name.replace('.', '/')}/kernel" for name in missing)
+        raise AdapterFileError(f"names have no kernel for {module}; {remedy}")
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
     return kernels
