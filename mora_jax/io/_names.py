@@ -205,9 +205,9 @@ def templates(kernels: Iterable[str]) -> str:
         fields = (f"{{n{k or ''}}}{text}" for k, text in enumerate(rest))
         kernel = first + "".join(fields)
         words, _, index = kernel.partition("[")
-        parts = re.sub(r"_(?=\{)", "/", words).split("/")[:-1]
+        parts = re.sub(r"_(?=\{)", "/", words).split("/")
         parts[1:1] = index.removesuffix("]").split(",") if index else []
-        found[".".join(parts)] = kernel
+        found[".".join(parts[:-1] or parts)] = kernel
     return f"templates name them, as in names={found}, with PyTorch's names on the left"
 
 

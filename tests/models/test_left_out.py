@@ -196,6 +196,45 @@ def test_a_model_whose_kernels_are_all_heads_says_so():
     assert "classifier/kernel: a new head by its name; train=" in text
 
 
+class Deep(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="decoder")(nn.Dense(8, name="transform")(x))
+
+
+class Heads(nn.Module):
+    """Names that look like heads and embeddings, of layers that are none, and heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="embeddings_project")(x)
+        nn.Dense(8, name="pooler")(x)
+        x = nn.Dense(8, name="cls_transform")(x)
+        x = Deep(name="cls")(x)
+        return nn.Dense(3, name="qa_outputs")(x), nn.Dense(7, name="lm_head")(x)
+
+
+def test_layers_tell_what_names_only_seem_to_say():
+    variables = made_for(Heads(), X)
+    plan = linen.plan(Heads(), variables, None, X)
+    adapted = ["cls/transform/kernel", "cls_transform/kernel"]
+    assert [*plan] == [*adapted, "embeddings_project/kernel"]
+    rows = dict(str(kind).split(": ", 1) for kind in plan.left_out)
+    assert "no output of the call" in rows["pooler/kernel"]
+    assert "a head or router" in rows["cls/decoder/kernel"]
+    assert "a head or router" in rows["lm_head/kernel"]
+    assert "train='qa_outputs/.*' trains all" in rows["qa_outputs/kernel"]
+    # Whoever names what has no effect gets it, and a warning.
+    config = MoRAConfig(targets="pooler/kernel")
+    with pytest.warns(MoRAWarning, match="adapters without an effect: pooler/kernel"):
+        assert [*linen.plan(Heads(), variables, config, X)] == ["pooler/kernel"]
+    # Without layers names are all there is.
+    assert [*mora_jax.plan(variables["params"])] == [
+        "cls_transform/kernel",
+        "pooler/kernel",
+    ]
+
+
 def test_biases_of_layers_that_do_not_run_are_no_news():
     """Where they have two axes, in either API."""
 

@@ -30,7 +30,9 @@ def test_all_layers_are_adapted(name):
     plan = mora.plan(model, config, *INPUTS)  # and no warning
     found = {re.sub("layers/0/((attn|mlp|moe)/)?", "", path) for path in plan}
     assert found == kernels and not plan.unproven
-    assert all(re.search("by its name|by its rule|an embedding", x.why) for x in plan.left_out)
+    assert all(
+        re.search("by its name|by its rule|an embedding", x.why) for x in plan.left_out
+    )
     adapted, base = mora.wrap(model, plan), logits(model)
     close(logits(adapted), base, 1e-6)
     mora.set_adapters(adapted, random_like(mora.adapters(adapted)))

@@ -16,7 +16,7 @@ def test_the_tab_runs_and_trains_the_adapters_alone():
     scope = {}
     exec(program, scope)
     adapters = scope["mora_jax"].nnx.adapters(scope["model"])
-    # Tunix starts the kernels of an MLP at zero, so that the first step moves no M there.
+    # Tunix starts the kernels of an MLP at zero: the first step moves no M there.
     assert adapters["layers"]["0"]["attn"]["q_proj"]["w_mora"].m.any()
     base, merged = (scope[name].layers[0].attn.q_proj for name in ("base", "merged"))
     assert type(merged) is type(base) and (merged.w[...] != base.w[...]).any()

@@ -54,7 +54,8 @@ def load_peft(
         "qwen3") for the names of transformers' models; "tunix" for Tunix's Qwen2,
         Qwen3, Llama3 and Gemma, "gm" for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
-        `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
+        `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families. A
+        module of another name is the kernel whose path is that name, with slashes.
 
     Raises:
       AdapterFileError: The files are damaged, of another type, or do not fit the model.
