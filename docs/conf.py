@@ -6,11 +6,17 @@ is the same here and in an editor.
 
 import os
 import re
+import resource
+import subprocess
+import tomllib
+from pathlib import Path
 
 import latex2mathml.converter
 from docutils.nodes import SkipNode
 
 import mora_jax
+
+ROOT = Path(__file__).parents[1]
 
 project = "mora_jax"
 author = "The founders of mora_jax"
@@ -30,6 +36,35 @@ root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/**.md", "*.md"]
 exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb"]
 
+# The menu is in index.md. Below a page that it has are, where the page is open:
+BELOW = {
+    "docs/start": ["Overview <../README>"],
+    "docs/gallery": ["All pages, by question <README>"],
+    "docs/operators": ["lora"],
+    "docs/what-is-adapted": ["trace-check"],
+    "docs/training": ["training-nnx"],
+    "docs/files": ["checkpoints"],
+    "docs/vllm": ["rollouts"],
+    "docs/results": [
+        "Learning, the report <../benchmarks/quality/REPORT>",
+        "Cost and scale, all benchmarks <../benchmarks/README>",
+    ],
+    "docs/api/mora_jax": [
+        "linen",
+        "nnx",
+        "qwix",
+        "sharding",
+        "remora",
+        "diagnostics",
+        "io",
+        "mixing",
+        "serving",
+        "operators",
+        "products",
+    ],
+    "CONTRIBUTING": ["SECURITY"],
+}
+
 # Pages
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
@@ -37,8 +72,13 @@ myst_heading_anchors = 4
 suppress_warnings = ["myst.header", "myst-nb.lexer", "misc.highlighting_failure"]
 nb_execution_mode = "cache"
 nb_execution_cache_path = os.environ.get("MORA_JAX_NOTEBOOKS", "build/notebooks")
-nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+# A busy machine takes longer, and that is not an error: each notebook's process may use
+# an hour of the processors, however long it waits for them.
+nb_execution_timeout = -1
+resource.setrlimit(
+    resource.RLIMIT_CPU, (3600, resource.getrlimit(resource.RLIMIT_CPU)[1])
+)
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars, and what XLA says of itself
 
@@ -64,21 +104,41 @@ html_additional_pages = {"index": "forward.html"}
 templates_path = ["templates"]
 html_copy_source = False
 html_show_sourcelink = False
+html_logo = html_favicon = "static/logo.svg"
 html_theme_options = {
+    "logo": {"text": f"mora_jax {release}"},
     "show_toc_level": 2,
     "navbar_persistent": [],  # the menu has a search
     "navigation_with_keys": False,
     "use_download_button": False,
-    "home_page_in_toc": True,
+    "collapse_navbar": True,  # pages below a page are shown there alone
 }
-repository = os.environ.get("GITHUB_REPOSITORY")
-if repository:  # where the site is built in a workflow of its repository
+
+# Where the repository is: buttons and the way to install follow this one setting.
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+repository = SETTINGS.get("urls", {}).get("Source")
+branch = "main"
+if not repository and os.environ.get("GITHUB_REPOSITORY"):
+    # A workflow of the repository knows where it is.
+    repository = f"https://github.com/{os.environ['GITHUB_REPOSITORY']}"
+    branch = os.environ.get("GITHUB_REF_NAME", branch)
+if repository:
     html_theme_options |= {
-        "repository_url": f"https://github.com/{repository}",
-        "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),
+        "repository_url": repository,
+        "repository_branch": branch,
         "use_repository_button": True,
-        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+        "use_edit_page_button": True,
+        "secondary_sidebar_items": ["page-toc.html", "edit-this-page.html"],
     }
+
+# The sources, for those who have the site alone. Without git there are none.
+archive = f"mora_jax-{release}.tar.gz"
+(ROOT / "build").mkdir(exist_ok=True)
+pack = ["git", "archive", "--prefix=mora_jax/", f"--output=build/{archive}", "HEAD"]
+pack += [".", ":!tests", ":!benchmarks"]
+if not subprocess.run(pack, cwd=ROOT, stderr=subprocess.DEVNULL).returncode:
+    html_extra_path = [f"../build/{archive}"]
+
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -114,9 +174,43 @@ def docstring_to_rst(app, what, name, obj, options, lines):
             table = indent
 
 
-def titles_of_pages(app, page, source):
-    """A link that has the name of a file has the title of its page here."""
-    source[0] = re.sub(r"\[[\w/-]+\.md\]\((?!http)", "[](", source[0])
+def pages_of_the_site(app, page, source):
+    """Give a page what the site alone has.
+
+    A link that has the name of a file has the title of its page here. The first steps
+    say where the sources are, and notebooks have buttons.
+    """
+    text = re.sub(r"\[[\w/-]+\.md\]\((?!http)", "[](", source[0])
+    text = text.replace("<!-- sources -->", sources())
+    if page.startswith("docs/notebooks/"):
+        title = re.compile(r"^# .*\n", re.MULTILINE)
+        text = title.sub(lambda found: found[0] + buttons(page), text, count=1)
+    if below := BELOW.get(page):
+        text += "\n\n```{toctree}\n:hidden:\n" + "\n".join(below) + "\n```\n"
+    source[0] = text
+
+
+def sources():
+    """The ways to get a checkout, as Markdown."""
+    ways = []
+    if repository:
+        ways.append(f"    git clone {repository} mora_jax\n    cd mora_jax\n")
+    if globals().get("html_extra_path"):
+        do = "Or download" if repository else "Download"
+        link = f'<a href="../{archive}">{archive}</a>'
+        lines = f"    tar xzf {archive}\n    cd mora_jax\n"
+        ways.append(f"{do} {link}, the sources of this site:\n\n{lines}")
+    return "\n".join(ways)
+
+
+def buttons(page):
+    """Links that open a notebook in Colab and download it."""
+    name = f"{page.rpartition('/')[2]}.ipynb"
+    links = [f"{{download}}`Download the notebook <{name}>`"]
+    if repository and repository.startswith("https://github.com/"):
+        colab = repository.replace("github.com", "colab.research.google.com/github")
+        links.insert(0, f"[Open in Colab]({colab}/blob/{branch}/docs/notebooks/{name})")
+    return f"\n:::{{container}} buttons\n{' '.join(links)}\n:::\n\n"
 
 
 def skip_aliases(app, what, name, obj, skip, options):
@@ -147,8 +241,10 @@ def math_block(self, node):
 
 def setup(app):
     """Called by Sphinx."""
+    for name in ("BELOW", "branch", "repository"):  # pages depend on them
+        app.add_config_value(name, None, "env", [dict, str])
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
-    app.connect("source-read", titles_of_pages)
+    app.connect("source-read", pages_of_the_site)
     # Before napoleon, which connects at 500.
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-process-signature", readable_signature)

@@ -1,5 +1,6 @@
 """The site that `make docs` builds: no public name and no page is missing."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -16,6 +17,8 @@ import mora_jax
 DOCS = ROOT / "docs"
 API = {page.stem: page for page in sorted((DOCS / "api").glob("*.md"))}
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
+CONF, INDEX, README = DOCS / "conf.py", DOCS / "index.md", ROOT / "README.md"
+PAGES = sorted(DOCS.glob("*.md"))
 
 
 def public(module):
@@ -65,11 +68,101 @@ def test_a_page_takes_all_names_of_its_module(name):
             assert inspect.getdoc(value), member
 
 
-def test_every_page_is_in_the_menu():
-    menu = (DOCS / "index.md").read_text()
-    pages = {page.relative_to(DOCS).with_suffix("") for page in DOCS.rglob("*.md")}
-    names = re.findall(r"^(?:.* <)?([\w./-]+)>?$", menu, re.MULTILINE)
-    assert {str(page) for page in pages} - {"index"} <= set(names)
+def setting(name):
+    """A literal that conf.py gives a name to."""
+    tree = ast.parse(CONF.read_text())
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+    return ast.literal_eval(value)
+
+
+def entries(lines, folder):
+    """The pages that lines of a menu name, as paths below the root of the sources."""
+    names = [re.sub(r".* <(.*)>", r"\1", line) for line in lines]
+    return [(folder / f"{name}.md").resolve().relative_to(ROOT) for name in names]
+
+
+def test_the_menu_has_every_page_once_and_at_most_thirty_entries():
+    """At first sight, beside what is below a page that is open."""
+    blocks = re.findall(r"^```\{toctree\}\n(.*?)^```", INDEX.read_text(), re.M | re.S)
+    lines = re.findall(r"^[^:\n].*", "".join(blocks), re.MULTILINE)
+    assert 20 < len(lines) <= 30
+    menu = entries(lines, DOCS)
+    for page, below in setting("BELOW").items():
+        assert (ROOT / f"{page}.md").relative_to(ROOT) in menu
+        menu += entries(below, (ROOT / page).parent)
+    assert len(menu) == len(set(menu))
+    reports = ROOT.glob("benchmarks/**/*.md")
+    pages = {*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *reports} - {INDEX}
+    assert {page.relative_to(ROOT) for page in pages} == set(menu)
+
+
+def from_conf(name, **given):
+    """A function of conf.py, whose module needs what builds the site."""
+    (function,) = (
+        node
+        for node in ast.parse(CONF.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
+    exec(ast.unparse(function), given)
+    return given[name]
+
+
+def test_the_way_to_install_follows_one_setting():
+    """Pages have no address of their own, and the site adds what it knows."""
+    start = (DOCS / "start.md").read_text()
+    before, _, after = start.partition("<!-- sources -->")
+    assert "## Install" in before and "pip install '.[io,cli]'" in after
+    assert not [page for page in (README, *PAGES) if "git clone" in page.read_text()]
+    given = {"repository": None, "archive": "mora_jax-1.0.tar.gz"}
+    assert from_conf("sources", **given)() == ""
+    given["html_extra_path"] = ["../build/mora_jax-1.0.tar.gz"]
+    unknown = from_conf("sources", **given)()
+    assert "tar xzf mora_jax-1.0.tar.gz" in unknown and "git clone" not in unknown
+    given["repository"] = "https://github.com/someone/mora_jax"
+    known = from_conf("sources", **given)()
+    assert "    git clone https://github.com/someone/mora_jax mora_jax\n" in known
+
+
+def test_notebooks_have_buttons():
+    page, given = "docs/notebooks/quickstart", {"repository": None, "branch": "main"}
+    unknown = from_conf("buttons", **given)(page)
+    assert "{download}" in unknown and "<quickstart.ipynb>" in unknown
+    assert "colab" not in unknown
+    given["repository"] = "https://github.com/someone/mora_jax"
+    place = "someone/mora_jax/blob/main/docs/notebooks/quickstart.ipynb"
+    known = from_conf("buttons", **given)(page)
+    assert f"(https://colab.research.google.com/github/{place})" in known
+
+
+def test_the_logo_is_a_picture_of_our_own():
+    (name,) = re.findall(r'html_logo = html_favicon = "(.*)"', CONF.read_text())
+    logo = ElementTree.parse(DOCS / name).getroot()
+    assert logo.tag.endswith("}svg") and logo.findall(".//{*}rect")
+
+
+@pytest.mark.parametrize("word", ["install", "KeyError"])
+def test_headings_have_words_that_people_search_for(word):
+    headings = re.findall(r"^#+ (.*)", "".join(map(Path.read_text, PAGES)), re.M)
+    assert any(word.lower() in heading.lower() for heading in headings)
+
+
+def test_gallery_names_every_program_and_notebook():
+    text = (DOCS / "gallery.md").read_text()
+    programs = {path.name for path in (ROOT / "examples").glob("[a-z]*.py")}
+    assert programs == set(re.findall(r"\]\(\.\./examples/(\w+\.py)\)", text))
+    linked = set(re.findall(r"\]\(notebooks/(\w+)\.md\)", text))
+    assert linked == {page.stem for page in NOTEBOOKS}
+
+
+def test_a_notebook_may_wait_as_long_as_the_machine_is_busy():
+    """Its limit is of processor time, which waiting does not use."""
+    assert setting("nb_execution_timeout") == -1
+    (limit,) = re.findall(r"RLIMIT_CPU, \((\d+),", CONF.read_text())
+    assert int(limit) >= 1200
 
 
 def cells(text):
@@ -107,7 +200,7 @@ def test_badges_are_true():
 
 def test_pictures_say_what_they_show():
     """Each cell that draws has a text for who does not see it."""
-    text = "".join(map(Path.read_text, [*NOTEBOOKS, DOCS / "what-is-mora.md"]))
+    text = "".join(map(Path.read_text, [*NOTEBOOKS, INDEX, DOCS / "what-is-mora.md"]))
     found = re.findall(r"^```\{code-cell\}[^\n]*\n(.*?)^```", text, re.M | re.S)
     drawn = [cell for cell in found if re.search(r"subplots\(|plot_\w+\(", cell)]
     assert len(drawn) > 5 and all("alt: " in cell for cell in drawn)
