@@ -14,6 +14,7 @@ Example::
   Array([0.75, 0.75], dtype=float32)
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_finite, check_number
-from mora_jax._layer.adapter import wide
+from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._tree import paths
+from mora_jax.operators import LowRank
 
 __all__ = ["scaled", "weighted_sum"]
 
@@ -63,6 +65,9 @@ def weighted_sum(
 ) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
+    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat"; `remora.learned` cuts
+    them to those that a bound needs, as "svd" does.
+
     Args:
       adapters: Adapters of the same kernels, operators and factors.
       weights: A real number for each, or an array of them.
@@ -81,17 +86,29 @@ def weighted_sum(
         raise ValueError(f"weights must be one for each adapter, {got}")
     factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
     why = "so that sums of adapters are not sums of deltas: merge one after another"
-    found[0].refuse_nonlinear(why)
+    squares = {p: a for p, a in found[0].items() if not _is_lora(a)}
+    paths.Found(squares).refuse_nonlinear(why)
     found[0].refuse_trained(NO_DELTA)
     sums = paths.Found()
     for path, adapter in found[0].items():
-        arrays = [one[path].m for one in found]
-        moves = (f * wide(a) for f, a in zip(factors, arrays, strict=True))
-        total = jnp.asarray(sum(moves)).astype(jnp.result_type(*arrays))
+        arrays, op = [one[path].m for one in found], adapter.operator
+        pairs = zip(factors, arrays, strict=True)
+        moves = [op.scaled(wide(a), factor) for factor, a in pairs]
+        if _is_lora(adapter):  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
+            total = jnp.concatenate(moves, -1)
+            op = dataclasses.replace(op, square_rank=total.shape[-1])
+        else:
+            total = jnp.asarray(sum(moves))
+        total = total.astype(jnp.result_type(*arrays))
         place = "/".join(paths.place_of(path, adapter.spec))
         check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
-        sums[path] = adapter.replace(m=total)
+        spec = dataclasses.replace(adapter.spec, operator=op)
+        sums[path] = Adapter(total, spec)
     return sums.tree()
+
+
+def _is_lora(adapter: Adapter) -> bool:
+    return adapter.of_kernel and isinstance(adapter.operator, LowRank)
 
 
 def _factor(value: Any, name: str) -> Any:

@@ -32,14 +32,8 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
+from mora_jax._common import checks
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import (
-    check_choice,
-    check_concrete,
-    check_finite,
-    check_number,
-    positive_integer,
-)
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
@@ -202,10 +196,10 @@ def renewing(
       (True, {'kernel_mora': Adapter(subspace, float32[4, 4])})
     """
     check_transformation(tx)
-    check_choice("along", along, ("gradient", "random"))
-    check_choice("moments", moments, ("restart", "keep"))
+    checks.check_choice("along", along, ("gradient", "random"))
+    checks.check_choice("moments", moments, ("restart", "keep"))
     if not callable(every):
-        positive_integer("every", every)
+        checks.positive_integer("every", every)
     gradients.check_loss(loss)
     if not callable(merge_into := merge or _merged):
         raise TypeError(f"merge must be a function or None, got {merge!r}")
@@ -221,11 +215,7 @@ def renewing(
             if along == "gradient":
                 scale = gradients.scale_with(op, adapter.spec)
                 spec = dataclasses.replace(spec, scale=scale)
-            bases = (
-                jnp.broadcast_to(basis, (*spec.shape[:-2], *basis.shape[-2:]))
-                for basis in jax.tree.leaves(spec)[-2:]
-            )
-            parts[path] = gradients.moved(spec, *bases)
+            parts[path] = gradients.moved(spec, *jax.tree.leaves(spec)[-2:])
             shape = jax.eval_shape(lambda spec: spec, parts[path])
             shapes[path] = Adapter(adapter.m, shape)
         ms = jax.tree.map(jnp.copy, paths.replace_adapters(adapters, shapes))
@@ -298,7 +288,7 @@ def learned(
       >>> learned(params, merged, adapters)
       ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
-    max_error = check_number(
+    max_error = checks.check_number(
         "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
     )
     found, made, lost = paths.adapters_in(adapters), paths.Found(), {}
@@ -310,8 +300,8 @@ def learned(
             continue
         before, after = (wide(arrays[path][1]) for arrays in (old, new))
         what = f"the delta of {name!r}"
-        check_concrete(delta := after - before, what, spec.kernel_shape)
-        check_finite(delta, what)
+        checks.check_concrete(delta := after - before, what, spec.kernel_shape)
+        checks.check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
         a, b, lost[name], _ = low_rank.nearest_factors(delta, max_error)
         spec = dataclasses.replace(spec, base_digest=None)

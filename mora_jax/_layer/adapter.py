@@ -149,12 +149,11 @@ class Adapter:
 
 
 def _unflatten(static: Any, children: Any) -> Adapter:
-    adapter = _new(Adapter)
+    adapter = object.__new__(Adapter)
     (adapter.m,), adapter._static = children, static
     return adapter
 
 
-_new = object.__new__
 jax.tree_util.register_pytree_with_keys(
     Adapter,
     lambda own: (((jax.tree_util.GetAttrKey("m"), own.m),), own._static),

@@ -166,6 +166,5 @@ def params_adapter(params: Mapping[str, Any], frozen: FrozenDense) -> Adapter:
     if (own := getattr(m, "spec", None)) is not None:  # also of a variable of NNX
         m = m.m if isinstance(m, Adapter) else unboxed(m)
         check_same("kernel", check_adapter(expected, Adapter(m, own)).spec, spec)
-    adapter = check_adapter(expected, Adapter(m, spec))
     check_leaf(m, expected, spec.shape)  # and not of a stack of such layers
-    return adapter
+    return Adapter(m, spec)

@@ -25,6 +25,7 @@ from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Damped, Operator, Orthogonal, Subspace, square_rank
 from mora_jax.operators.low_rank import LowRank
 
+Specs = Mapping[Path, AdapterSpec]
 OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
 """A function from LoRAs, which stand where adapters do, to their gradients."""
 ALONE = 4
@@ -175,7 +176,7 @@ def lora_gradient(
 _compiled_gradient = jax.jit(lora_gradient, static_argnums=0)
 
 
-def _along(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+def _along(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
     """{path: spec} with a `Subspace` along the kernel's gradient."""
     new = {}
     for path, (span, product) in _sketched(gradient, specs).items():
@@ -188,8 +189,7 @@ def _along(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, A
         op: Operator = Subspace(*widths, *map(gathered, _leading(span, product, q)))
         if isinstance(old, Damped):
             op = dataclasses.replace(old, inner=op, square_rank=q)
-        scale = scale_with(op, spec)
-        new[path] = dataclasses.replace(spec, operator=op, scale=scale)
+        new[path] = dataclasses.replace(spec, operator=op, scale=scale_with(op, spec))
     return new
 
 
@@ -199,13 +199,13 @@ def scale_with(op: Operator, spec: AdapterSpec) -> float:
     return op.fine_tuning_scale if own else spec.scale
 
 
-def renewed(gradient: OfLoras, specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+def renewed(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
     """{path: spec} of subspaces, along new gradients; for use under jit."""
     found = _sketched(gradient, specs)
     return {p: moved(s, *_leading(*found[p], _width(s))) for p, s in specs.items()}
 
 
-def sketches(specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
+def sketches(specs: Specs) -> dict[Path, Any]:
     """{path: LoRA} with A = 0 and a random B, of a rank a little beyond q."""
     loras, plain = {}, {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "rank": None}
     for path, spec in specs.items():
@@ -219,9 +219,7 @@ def sketches(specs: Mapping[Path, AdapterSpec]) -> dict[Path, Any]:
     return loras
 
 
-def _sketched(
-    gradient: OfLoras, specs: Mapping[Path, AdapterSpec]
-) -> dict[Path, tuple[Array, Array]]:
+def _sketched(gradient: OfLoras, specs: Specs) -> dict[Path, tuple[Array, Array]]:
     """{path: (Q, Q^T G)}, where columns Q nearly span G, in two gradients of LoRAs."""
     loras, spans = sketches(specs), {}
     first: Mapping[Path, Any] = gradient(loras)
@@ -234,7 +232,7 @@ def _sketched(
     return {p: (spans[p], a.operator.factors(a.m)[1]) for p, a in second.items()}
 
 
-def at_random(specs: Mapping[Path, AdapterSpec], key: Array) -> dict[Path, Any]:
+def at_random(specs: Specs, key: Array) -> dict[Path, Any]:
     """{path: spec} of subspaces, with random directions."""
     new = {}
     for path, spec in specs.items():
@@ -246,7 +244,9 @@ def at_random(specs: Mapping[Path, AdapterSpec], key: Array) -> dict[Path, Any]:
 
 def moved(spec: AdapterSpec, *bases: Array) -> AdapterSpec:
     """The adapter of a subspace between other directions, placed as features are."""
-    bases = tuple(basis.astype(jnp.bfloat16) for basis in bases)
+    shapes = ((*spec.stack_shape, *basis.shape[-2:]) for basis in bases)
+    whole = map(jnp.broadcast_to, bases, shapes)  # one layer's are for all of a stack
+    bases = tuple(basis.astype(jnp.bfloat16) for basis in whole)
     if spec.layout:
         places = spec.layout.of_directions(spec.axes, spec.kernel_shape)
         bases = tuple(map(jax.lax.with_sharding_constraint, bases, places))

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
+from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 ClassT = TypeVar("ClassT", bound=type)
 Compute = Callable[[Any], Any]
@@ -70,13 +71,8 @@ def register_pytree(cls: type, children: Sequence[str]) -> None:
     static = [f.name for f in dataclasses.fields(cls) if f.name not in children]
 
     def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        values = [getattr(record, name) for name in children]
-        return values, tuple([getattr(record, name) for name in static])
-
-    def flatten_with_keys(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        values, aux = flatten(record)
-        keys = map(jax.tree_util.GetAttrKey, children)
-        return [*zip(keys, values, strict=True)], aux
+        pairs = [(GetAttrKey(name), getattr(record, name)) for name in children]
+        return pairs, tuple([getattr(record, name) for name in static])
 
     def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
@@ -85,7 +81,7 @@ def register_pytree(cls: type, children: Sequence[str]) -> None:
             object.__setattr__(record, name, value)
         return record
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    register_pytree_with_keys(cls, flatten, unflatten)
 
 
 # NumPy promises that the streams of `RandomState` never change; `Generator` and

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.linear_algebra import last_with_first, matmul, rows_product
+from mora_jax._jax.linear_algebra import matmul, rows_product
 from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator
 
@@ -25,7 +25,7 @@ class LowRank(Operator):
     Both factors are trained, and one array (in + out, r) holds them: A, and below it
     the transpose of B. A starts as PEFT's does, uniform between -1/sqrt(in) and
     1/sqrt(in), and B at zero, so that the delta is zero. The delta is not linear in
-    what is trained: what asks for that (`mixing.weighted_sum`) refuses it by name.
+    what is trained, so that the ranks of a sum of deltas add up.
 
     Attributes:
       seed: The seed of A's start, where `init` is given no key.
@@ -110,8 +110,7 @@ class LowRank(Operator):
 
     def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         a, b = self.factors(m)
-        h = jax.lax.dot_general(h, a, last_with_first(h), precision=precision)
-        return jax.lax.dot_general(h, b, last_with_first(h), precision=precision)
+        return matmul(matmul(h, a, precision), b, precision)
 
     def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         a, b = self.factors(m)

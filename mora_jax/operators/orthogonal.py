@@ -34,8 +34,7 @@ class Projection(Operator):
 
     def basis(self, side: Side, dtype: DTypeLike) -> Array:
         """C, (in_features, q), or the transpose of D, (out_features, q)."""
-        basis: Any = getattr(self, f"{side}_basis")
-        return jnp.asarray(basis).astype(dtype)
+        return jnp.asarray(getattr(self, f"{side}_basis")).astype(dtype)
 
     def _compress(self, x: Array) -> Array:
         return matmul(x, self.basis("in", x.dtype))

@@ -5,6 +5,8 @@ The files are made by hand, as PEFT writes them; `tests/with_peft` has PEFT's ow
 
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +292,33 @@ def test_two_modules_that_are_one_kernel(tmp_path):
         close(rows, exact(tensors, module, 1.5))
     io.export(tmp_path / "b", adapters, "peft", "gm")
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
+
+
+class Hub(types.ModuleType):
+    """The Hub, which has one adapter."""
+
+    def __init__(self, adapter):
+        super().__init__("huggingface_hub")
+        self.adapter = adapter
+
+    def snapshot_download(self, name, allow_patterns):
+        assert allow_patterns == ["adapter_config.json", TENSORS]
+        if name != "user/adapter":
+            raise OSError(f"{name} is not a repository\nhttps://...")
+        return str(self.adapter)
+
+
+def test_a_lora_of_the_hub(tmp_path, monkeypatch):
+    module = "model.layers.0.mlp.up_proj"
+    directory = write(tmp_path / "a", tensors_of({module: (8, 12)}))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(directory))
+    assert_same(io.load_peft("user/adapter"), io.load_peft(directory))
+    told = "no directory 'user/other', and none from the Hub: OSError: user/other is"
+    with pytest.raises(io.AdapterFileError, match=f"{told} not a repository$"):
+        io.load_peft("user/other")
+    for name in ("user/adapter/deeper", "./adapter", str(tmp_path / "b")):
+        with pytest.raises(io.AdapterFileError, match="there is no directory"):
+            io.load_peft(name)
 
 
 @pytest.mark.parametrize("family", ["gm", "tunix"])

@@ -53,15 +53,23 @@ def test_scaled_adapters_have_so_many_times_the_delta(case, factor):
 
 @by_case
 def test_a_sum_is_that_of_the_deltas_where_they_are_linear(case):
-    """And is refused by name where they are not, as LoRA's."""
+    """And ranks of LoRAs add up."""
     (one, delta), (other, its) = (of_a_stack(case, seed) for seed in (0, 1))
-    if case not in LINEAR:
-        with pytest.raises(ValueError, match="kernel: the delta of 'low_rank' is not"):
-            weighted_sum([one, other], [0.5, -2])
-        return
     got = weighted_sum([one, other], [0.5, -2])
-    assert got["kernel_mora"].spec == one["kernel_mora"].spec
     close(deltas(got)["kernel"], 0.5 * delta - 2 * its)
+    if case in LINEAR:
+        assert got["kernel_mora"].spec == one["kernel_mora"].spec
+        return
+    ranks = [tree["kernel_mora"].operator.rank for tree in (one, got)]
+    assert ranks == [4, 8] and got["kernel_mora"].m.shape == (2, 20, 8)
+    # PEFT's "svd": the least rank that a bound needs.
+    base = {"kernel": jnp.zeros((2, 13, 7))}
+    merged = mora_jax.merge(base, got)
+    least, lost = mora_jax.remora.learned(base, merged, got, max_error=0.3)
+    whole, cut = deltas(got)["kernel"], deltas(least)["kernel"]
+    off, norm = (np.linalg.norm(a, axis=(1, 2)) for a in (whole - cut, whole))
+    assert 0 < lost["kernel"] <= 0.3 and least["kernel_mora"].operator.rank < 7
+    close(lost["kernel"], (off / norm).max(), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

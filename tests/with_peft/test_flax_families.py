@@ -4,7 +4,6 @@ No test says how a tensor is called. PyTorch's own models write the files, and c
 what is expected.
 """
 
-import contextlib
 import re
 from unittest import mock
 
@@ -17,7 +16,7 @@ from helpers import largest
 from processes import ROOT
 
 import mora_jax
-from mora_jax import LeftOutWarning, MoRAConfig, io
+from mora_jax import MoRAConfig, io
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -191,8 +190,7 @@ def test_a_family(tmp_path, monkeypatch, family):
     np.testing.assert_allclose(output, before, atol=2e-4)
     # Plan: all projections, and no head.
     config = MoRAConfig(rank=2, operator="sharing")
-    with contextlib.suppress(LeftOutWarning):
-        plan = mora_jax.linen.plan(flax.module, variables, config, *args, **kwargs)
+    plan = mora_jax.linen.plan(flax.module, variables, config, *args, **kwargs)
     assert len(plan) and not plan.unproven
     # Train.
     apply, adapters = mora_jax.linen.wrap(flax.module, plan), made(plan, scale=0.1)

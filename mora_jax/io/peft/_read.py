@@ -1,6 +1,8 @@
 """Reading PEFT directories: a LoRA's, and those that the reference wrote."""
 
+import importlib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -44,7 +46,8 @@ def load_peft(
     4, rotation for type 6, and an alpha of 1. DoRA and other types are refused.
 
     Args:
-      directory: As in `load`, with adapter_config.json and adapter_model.safetensors.
+      directory: As in `load`, with adapter_config.json and adapter_model.safetensors;
+        or "user/name" on the Hub, of which huggingface_hub keeps a copy of these two.
       model: The params of the model, or their shapes. If kernels have other axes than
         (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file; of
         GPT-2's names params with a c_attn do. None takes the shapes of a LoRA's own
@@ -60,7 +63,7 @@ def load_peft(
     Raises:
       AdapterFileError: The files are damaged, of another type, or do not fit the model.
     """
-    path_of = _files.as_path("directory", directory)
+    path_of = _here(directory)
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
         raise AdapterFileError(f"the base is needed: {path_of} lacks sizes of kernels")
@@ -83,6 +86,24 @@ def load_peft(
         source = Source(Checkpoint(file), names, tied=False)
         adapters |= dict(_trained(source, leaves, others, kernels))
     return adapters.tree()
+
+
+def _here(directory: _files.PathLike) -> _files.Location:
+    """A directory, or the copy of what the Hub has by that name."""
+    path = _files.as_path("directory", directory)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(directory)):
+        return path
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        return path  # whose error names the package
+    try:
+        copy = hub.snapshot_download(str(directory), allow_patterns=[CONFIG, TENSORS])
+    except Exception as error:  # of names, rights and networks, which have many classes
+        told = f"{type(error).__name__}: {error}".partition("\n")[0]
+        missing = f"there is no directory {str(directory)!r}, and none from the Hub"
+        raise AdapterFileError(f"{missing}: {told}") from error
+    return _files.as_path("directory", copy)
 
 
 def _kernels(modules: list[MatrixPair], leaves: Leaves, names: Names) -> Kernels:
