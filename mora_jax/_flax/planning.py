@@ -52,7 +52,8 @@ def plan(params_or_shapes: Any, config: settings.MoRAConfig | None = None) -> Pl
       >>> print(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       path       in -> out  operator          r           q  scale  parameters  of base
       fc/kernel   64 -> 64  block_diagonal  2.0  16 x 4 x 4     16         256    6.15%
-      1 adapter: 256 trainable parameters, 6.15% of 4,160
+      1 adapter: 256 trainable parameters, 6.15% of 4,160; LoRAs of the same rank have
+      256
     """
     config = settings.check_config(config, "plan(params, config)")
     refuse_variables(params_or_shapes)

@@ -202,7 +202,8 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
       >>> print(mora_jax.summary(mora_jax.plan(params, config)))
       path    in -> out  operator          r            q  scale  parameters  of base
       l* (3)   64 -> 64  block_diagonal  8.0  4 x 16 x 16      4       3,072   25.00%
-      3 adapters: 3,072 trainable parameters, 25.00% of 12,288
+      3 adapters: 3,072 trainable parameters, 25.00% of 12,288; LoRAs of the same rank
+      have 3,072
     """
     plan = plan_or_adapters
     if not isinstance(plan, Plan):
@@ -232,7 +233,9 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     numbers = " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts)
     size = plan.trainable_parameters
     of_base = f", {size / base:.2%} of {base:,}" if base else ""
-    return f"{table}\n{numbers}: {size:,} trainable parameters{of_base}"
+    lora = sum(s.parameters * s.rank / s.lora_rank for s in plan.values() if s.rank)
+    beside = f"; LoRAs of the same rank have {lora:,.0f}" if lora else ""
+    return f"{table}\n{numbers}: {size:,} trainable parameters{of_base}{beside}"
 
 
 USUAL = {"alpha": "1", "scale": "1", "dropout": "0", "init": "zeros"}
