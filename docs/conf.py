@@ -199,7 +199,7 @@ def sources():
         do = "Or download" if repository else "Download"
         link = f'<a href="../{archive}">{archive}</a>'
         lines = f"    tar xzf {archive}\n    cd mora_jax\n"
-        ways.append(f"{do} {link}, the sources of this site:\n\n{lines}")
+        ways.append(f"{do} {link}, the sources that this site was made of:\n\n{lines}")
     return "\n".join(ways)
 
 
