@@ -70,7 +70,8 @@ def replace_leaves(
 
 def is_end(node: Any) -> bool:
     """True where a tree is taken as a whole: at a box, and what counts as a leaf."""
-    return isinstance(node, WHOLE) or is_boxed(node)
+    may_be_box = isinstance(node, nnx.Variable | AxisMetadata)  # as few are
+    return is_boxed(node) if may_be_box else isinstance(node, WHOLE)
 
 
 def path_of(keys: Any) -> Path:

@@ -17,8 +17,12 @@ def matmul(a: ArrayLike, b: ArrayLike, precision: Precision = None) -> Array:
     # one that was traced in a quantized model would serve a plain one, or vice versa.
     dtype = jnp.result_type(a, b)
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
-    last_with_first = ((a.ndim - 1,), (0,)), ((), ())
-    return jax.lax.dot_general(a, b, last_with_first, precision=precision)
+    return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
+
+
+def last_with_first(a: Array) -> tuple[Any, Any]:
+    """The axes that a product of `a` with a matrix sums over, for `dot_general`."""
+    return ((a.ndim - 1,), (0,)), ((), ())
 
 
 def rows_product(h: Array, g: Array, precision: Precision = None) -> Array:

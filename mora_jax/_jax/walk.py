@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import jax
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
@@ -121,8 +120,12 @@ def opened(program: Any) -> Any:
 
 def inside(eqn: Any) -> list[Jaxpr]:
     """The programs inside a step of a program."""
-    parts = map(opened, jax.tree.leaves([*eqn.params.values()]))
-    return [part for part in parts if isinstance(part, Jaxpr)]
+    programs = [
+        getattr(part, "jaxpr", part)  # as in `opened`
+        for value in eqn.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+    ]
+    return [program for program in programs if isinstance(program, Jaxpr)]
 
 
 def _called(eqn: Any) -> Jaxpr | None:

@@ -24,7 +24,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._common import checks
 from mora_jax._common.types import ArrayLike, Precision, Shape
-from mora_jax._jax.linear_algebra import matmul, rows_product, transposed
+from mora_jax._jax.linear_algebra import last_with_first, rows_product, transposed
 from mora_jax._jax.tracing import undisturbed
 from mora_jax.operators._pytree import by_layer
 
@@ -60,7 +60,7 @@ class DeltaMap:
 
     def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         """The rows of h times M."""
-        return matmul(h, m, precision)
+        return jax.lax.dot_general(h, m, last_with_first(h), precision=precision)
 
     def product_by_m(self, h: Array, g: Array, precision: Precision = None) -> Array:
         """The transpose of `product` by M: the sum of h^T g over rows."""

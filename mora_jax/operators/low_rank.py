@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.linear_algebra import matmul, rows_product
+from mora_jax._jax.linear_algebra import last_with_first, matmul, rows_product
 from mora_jax.operators._base import Operator, Precision
 from mora_jax.operators._pytree import operator
 
@@ -110,7 +110,8 @@ class LowRank(Operator):
 
     def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         a, b = self.factors(m)
-        return matmul(matmul(h, a, precision), b, precision)
+        h = jax.lax.dot_general(h, a, last_with_first(h), precision=precision)
+        return jax.lax.dot_general(h, b, last_with_first(h), precision=precision)
 
     def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
         a, b = self.factors(m)
