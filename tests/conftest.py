@@ -39,6 +39,8 @@ gc.set_threshold(100_000, 20, 20)
 
 SHARE = 4
 """CI runs one in so many of the tests that are slow for their case or their size."""
+OF_A_LAW = 3
+"""By default one in so many cases of a law runs; the others are slow for their case."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,6 +51,9 @@ def pytest_collection_modifyitems(items):
     sample, which is the same everywhere since the tests' names choose it.
     """
     for item in items:
+        chosen = crc32(item.nodeid.encode()) % OF_A_LAW == 0
+        if item.get_closest_marker("law") and not chosen:
+            item.add_marker("slow")
         reasons = sum(mark.name == "slow" for mark in item.own_markers)
         whole = any(m.name == "slow" for m in getattr(item.obj, "pytestmark", ()))
         sampled = reasons == 1 and not whole and crc32(item.nodeid.encode()) % SHARE

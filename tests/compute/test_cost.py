@@ -42,6 +42,7 @@ def arithmetic(op):
     return 2 * dense + 4 * widths  # sums, scales and copies
 
 
+@pytest.mark.law
 @by_case
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_arithmetic(case, size):
@@ -110,6 +111,7 @@ def stack(case, way, width=200, rows=8):
     return (adapted, (adapters, variables, x)), (frozen, (x, variables))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("way", ["activation", slow("fold")])
 @by_kind
 def test_no_gradient_of_a_kernel(case, way):
@@ -142,6 +144,7 @@ def test_memory(way):
     assert adapted <= frozen + kept + 3 * layer  # a few in passing, not one a layer
 
 
+@pytest.mark.law
 @by_kind
 def test_memory_of_folds(case):
     """No folded kernel outlives its product, forward or backward."""

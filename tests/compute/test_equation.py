@@ -105,6 +105,7 @@ def recorded():
     return json.loads(python("-c", RECORD))
 
 
+@pytest.mark.slow
 def test_few_frames_lie_between_what_users_call_and_the_product_with_m(recorded):
     """Counted at the product itself, while a training step is traced."""
     _, found = recorded

@@ -32,6 +32,7 @@ def apply(w, x, mark=1.0):
     return Product(mark)({"w": w}, x)
 
 
+@pytest.mark.slow
 def test_derivatives_of_every_order(float64):
     args = np.float64(W), np.float64(X)
     function = jax.jit(lambda w, x: jnp.sin(apply(w, x)))

@@ -42,6 +42,7 @@ def loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(apply(m, dataclasses.replace(frozen, kernel=kernel), x)))
 
 
+@pytest.mark.law
 @by_kind
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sizes", [SIZES, slow(MORE)], ids=["some", "more"])
@@ -60,6 +61,7 @@ def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
         close(got, (by_m, rows.T @ by_y, (by_y @ kernel.T).reshape(x.shape)))
 
 
+@pytest.mark.law
 @by_kind
 @pytest.mark.parametrize("rows", [0, slow(1025)])
 def test_the_gradient_of_many_rows_or_none(platform, case, rows, float64):
@@ -91,6 +93,7 @@ def test_higher_derivatives_and_maps(platform, case, way, float64):
     close(mapped, jax.tree.map(lambda *leaves: np.stack(leaves), *each))
 
 
+@pytest.mark.law
 @by_kind
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
 def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):

@@ -51,6 +51,7 @@ def merged_loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(x @ kernel + frozen.bias))
 
 
+@pytest.mark.law
 @by_case
 @pytest.mark.parametrize(("way", "size"), RUNS, ids=str)
 def test_oracle(case, way, size, float64):
@@ -79,6 +80,7 @@ def test_oracle(case, way, size, float64):
     assert len(traces) == 1
 
 
+@pytest.mark.law
 @by_kind
 @pytest.mark.parametrize("way", [slow("activation"), "fold"])
 def test_second_derivatives(case, way, float64):
@@ -90,6 +92,7 @@ def test_second_derivatives(case, way, float64):
     check_grads(gradients, args, order=1, rtol=1e-4)
 
 
+@pytest.mark.law
 @in_turns("case, way", KINDS, WAYS)
 def test_transformations(case, way):
     """jit gives what eager gives, the others what loops give."""
@@ -212,6 +215,7 @@ FOLDING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", slow("scanned"), "NNX", slow("MoRADense")])
 def test_layers_fold(name):
     (make, layers), results = FOLDING[name], []
@@ -240,6 +244,7 @@ NEVER = {
 }
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", NEVER)
 def test_what_never_folds(name):
     """Its program is the same in either way, unlike that of a layer that folds."""

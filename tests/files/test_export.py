@@ -38,6 +38,7 @@ def updates(directory):
     return found
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 @pytest.mark.parametrize("operator", ["signed_sharing", "rotation"])
 def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
@@ -99,6 +100,7 @@ TASKS = {"GPT2LMHeadModel": "CAUSAL_LM", "LlamaForCausalLM": "CAUSAL_LM"}
 TASKS |= dict.fromkeys(("BertForMaskedLM", "BertModel"))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("model", TASKS)
 def test_the_task_is_the_base_s(tmp_path, base, model):
     """PEFT takes no model that lacks the methods of its task."""

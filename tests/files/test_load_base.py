@@ -82,6 +82,7 @@ def split(tree):
     return jax.tree.map(place, tree)
 
 
+@pytest.mark.law
 @by_layout
 def test_each_device_gets_its_part(file, family, layout):
     expected, names = layouts(family, stored(file, family))[layout]
@@ -231,6 +232,7 @@ def test_a_device_reads_its_rows_alone(file, monkeypatch):
         assert sum(read) == times * weight.nbytes and max(read) <= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [False, True])
 def test_memory_stays_near_the_result(file, mesh):
     """Of 32 kernels, NumPy holds one, its bytes in the file, and JAX's last one.

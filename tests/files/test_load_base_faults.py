@@ -32,6 +32,7 @@ def file(tmp_path):
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.law
 @by_family
 def test_nothing_is_left_out_silently(file, family):
     """Neither a leaf without a tensor nor a tensor without a leaf."""

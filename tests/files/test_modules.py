@@ -132,6 +132,7 @@ def test_merged_files_are_the_merged_model(tmp_path, base, layout, dtype):
         assert_same(merged, expected)
 
 
+@pytest.mark.slow
 @in_turns("layout, operator", LAYOUTS, ["sharing", "signed_decoupling"])
 def test_each_module_is_a_lora_of_its_outputs(tmp_path, layout, operator):
     names, fused = layout

@@ -93,6 +93,7 @@ def delta_of(case, adapters):
     return spec.alpha * case.delta(spec.operator, m)
 
 
+@pytest.mark.law
 @in_turns(
     "case, size",
     FEW_CASES,

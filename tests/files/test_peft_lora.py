@@ -133,6 +133,7 @@ def test_the_delta_is_pefts(tmp_path, how, model):
     )
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("how", FACTORS)
 def test_saved_again_the_tensors_are_the_same_bits(tmp_path, how, dtype):

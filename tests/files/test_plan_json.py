@@ -28,6 +28,7 @@ def planned(params=PARAMS, b=(), **settings):
     return plan(params, MoRAConfig(**settings))
 
 
+@pytest.mark.law
 @by_case
 def test_round_trip(case):
     settings = {"dropout": 0.5, "init": "gaussian", "alpha": 0.3, "execution": "fold"}
@@ -54,6 +55,7 @@ MORE = {**PARAMS, "c": {"kernel": shape(8, 8)}}
 OTHER = {**PARAMS, "a": {"kernel": shape(16, 20)}}
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -21,6 +21,7 @@ def dense(tensors, name, ins):
     return matrix
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("sizes", [(21, 13, 4), (12, 20, 6), (300, 16, 4)], ids=str)
 @pytest.mark.parametrize("case", FEW_LINEAR, ids=lambda case: case.label)
 def test_maps_and_m_are_the_delta(case, sizes, tmp_path):

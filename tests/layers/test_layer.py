@@ -56,6 +56,7 @@ def adapted(params, frozen, x):
     return mora_apply(params, frozen, x), delta_weight(params, frozen)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("case", "axes", "shape", "x_shape", "equation"), [*in_layouts()]
 )
@@ -98,6 +99,7 @@ def test_arguments_are_not_constants(case):
 M_DTYPES = itertools.product(["bfloat16", "float32", "float64"], ["activation", "fold"])
 
 
+@pytest.mark.law
 @in_turns(
     "dtype, other", ["bfloat16", "float16", "float32", "float64"], [*M_DTYPES], each=3
 )

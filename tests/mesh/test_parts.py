@@ -29,6 +29,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.law
 @in_turns("case, size", FEW_CASES, SIZES, each=2)
 def test_parts_make_the_whole(case, size):
     ins, outs, q, in_parts, out_parts = size
@@ -75,6 +76,7 @@ by_fold = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.law
 @by_fold
 @by_kind
 def test_parts_of_a_fold_make_the_whole(case, platform, size):

@@ -78,6 +78,7 @@ SHOWN = ("fsdp", "heads, fsdp", "heads, then columns")
 """One of each kind."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in SHOWN else slow(name) for name in PLACEMENTS]
 )
@@ -94,6 +95,7 @@ def test_attention_is_right_if_rows_are_split_by_fsdp_first(name):
     )
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_xla_is_wrong_only_where_a_plan_warns(name):
     """If this fails since gradients are right, XLA is mended: see docs/meshes.md."""

@@ -128,6 +128,7 @@ NO_RUN = {"heads": (None, None, "model")}
 """Its features are in no run on a device: left to XLA."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["rotation", slow("sharing")])
 @pytest.mark.parametrize("names", [{}, slow(IN_HEADS), slow(NO_RUN)])
 @pytest.mark.parametrize("dropout", [0.0, slow(0.25)])
@@ -191,6 +192,7 @@ def test_lookups_beyond_the_table_are_as_on_one_device(mode):
     assert_close(jax.jit(linen.wrap(model, plan))(*arrays), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["rotation", slow("sharing")])
 def test_attention_is_as_on_one_device_without_hidden_traffic(operator):
     """Heads, whose delta is summed with Flax's own product; XLA lays out the rest."""
@@ -311,6 +313,7 @@ class ScannedNNX(nnx.Module):
         return scan(lambda layer, x: nnx.tanh(layer(x)))(self.layers, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("fsdp", None, "model"), P(None, "model", None)])
 def test_nnx_layers_on_the_second_axis_learn_as_on_one_device(spec):
     """M is where its kernel is, with the layers on its second axis."""

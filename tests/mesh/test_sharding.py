@@ -148,6 +148,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("label", "split", "execution"), LAYERS)
 def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execution):
     """M's gradient is added up; all else stays. Folds may gather a kernel once more."""
@@ -272,6 +273,7 @@ def test_explicit_sharding(case):
         assert set(sent(compiled)) <= allowed
 
 
+@pytest.mark.law
 @in_turns("case, execution", KINDS, ["activation", "fold"])
 def test_in_a_shard_map_that_checks_types(case, execution):
     """Devices with rows of their own, as a step of data parallelism by hand."""
@@ -433,6 +435,7 @@ def test_axes_of_one_device_split_nothing():
     assert_close(run(arrays["m"][None], x, kernel), y[None], 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "dtype"),
     [

@@ -67,6 +67,7 @@ def reads():
     return model, variables, linen.wrap(model, CONFIG, variables, X)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_call_than_the_planned_one_is_checked(other, jitted):

@@ -89,6 +89,7 @@ def test_all_methods_read_the_sum_and_what_they_set_is_kept():
     assert type(merged) is Counted and (model.w[...] == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
 )

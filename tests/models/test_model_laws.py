@@ -40,6 +40,7 @@ IN_BOTH = [
 by_model = pytest.mark.parametrize(("name", "api"), MODELS, scope="module")
 
 
+@pytest.mark.law
 @by_model
 def test_every_kernel_is_found_with_its_axes(name, api):
     plan = results(name, api).plan
@@ -131,6 +132,7 @@ def other_adapters(plan):
     return trained(Plan(parts))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("name", "api"), GIVEN)
 def test_a_model_computes_what_the_given_adapters_say(name, api):
     """They are no part of the plan, and so are no reason to wrap the model again."""
@@ -178,6 +180,7 @@ def test_directions_are_those_of_the_kernels_gradients(name, api):
         assert (held >= 0.98 * np.sum(values**2, -1)).all(), (path, held / all_of)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", IN_BOTH)
 def test_linen_and_nnx_agree(name):
     one, other = (results(name, api) for api in ("linen", "nnx"))
@@ -186,6 +189,7 @@ def test_linen_and_nnx_agree(name):
     close(one.after, other.after, one.tolerance)
 
 
+@pytest.mark.slow
 @in_turns("name, api", ["einsums", "scan-remat", "t-kernel"], APIS)
 def test_compiled_and_not_give_the_same(name, api):
     case = results(name, api)
@@ -193,6 +197,7 @@ def test_compiled_and_not_give_the_same(name, api):
     close(case.adapted(case.params, case.adapters, case.x), compiled)
 
 
+@pytest.mark.law
 @in_turns("case, name", KINDS, ["groups", "t-kernel"])
 def test_merged_is_adapted_for_every_kind_of_operator(name, case):
     operator = tuple(case.spec.items())

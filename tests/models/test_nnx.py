@@ -436,6 +436,7 @@ def dropped(model, x, scales):
     return np.stack([at(scale, ms, rest) for scale in scales])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["scan-remat", "methods", slow("einsums"), slow("experts")]
 )
@@ -616,6 +617,7 @@ def test_equations_known_in_the_call():
     assert mora.wrap(model, config).layer.dropout_mora.rate == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, 12])
 def test_layers_on_another_axis(layers):
     """Also where as many layers as features hide it from the shapes: a call tells."""

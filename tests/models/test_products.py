@@ -64,6 +64,7 @@ def with_operator(name, case):
     return model, jax.jit(model.adapted)(model.params, model.adapters, model.x)
 
 
+@pytest.mark.law
 @by_case
 def test_convolution_is_the_oracle(case):
     model, y = with_operator("pad-pairs", case)
@@ -76,6 +77,7 @@ def test_convolution_is_the_oracle(case):
     close(y, expected + wide(model.params["bias"]))
 
 
+@pytest.mark.law
 @by_case
 def test_embedding_is_the_oracle(case):
     model, y = with_operator("tied", case)
@@ -83,6 +85,7 @@ def test_embedding_is_the_oracle(case):
     close(y, np.tanh(table[np.asarray(model.x)]) @ table.T)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
 def test_indices_of_any_integer_type(dtype):
     """A vocabulary may be larger than the type's range."""

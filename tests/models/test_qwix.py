@@ -175,6 +175,7 @@ def combination(api, name, types, operator):
 OPERATORS = ["rotation", "low_rank"]
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     "api, name, types, operator",
     [combination(*case) for case in itertools.product(APIS, LAYERS, TYPES, OPERATORS)],
@@ -194,6 +195,7 @@ def test_the_delta_is_added_to_what_qwix_computes(api, name, types, operator):
     close(adapted(adapters) - base, jnp.asarray(delta, jnp.float32))
 
 
+@pytest.mark.slow
 @in_turns("operator, api", OPERATORS, APIS)
 def test_gradients_and_transformations(operator, api):
     adapted = Adapted(api, LAYERS["dense"], operator=operator, **TYPES["nf4"])
@@ -235,6 +237,7 @@ def test_plans_and_files_are_those_of_wrap(api, tmp_path):
         merge(other, loaded, any_base=True)
 
 
+@pytest.mark.law
 @in_turns(
     "case, types",
     [
@@ -288,6 +291,7 @@ class Scanned(nn.Module):
         return nn.scan(body, length=3, **axes)(layer, x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", [slow("none"), "int8"])
 def test_scanned_layers(types):
     """qwix itself has no tiles there."""
@@ -313,6 +317,7 @@ def test_scanned_layers(types):
     close(model.apply({"params": merge(base, adapters)}, x), y, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("types", ["none", slow("int8")])
 def test_scanned_layers_on_other_axes(types, axis):
@@ -354,6 +359,7 @@ class ScannedNNX(nnx.Module):
         return jax.lax.scan(body, x, (params, rest))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "axes"), [(0, "sio"), (1, "iso"), (-1, "ios")])
 def test_layers_under_a_scan_in_nnx(axis, axes):
     base, x = ScannedNNX(axis, 3), random(1, 2, 16)
@@ -674,6 +680,7 @@ def test_another_version_of_qwix(monkeypatch):
         importlib.import_module("mora_jax.qwix")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 def test_each_row_of_a_batch_has_its_own_adapter(api):
     x, index = random(0, 3, 2, 16), [2, -1, 0]
@@ -767,6 +774,7 @@ def test_directions_and_a_start_beside_kernels_that_have_no_gradient(types):
     assert loss(started, base) < loss(found, base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", ["int8", slow("int4"), slow("int8 tiles")])
 def test_deltas_are_kept_in_whole_steps_in_the_mean(types):
     _, base, adapters, _ = quantized_layers(types)
@@ -811,6 +819,7 @@ def test_kernels_without_whole_steps_are_refused():
         mora_jax.qwix.merge_quantized(base, bad)
 
 
+@pytest.mark.slow
 def test_a_renewal_beside_kernels_of_8_bits():
     apply, base, adapters, _ = quantized_layers("int8")
     wanted = random(2, 12, 16)

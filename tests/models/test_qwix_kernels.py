@@ -140,6 +140,7 @@ def input_first(x, kernel):
     return jnp.dot(jnp.dot(x, x), kernel)
 
 
+@pytest.mark.law
 @TYPES
 @pytest.mark.parametrize("function", [attend, input_first])
 @pytest.mark.parametrize("api", ["eager", "jit", "nnx"])
@@ -152,6 +153,7 @@ def test_other_operands_of_the_shape_of_a_kernel_are_refused(function, api, type
         adapted_linen(function, x, wrapped, **types)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "api, function, rows, types",
     [
@@ -323,6 +325,7 @@ def compiled(x, kernel):
     return jnp.einsum("ni,io->no", x, kernel)
 
 
+@pytest.mark.law
 @pytest.mark.skipif(VERSION == "0.1.5", reason="qwix turns their compilation off")
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def random_ms(case, plan, scale):
     return unflatten_dict(flat)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     "seed", [*range(10), *map(slow, range(10, 20))], ids="seed-{}".format
 )

@@ -391,6 +391,7 @@ def planned_lookup(look_up, mode):
     return model, variables, linen.plan(model, variables, CONFIG, BESIDE)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("how", LOOKUPS)
 def test_a_delta_beyond_the_table_is_as_in_the_layer(how):
     mode, look_up = LOOKUPS[how]
@@ -711,6 +712,7 @@ class Direct(nnx.Module):
         return self.layer(x) + x @ self.layer.kernel[...]
 
 
+@pytest.mark.slow
 def test_a_model_of_layers_that_do_as_said_is_adapted_as_merged():
     model = Net(("remat", "gradient", "outside", "scaled_as_said"))
     variables = variables_of(model)
@@ -718,6 +720,7 @@ def test_a_model_of_layers_that_do_as_said_is_adapted_as_merged():
     assert len(found) == 4 and max(found.values()) < 1e-5
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("make", "kernel"),
     [

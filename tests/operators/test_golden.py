@@ -27,6 +27,7 @@ FEW = [
 ]
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("layer", FEW, ids=lambda layer: layer["case"])
 def test_reference_layer(layer):
     case = layer["case"]

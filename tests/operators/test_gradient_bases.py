@@ -66,6 +66,7 @@ def check_held(grads, name, spec, least=0.998):
     return c, d
 
 
+@pytest.mark.slow
 def test_directions_hold_most_of_the_gradient():
     plan, grads = planned(), gradients(rank=12)
     found = gradient_bases(grads, plan)

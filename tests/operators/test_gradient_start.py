@@ -88,6 +88,7 @@ def is_isometry(op):
 FEW = ("sharing", "rotation", "subspace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "operator",
     [name if name in FEW else slow(name) for name in [*LINEAR, "subspace"]],
@@ -127,6 +128,7 @@ def test_the_length_lowers_the_loss_most_of_its_halves():
     assert at(1) < at(0) and at(1) <= at(0.5) and at(1) <= at(2)
 
 
+@pytest.mark.slow
 def test_a_steep_loss_takes_a_short_step():
     plan = planned()
 

@@ -122,6 +122,7 @@ def rounded(case):
     return 2**-7 if case.given else 1e-5
 
 
+@pytest.mark.law
 @in_turns("case, size", FEW_CASES, FEW_SIZES, each=2)
 def test_laws(case, size):
     ins, outs, q = size
@@ -136,6 +137,7 @@ any_size = given(
 )
 
 
+@pytest.mark.law
 @by_kind
 @settings(max_examples=2, deadline=None, derandomize=True)
 @example(ins=3, outs=20, q=8, seed=0)  # features that are in a block twice
@@ -159,6 +161,7 @@ def _products_with_c(op, x):
     return {"C": (x @ c.reshape(op.in_features, -1), op.compress(x).reshape(5, -1))}
 
 
+@pytest.mark.law
 @by_kind
 def test_transforms(case):
     """jit = eager, vmap = loop, and one compilation serves."""
@@ -201,6 +204,7 @@ def test_transforms(case):
         close(got, expected)
 
 
+@pytest.mark.law
 @by_kind
 def test_gradients(case, float64):
     """Those of differences, of first and second order."""
@@ -233,6 +237,7 @@ def test_pytree(case):
         op.square_rank = 3
 
 
+@pytest.mark.law
 @in_turns("case, dtype", KINDS, ["bfloat16", "float16", "float32", "float64"])
 def test_dtypes(case, dtype, float64):
     """The dtype of the input is that of the result, to that dtype's accuracy."""
@@ -451,6 +456,7 @@ def test_bad_settings(error):
             call()
 
 
+@pytest.mark.law
 @pytest.mark.usefixtures("unchecked")
 @by_case
 def test_bad_arrays(case):

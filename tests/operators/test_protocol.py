@@ -105,6 +105,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(OPERATORS, "own_blocks", OwnBlocks)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_laws(size):
     op = CASE.make(*size)
@@ -147,6 +148,7 @@ def expected(m, x, kernel):
     return y, ALPHA * CASE.m_gradient(op, m, x, np.cos(y)), np.cos(y) @ adapted.T
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("execution", ["activation", "fold"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_ways(execution, platform):

@@ -82,6 +82,7 @@ def damped(model, x=X, config=CONFIG, **settings):
     return input_damping(call, adapters, **settings), adapters, variables, apply
 
 
+@pytest.mark.slow
 def test_inputs_are_scaled_to_the_mean_of_the_others():
     adapters, old, variables, apply = damped(Block())
     inner = np.tanh(X @ variables["params"]["a"]["kernel"])

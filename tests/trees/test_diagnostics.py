@@ -25,6 +25,7 @@ PLAN = mora_jax.plan(PARAMS, CONFIG)
 FEW_SIZES = {(13, 7, 4), (7, 13, 4)}
 
 
+@pytest.mark.law
 @in_turns(
     "case, size",
     FEW_CASES,

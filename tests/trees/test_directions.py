@@ -71,6 +71,7 @@ def check(found, grads):
         assert got >= 0.98 * best, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_several_batches_have_the_directions_of_their_sum(dtype):
     plan, variables, loss, of_params = losses(dtype)
@@ -156,6 +157,7 @@ def test_damped_adapters_follow_the_gradient_that_they_see():
         assert got >= 0.98 * best
 
 
+@pytest.mark.slow
 def test_an_expert_that_saw_nothing_has_directions():
     """Those of the one that saw most, or its delta would be zero for ever."""
     params = {"w": random(2, 3, 12, 16)}

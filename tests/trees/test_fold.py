@@ -86,6 +86,7 @@ def test_a_model(make):
     chex.assert_trees_all_equal(params, before)
 
 
+@pytest.mark.slow
 def test_dtypes_and_transformations():
     params = {"kernel": jnp.ones((12, 12), jnp.bfloat16)}
     chosen = plan(params)

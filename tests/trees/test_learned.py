@@ -36,6 +36,7 @@ def learned(base, merged, adapters, **settings):
     return adapters, lost, mora_jax.delta_weight(adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_what_was_learned_is_one_adapter(dtype, tmp_path):
     base, plan = made(dtype)

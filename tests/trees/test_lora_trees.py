@@ -35,6 +35,7 @@ def adapted_by_qwix(model, *args, **rngs):
     return qwix.apply_lora_to_model(model, provider, *args, **rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [False, True])
 def test_a_linen_model_of_qwix(heads):
     model, lora = Model(heads), adapted_by_qwix(Model(heads))

@@ -90,6 +90,7 @@ COMMON = ["inject_hyperparams", *(f"optax.{name}" for name in COMMON)]
 COMMON += [f"optax.contrib.{name}" for name in ("muon", "prodigy", "schedule_free")]
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     "name", [name if name in COMMON else slow(name) for name in FUNCTIONS]
 )

@@ -297,6 +297,7 @@ class Nnx(nnx.Module):
         return self.b(nnx.tanh(self.a(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [slow(OTHERS[0]), *OTHERS[1:3]], ids=operator_of)
 def test_a_wrapped_model_of_nnx_computes_what_it_is_given(config):
     base = Nnx()

@@ -40,6 +40,7 @@ def made(operator="signed_decoupling", dtype="float32", **settings):
     return params, adapters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", CHANGING)
 def test_the_function_stays_and_the_rank_grows(operator):
     params, adapters = made(operator, alpha=0.5, scale="fine-tuning")
@@ -85,6 +86,7 @@ def seeds_of(tree):
     return {a.operator.seed for a in found if a.of_kernel}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combined", [False, True])
 def test_the_state_of_the_ms_is_reset_and_no_other(combined):
     """Counts of a schedule go on; Adam's own start again with its moments."""
@@ -263,6 +265,7 @@ def test_a_model_of_nnx():
     assert jax.tree.structure(updates) == jax.tree.structure(after.adapters)
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_model_of_nnx_goes_on():
     """As with a state of optax: its schedule counts on, its moments start again."""
     x, tx = random(0, 3, 8), optax.adam(optax.linear_schedule(0.1, 0.0, 10))

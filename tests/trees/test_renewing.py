@@ -78,6 +78,7 @@ def trained(loss, params, adapters, steps=7, every=3, batch=(X, Y), **settings):
     return state, values, step
 
 
+@pytest.mark.slow
 def test_it_is_a_loop_with_restarts_as_one_program():
     loss, params, adapters = task(train="down/bias")
     state, values, step = trained(loss, params, adapters)
@@ -109,6 +110,7 @@ def test_it_is_a_loop_with_restarts_as_one_program():
     close(jnp.mean((y - Y) ** 2), loss(state.adapters, state.params, X, Y))  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_the_rank_grows_and_others_keep_their_directions():
     loss, base, adapters = task()
     state, _, _ = trained(loss, base, adapters, steps=9)
@@ -122,6 +124,7 @@ def test_the_rank_grows_and_others_keep_their_directions():
         np.testing.assert_array_equal(op.in_basis, first.in_basis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["orthogonal", slow("hadamard")])
 def test_random_maps_as_in_the_papers(operator):
     loss, base, adapters = task(operator=operator)
@@ -169,6 +172,7 @@ class Stack(nn.Module):
         return scanned(nn.Dense(24, name="fc"), x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("along", ["gradient", slow("random")])
 def test_each_layer_of_a_stack_has_its_own_maps(along):
     net = Stack()
@@ -218,6 +222,7 @@ def test_small_deltas_add_up_in_16_bits():
     assert share_lost(jnp.asarray(change), jnp.asarray(total)) < 0.5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     loss, params, adapters = task()
     init, step, _ = remora.renewing(loss, TX, 2)
@@ -238,6 +243,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.slow
 def test_an_nnx_model():
     loss, params, adapters = task()
     expected, values, _ = trained(loss, params, adapters)

@@ -63,6 +63,7 @@ def test_small_deltas_stay_in_what_a_layer_computes(dtype):
     assert error["dither"] < 0.2 < 0.5 < error["nearest"]
 
 
+@pytest.mark.slow
 @by_dtype
 def test_kernels_stay_where_nothing_is_added_or_all_is_too_much(dtype):
     grid = jnp.finfo(dtype)

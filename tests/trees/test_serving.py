@@ -74,6 +74,7 @@ def assert_rows_are_as_alone(case, tolerance=1e-5, dtype=None):
     assert len(traces) == 1
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("name", "api"),
     [
@@ -109,6 +110,7 @@ class Layers(nn.Module):
         return nn.Dense(36, name="dense")(x)
 
 
+@pytest.mark.law
 @in_turns("case, platform", KINDS, ["cpu", "tpu"])
 def test_every_kind_of_operator(case, platform):
     """Also as chips compute it, and with the gradients by the slots."""
@@ -173,6 +175,7 @@ def programs_of(execution, operator="rotation"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["rotation", "orthogonal", "low_rank"])
 def test_no_kernel_is_folded_for_each_row(operator):
     """Where one adapter for all of these tokens would be folded."""
@@ -247,6 +250,7 @@ def test_a_cache_is_mapped():
             close(y[row], expected)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("operator", ["sharing", "rotation"])
 def test_meshes(kind, operator):

@@ -149,6 +149,7 @@ def test_scanned_layers_compute_with_their_own(kind, how):
     close(adapter(x), jnp.einsum("...bi,...io->...bo", x, deltas), 1e-4)
 
 
+@pytest.mark.law
 @in_turns("kind, remat", KINDS, [False, True])
 def test_nnx(kind, remat):
     class Layer(nnx.Module):
@@ -238,6 +239,7 @@ def test_on_a_mesh(kind, spec):
         close(merged[k], own + delta(the_adapter(adapters), (k,)), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS[:2], *map(slow, SUBSPACES), *KINDS[4:]])
 def test_files_and_all_that_takes_adapters(kind, tmp_path):
     apply, adapters, variables, _ = a_model(kind)

@@ -401,6 +401,7 @@ def test_mixing_refuses_what_is_no_delta(params, made):
             call()
 
 
+@pytest.mark.slow
 def test_gradients_of_all_params_do_not_move_the_adapters(params):
     """As nnx.value_and_grad gives them: Flax itself would take them in silence."""
     model = mora_jax.nnx.wrap(in_nnx(params), CONFIG)
