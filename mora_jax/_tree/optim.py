@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, keystr
+from optax import GradientTransformation
 
 from mora_jax._common import trees
 from mora_jax._layer.adapter import Adapter
@@ -58,9 +59,7 @@ def trainable_labels(params: Any) -> Any:
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
-def optimizer(
-    tx: optax.GradientTransformation, params: Any
-) -> optax.GradientTransformation:
+def optimizer(tx: GradientTransformation, params: Any) -> GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
@@ -91,13 +90,13 @@ def optimizer(
 
 def check_transformation(tx: Any) -> None:
     """Raise unless `tx` is a transformation of optax."""
-    if not isinstance(tx, optax.GradientTransformation):
+    if not isinstance(tx, GradientTransformation):
         rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
         raise TypeError(f"{rule}, got {type(tx).__name__}")
 
 
 def restarted_state(
-    opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
+    opt_state: Any, tx: GradientTransformation, params: Any, adapters: Any
 ) -> Any:
     """An optimizer's state for adapters that a restart has made.
 
@@ -117,7 +116,7 @@ def restarted_state(
             f"tree of params and adapters, got one of {len(before)} arrays for other "
             "ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
         )
-    leaves = tree_leaves_with_path(tx.init(trained), is_leaf=trees.is_end)
+    leaves = jax.tree.leaves_with_path(tx.init(trained), is_leaf=trees.is_end)
     owners, after = [_owner(*leaf) for leaf in leaves], []
     for old, (keys, new), (own, starts) in zip(before, leaves, owners, strict=True):
         if starts is None:

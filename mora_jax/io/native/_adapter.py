@@ -213,7 +213,7 @@ def save(
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
     with together("save"):
         if chief:
-            text = _records.text_of(dict(sorted(found.items())), more)
+            text = _records.text_of(paths.Found(sorted(found.items())), more)
             data = encode(arrays, {KEY: text})
             # Nothing is written that cannot be read.
             shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)

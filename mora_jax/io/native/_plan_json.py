@@ -2,6 +2,7 @@
 
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import check_alike
+from mora_jax._tree.paths import Found
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.io import _files, _json
 from mora_jax.io.native import _records
@@ -30,7 +31,7 @@ def plan_to_json(plan: Plan) -> str:
         if spec.operator.given:
             why = f"JSON cannot hold the directions of a {spec.operator.name}"
             raise ValueError(f"{name}: {why}; keep its adapters with mora_jax.save")
-    parts = {path: Adapter(None, spec) for path, spec in plan.parts.items()}
+    parts = Found({path: Adapter(None, spec) for path, spec in plan.parts.items()})
     return _records.text_of(parts, {"format": FORMAT} | _json.record_of(plan, PLAN))
 
 

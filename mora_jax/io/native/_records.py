@@ -36,7 +36,6 @@ LARGEST_ARRAY = 2**28  # numbers, the most that a file alone may ask for
 LARGEST_SIZE, DEEPEST = 2**31, 100  # the end of sizes and ranks, the names in a path
 
 Record = Mapping[str, Any]
-ByPath = Mapping[Path, Adapter]
 Widths = tuple[int, int, int]  # of a kernel and its M: in, out and q
 
 
@@ -88,15 +87,14 @@ TRAINED: Fields = {
 PARTS: Fields = {
     "format_version": Field(int, lambda _: VERSION),
     "library_version": Field(str, lambda _: version("mora-jax")),
-    "layers": Field(list, lambda found: _records_of(found, AdapterSpec, LAYER)),
-    "trained": Field(list, lambda found: _records_of(found, TrainedArray, TRAINED)),
+    "layers": Field(list, lambda found: _records_of(found.kernels, LAYER)),
+    "trained": Field(list, lambda found: _records_of(found.trained, TRAINED)),
 }
 """The record of {path: adapter}, beside its `format`."""
 
 
-def _records_of(found: ByPath, kind: type, fields: Fields) -> list[dict[str, Any]]:
-    of_kind = (part for part in found.items() if isinstance(part[1].spec, kind))
-    return [record_of(part, fields) for part in of_kind]
+def _records_of(found: Found, fields: Fields) -> list[dict[str, Any]]:
+    return [record_of(part, fields) for part in found.items()]
 
 
 @functools.lru_cache(maxsize=16)  # layers have few operators, or each its own arrays
@@ -117,7 +115,7 @@ def fingerprint(op: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def text_of(found: ByPath, more: dict[str, Any]) -> str:
+def text_of(found: Found, more: dict[str, Any]) -> str:
     """The record of {path: adapter} with `more` in it, as text."""
     return dump(_signed(record_of(found, PARTS) | more)).decode()
 
