@@ -4,15 +4,18 @@ The sources are the whole checkout, so that a link from a page to a report or a 
 is the same here and in an editor.
 """
 
+import html
 import os
 import re
 import resource
 import subprocess
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import latex2mathml.converter
 from docutils.nodes import SkipNode
+from sphinx.util import logging
 
 import mora_jax
 
@@ -213,6 +216,48 @@ def buttons(page):
     return f"\n:::{{container}} buttons\n{' '.join(links)}\n:::\n\n"
 
 
+def links_back(app, page, template, context, doctree):
+    """Source links to the name that its page has.
+
+    Sphinx takes the first module that has a function, and the last page.
+    """
+    if not page.startswith("_modules/") or "body" not in context:
+        return
+    objects = app.env.get_domain("py").get_objects()
+    known = {(document, anchor) for _, _, _, document, anchor, _ in objects}
+
+    def mended(link):
+        document, anchor = link.groups()
+        end = f".{anchor.rpartition('.')[2]}"
+        there = sorted(a for d, a in known if d == document and a.endswith(end))
+        wrong = there and (document, anchor) not in known
+        return f"{document}.html#{there[0] if wrong else anchor}"
+
+    link = re.compile(r"(docs/api/\w+)\.html#([\w.]+)")
+    context["body"] = link.sub(mended, context["body"])
+
+
+def dead_links(app, error):
+    """Warn of each link within the site whose file or anchor is not there."""
+    if error:
+        return
+    site, anchors = Path(app.outdir).resolve(), {}
+    modules = [
+        f"_modules/{name.replace('.', '/')}" for name in app.env._viewcode_modules
+    ]
+    names = [*app.env.found_docs, *modules, "genindex", "index", "py-modindex"]
+    pages = [site / f"{name}.html" for name in names]  # and not what is left of others
+    texts = {page: page.read_text() for page in pages if page.exists()}
+    for page, text in texts.items():
+        anchors[page] = {"", *re.findall(r'\b(?:id|name)="([^"]*)"', text)}
+    for page, text in texts.items():
+        for link in set(re.findall(r'\bhref="(?!\w+:)([^"]*)"', text)):
+            path, _, anchor = unquote(html.unescape(link)).partition("#")
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            if not target.exists() or anchor not in anchors.get(target, {anchor}):
+                logging.getLogger(__name__).warning("%s: dead link %s", page, link)
+
+
 def skip_aliases(app, what, name, obj, skip, options):
     """The fields of a named tuple are among its attributes."""
     return skip or type(obj).__name__ == "_tuplegetter"
@@ -244,7 +289,9 @@ def setup(app):
     for name in ("BELOW", "branch", "repository"):  # pages depend on them
         app.add_config_value(name, None, "env", [dict, str])
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
+    app.connect("build-finished", dead_links)
     app.connect("source-read", pages_of_the_site)
+    app.connect("html-page-context", links_back)
     # Before napoleon, which connects at 500.
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-process-signature", readable_signature)
