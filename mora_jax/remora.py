@@ -32,8 +32,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from mora_jax._common import checks
-from mora_jax._common.axes import rows_from_kernel
+from mora_jax._common import axes, checks
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.spec import AdapterSpec, operator_settings
@@ -302,7 +301,7 @@ def learned(
         what = f"the delta of {name!r}"
         checks.check_concrete(delta := after - before, what, spec.kernel_shape)
         checks.check_finite(delta, what)
-        delta = np.asarray(rows_from_kernel(delta, spec.axes))
+        delta = np.asarray(axes.rows_from_kernel(delta, spec.axes))
         a, b, lost[name], _ = low_rank.nearest_factors(delta, max_error)
         spec = dataclasses.replace(spec, base_digest=None)
         made[path] = lora_trees.lora_adapter(spec, jnp.asarray(a), jnp.asarray(b))

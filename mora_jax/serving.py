@@ -39,8 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common import checks
-from mora_jax._common.trees import located_leaves
+from mora_jax._common import checks, trees
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.places import explicit_sharding
 from mora_jax._plan.spec import AdapterSpec
@@ -103,7 +102,7 @@ def select(stacked: Tree, index: Any) -> Tree:
     """
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     numbers = set[int]()
-    for path, leaf in located_leaves(stacked, "stacked").items():
+    for path, leaf in trees.located_leaves(stacked, "stacked").items():
         if not isinstance(leaf, Adapter) or not isinstance(leaf.spec, AdapterSpec):
             raise TypeError(f"{rule}, got {type(leaf).__name__} at {'/'.join(path)!r}")
         number, *shape = jnp.shape(leaf.m) or (0,)

@@ -11,16 +11,14 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import check_concrete, check_finite
+from mora_jax._common import axes, checks
 from mora_jax._common.messages import warn
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree import paths
+from mora_jax._tree import damping, paths
 from mora_jax._tree.adapters import init
 from mora_jax._tree.base_digest import gathered
-from mora_jax._tree.damping import check_new
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Damped, Operator, Orthogonal, Subspace, square_rank
 from mora_jax.operators.low_rank import LowRank
@@ -69,13 +67,13 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     arrays = found.in_base(grads, "grads")
     for path, (_, gradient) in arrays.items():
         what = f"the gradient of {'/'.join(path)!r}"
-        check_concrete(gradient, what, found[path].spec.kernel_shape)
+        checks.check_concrete(gradient, what, found[path].spec.kernel_shape)
 
     def of_loras(loras: Mapping[Path, Any]) -> dict[Path, Adapter]:
         products = {}
         for path, lora in loras.items():
             op, (_, gradient) = lora.operator, arrays[path]
-            rows = rows_from_kernel(gradient.astype(jnp.float32), lora.spec.axes)
+            rows = axes.rows_from_kernel(gradient.astype(jnp.float32), lora.spec.axes)
             a, b = op.factors(lora.m)
             products[path] = lora.replace(m=op.joined(rows @ b.mT, a.mT @ rows))
         return products
@@ -139,7 +137,7 @@ def directions(
         raise TypeError(f"{rule}, got {batches!r:.80}")
     found = paths.checked_adapters(adapters_or_plan).kernels
     for path, adapter in found.items():
-        check_new("/".join(path), adapter)
+        damping.check_new("/".join(path), adapter)
 
     def total(loras: Mapping[Path, Adapter]) -> Any:
         sums = None
@@ -181,7 +179,7 @@ def _along(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
     new = {}
     for path, (span, product) in _sketched(gradient, specs).items():
         spec, what = specs[path], f"the gradient of {'/'.join(path)!r}"
-        check_finite(product, what)
+        checks.check_finite(product, what)
         if not product.any():
             raise ValueError(f"{what} is zero, and has no directions")
         old, q = spec.operator, _width(spec)
@@ -361,8 +359,8 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
         squares, across = jnp.sum(grad**2), jnp.sum(delta**2)
         steps[path] = grad * jnp.where(across > 0, squares / across, 0)
         slope += jnp.sum(steps[path] * grad)
-    check_finite(value, "the loss")
-    check_finite(slope, "the gradient of the loss")
+    checks.check_finite(value, "the loss")
+    checks.check_finite(slope, "the gradient of the loss")
 
     def moved(length: jax.Array, **changes: Any) -> Any:
         new = {}

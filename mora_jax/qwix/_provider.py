@@ -15,10 +15,9 @@ import qwix
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from mora_jax._common import checks, trees
 from mora_jax._common.axes import interleaved, stack_places
-from mora_jax._common.checks import patterns_of
 from mora_jax._common.messages import LeftOutWarning, warn
-from mora_jax._common.trees import split_static
 from mora_jax._common.types import Path
 from mora_jax._flax.calls import errors_of
 from mora_jax._layer.adapter import Adapter
@@ -74,7 +73,7 @@ def check_rules(rules: Any) -> None:
         if not isinstance(pattern, str):
             must = f"module_path must be a regular expression, got {pattern!r}"
             raise TypeError(f"{must}; for several modules write '.*(q_proj|v_proj)'")
-        patterns_of("module_path", pattern)
+        checks.patterns_of("module_path", pattern)
     if not any(isinstance(rule, MoRARule) for rule in rules):
         raise ValueError(f"rules must hold a MoRARule, got {rules}")
 
@@ -256,7 +255,7 @@ def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
 
     In the trace nothing is quantized, and each operand is known by what made it.
     """
-    arrays, join = split_static((args, kwargs))
+    arrays, join = trees.split_static((args, kwargs))
     found: Specs = {}
 
     def call(arrays: list[Any]) -> Any:
