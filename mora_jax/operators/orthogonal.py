@@ -188,9 +188,8 @@ def _orthonormal(op: Subspace, side: Side) -> np.ndarray:
     # Not by NumPy, whose threads keep the cores busy for a while after a product: the
     # directions of a model's gradient took twice as long beside them.
     with jax.ensure_compile_time_eval():
-        transposed = jnp.swapaxes(basis, -2, -1)
-        how: Any = {"preferred_element_type": np.float32}
-        products = np.asarray(jnp.matmul(transposed, basis, **how))
+        wide = jnp.asarray(basis, np.float32)
+        products = np.asarray(wide.mT @ wide)
     if not np.allclose(products, np.eye(op.square_rank), atol=TOLERANCE):
         raise ValueError(f"the columns of {name} must be orthonormal")
     basis.setflags(write=False)
