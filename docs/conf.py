@@ -79,9 +79,8 @@ nb_execution_raise_on_error = True
 # A busy machine takes longer, and that is not an error: each notebook's process may use
 # an hour of the processors, however long it waits for them.
 nb_execution_timeout = -1
-resource.setrlimit(
-    resource.RLIMIT_CPU, (3600, resource.getrlimit(resource.RLIMIT_CPU)[1])
-)
+if (hard := resource.getrlimit(resource.RLIMIT_CPU)[1]) == resource.RLIM_INFINITY:
+    resource.setrlimit(resource.RLIMIT_CPU, (3600, hard))
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars, and what XLA says of itself
 

@@ -112,7 +112,7 @@ def from_conf(name, **given):
 
 
 def test_the_way_to_install_follows_one_setting():
-    """Pages have no address of their own, and the site adds what it knows."""
+    """Pages lack an address of their own, and the site adds what it knows."""
     start = (DOCS / "start.md").read_text()
     before, _, after = start.partition("<!-- sources -->")
     assert "## Install" in before and "pip install '.[io,cli]'" in after

@@ -62,9 +62,10 @@ def test_errors_are_raised_as_printed_and_mended(tmp_path, monkeypatch):
 
 
 def _name(kind):
-    """The name of an exception as users import it."""
+    """The name of an exception, ours as users import it."""
     if kind.__module__ == "builtins":
         return kind.__name__
     public = re.sub(r"\._.*", "", kind.__module__)
-    assert hasattr(importlib.import_module(public), kind.__name__)
+    ours = public.startswith("mora_jax")
+    assert not ours or hasattr(importlib.import_module(public), kind.__name__)
     return f"{public}.{kind.__name__}"
