@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 
-LEAVE_OUT = "leave it out with exclude"
-"""Advice for a kernel that cannot be adapted."""
+LEAVE_OUT = "leave it out with exclude"  # advice for a kernel that cannot be adapted
 
 
 def remedy(dtype: DTypeLike = int, otherwise: str = LEAVE_OUT) -> str:

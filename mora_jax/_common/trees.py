@@ -14,11 +14,10 @@ from mora_jax._common.types import Path
 WHOLE: tuple[type, ...] = (nnx.Module,)
 """The pytrees that are leaves here; JAX would take what is in them for arrays."""
 
-REFUSED = {
+REFUSED = {  # class that cannot stand for a tree of arrays: what to give instead
     nnx.Module: "the model {}: its params are nnx.state(model, nnx.Param)",
     nn.Module: "the model {}: its params are model.init(...)['params']",
 }
-"""{class that cannot stand for a tree of arrays: what to give instead}."""
 
 
 def refuse_model(leaf: Any, what: str) -> None:

@@ -15,11 +15,10 @@ from jax.interpreters import partial_eval
 
 T = TypeVar("T")
 
-IDENTITIES = frozenset(
+IDENTITIES = frozenset(  # primitives that leave numbers as they are
     "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
     "pbroadcast pvary reshard sharding_constraint".split()
 )
-"""Primitives that leave numbers as they are."""
 
 OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Primitives whose derivatives are not what their programs have."""

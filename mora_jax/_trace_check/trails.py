@@ -13,11 +13,10 @@ from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
 OTHER_INPUT = "multiplies it with another array than the input that its rule names"
 
-EVALUATED = frozenset(
+EVALUATED = frozenset(  # primitives that are computed where the check knows all numbers
     "add and clamp convert_element_type div eq ge gt le lt max min mul ne not or rem "
     "rsqrt select_n sqrt sub".split()
 )
-"""Primitives that are computed where the check knows all numbers."""
 
 
 class Trail(NamedTuple):
@@ -52,8 +51,7 @@ class Trail(NamedTuple):
 Start = str | MarkedCall | None
 """The path of an array; a call, for its input; None for constants."""
 
-Value = Mapping[Start, Trail]
-"""All that an array depends on."""
+Value = Mapping[Start, Trail]  # all that an array depends on
 
 
 def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:

@@ -22,8 +22,7 @@ class Piece:
 
 
 Axis = tuple[Piece, ...]
-View = tuple[Axis, ...]
-"""An entry for each axis of an array; an axis of length 1 is ()."""
+View = tuple[Axis, ...]  # an entry for each axis of an array; one of length 1 is ()
 
 
 def named(axes: Iterable[Hashable], shape: Shape) -> View:

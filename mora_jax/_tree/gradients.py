@@ -26,10 +26,8 @@ from mora_jax.operators.low_rank import LowRank
 Specs = Mapping[Path, AdapterSpec]
 OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
 """A function from LoRAs, which stand where adapters do, to their gradients."""
-ALONE = 4
-"""One in so many directions, the first ones, is a singular vector."""
-HALVINGS = 20
-"""Lengths that `gradient_start` tries at most."""
+ALONE = 4  # one in so many directions, the first ones, is a singular vector
+HALVINGS = 20  # lengths that `gradient_start` tries at most
 
 
 def gradient_bases(grads: Any, plan: Plan) -> Plan:

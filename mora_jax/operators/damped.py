@@ -124,12 +124,11 @@ class Damped(Operator):
         return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
 
 
-_OF_INNER = (
+_OF_INNER = (  # what is the inner operator's
     *("linear", "square", "bounded", "block", "work", "m_shape", "compressed_shape"),
     *("gains", "fine_tuning_scale", "widest", "start", "scaled"),
     *("_decompress", "leave", "product", "product_by_m"),
 )
-"""What is the inner operator's."""
 for _name in _OF_INNER:
     setattr(Damped, _name, property(operator.attrgetter(f"inner.{_name}")))
 

@@ -29,8 +29,7 @@ except ImportError as error:
     raise ImportError(f"{remedy} ({error})") from error
 
 
-module_of_call = flax_util.get_current_module
-"""The Flax module whose method runs now."""
+module_of_call = flax_util.get_current_module  # the Flax module whose method runs now
 
 
 def path_of_call() -> Path:

@@ -9,11 +9,10 @@ from mora_jax.io.native import _records
 
 FORMAT, WHERE = "mora_jax plan", "the plan"  # the format, and the text in messages
 
-PLAN: _json.Fields = {
+PLAN: _json.Fields = {  # the fields of a plan beside the record of its adapters
     "base_parameters": _json.Field(int, lambda plan: plan.base_parameters),
     "traced": _json.Field(bool, lambda plan: plan.traced),
 }
-"""The fields of a plan beside the record of its adapters."""
 
 
 def plan_to_json(plan: Plan) -> str:

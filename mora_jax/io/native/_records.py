@@ -56,13 +56,12 @@ def _dtype(adapter: Adapter) -> str:
 
 
 _SINCE = {f.name: f.metadata["since"] for f in dataclasses.fields(AdapterSettings)}
-SETTINGS: Fields = {
+SETTINGS: Fields = {  # of an adapter; their values are checked by `AdapterSettings`
     name: Field(type(default), itemgetter(name), default, _SINCE[name])
     for name, default in AdapterSettings().to_json().items()
 }
-"""The settings of an adapter, whose values are checked by `AdapterSettings`."""
 
-LAYER: Fields = {
+LAYER: Fields = {  # the record of a kernel's adapter
     "path": Field(list, lambda part: list(part[0])),
     "kernel_shape": Field(list, lambda part: list(part[1].spec.kernel_shape)),
     "axes": Field(str, lambda part: part[1].spec.axes),
@@ -74,23 +73,20 @@ LAYER: Fields = {
     "base_digest": Field(list, lambda part: part[1].spec.base_digest, None),
     "rank": Field(int, lambda part: part[1].spec.rank, None),
 }
-"""The record of a kernel's adapter."""
 
-TRAINED: Fields = {
+TRAINED: Fields = {  # the record of an array that trains itself
     "path": Field(list, lambda part: list(part[0])),
     "shape": Field(list, lambda part: list(part[1].spec.shape)),
     "dtype": Field(str, lambda part: jnp.dtype(part[1].spec.dtype).name),
     "base_dtype": Field(str, lambda part: jnp.dtype(part[1].spec.base_dtype).name),
 }
-"""The record of an array that trains itself."""
 
-PARTS: Fields = {
+PARTS: Fields = {  # the record of {path: adapter}, beside its `format`
     "format_version": Field(int, lambda _: VERSION),
     "library_version": Field(str, lambda _: version("mora-jax")),
     "layers": Field(list, lambda found: _records_of(found.kernels, LAYER)),
     "trained": Field(list, lambda found: _records_of(found.trained, TRAINED)),
 }
-"""The record of {path: adapter}, beside its `format`."""
 
 
 def _records_of(found: Found, fields: Fields) -> list[dict[str, Any]]:
