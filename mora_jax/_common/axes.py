@@ -92,11 +92,9 @@ def interleaved(stack: Sequence[T], rest: Sequence[T], at: Collection[int]) -> l
 
 @functools.lru_cache(maxsize=1024)
 def order_in_model(axes: str, ndim: int) -> tuple[int, ...]:
-    """The axes of an M, (*stack, *m_shape), in the order in which a model has them.
-
-    The stack's are where the kernel's are, since Flax's lifted transformations slice
-    both alike: an axis behind all features of the kernel is behind all of M's.
-    """
+    """The axes of an M, (*stack, *m_shape), in the order in which a model has them."""
+    # The stack's are where the kernel's are, since Flax's lifted transformations slice
+    # both alike: an axis behind all features of the kernel is behind all of M's.
     last, places = max(axes.rfind("i"), axes.rfind("o")), range(len(axes))
     stack = [k if k < last else k - len(axes) for k in places if axes[k] == "s"]
     if any(not -ndim <= k < ndim for k in stack):

@@ -105,10 +105,8 @@ def _blocks_shape(op: InBlocks) -> Shape:
 
 
 def _blocks(op: InBlocks, m: Array) -> Array:
-    """The factor of each slice of x: R_k M, or several M's with zeros between.
-
-    Where each slice has M's of its own, `m` may be of some neighbouring slices alone.
-    """
+    """The factor of each slice of x: R_k M, or several M's with zeros between."""
+    # Where each slice has M's of its own, `m` may be of some neighbouring slices alone.
     (n, p, s), one = _blocks_shape(op), m.shape[-2:]
     if isinstance(op, Decoupling):
         return jnp.broadcast_to(op.rotate_m(m), (n, p, s))

@@ -105,10 +105,7 @@ def _random_numbers(shape: Shape, start: Start, axes: str) -> Array:
 # Compiled, so that no array of the kernel's size is made on the way.
 @jax.jit
 def share_lost(change: ArrayLike, delta: ArrayLike) -> Array:
-    """The share of a delta that a kernel's change, merged - base, lacks along it.
-
-    It is 0 for a delta of zeros.
-    """
+    """The share of a delta that a change, merged - base, lacks along it; 0 of zeros."""
     # Divided first, since the squares of small numbers are zero in float32.
     size = jnp.linalg.norm(jnp.ravel(delta))
     above_zero = jnp.where(size > 0, size, 1)

@@ -48,9 +48,7 @@ class Trail(NamedTuple):
         return self._replace(unseen=f"a trace cannot look into `{name}`", numbers=None)
 
 
-Start = str | MarkedCall | None
-"""The path of an array; a call, for its input; None for constants."""
-
+Start = str | MarkedCall | None  # an array's path; a call, for its input; constants
 Value = Mapping[Start, Trail]  # all that an array depends on
 
 

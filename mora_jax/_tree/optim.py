@@ -98,10 +98,8 @@ def check_transformation(tx: Any) -> None:
 def restarted_state(
     opt_state: Any, tx: GradientTransformation, params: Any, adapters: Any
 ) -> Any:
-    """An optimizer's state for adapters that a restart has made.
-
-    Their moments start again and mean what they do; the state of other leaves goes on.
-    """
+    """An optimizer's state for adapters that a restart has made."""
+    # Their moments start again and mean what they do; the state of others goes on.
     before, structure = jax.tree.flatten(opt_state, is_leaf=trees.is_end)
     for tree_of in (lambda: adapters, lambda: combine(params, adapters)):
         try:  # without memory for the moments of all params

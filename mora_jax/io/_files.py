@@ -207,12 +207,10 @@ def _write(path: Location, chunks: Iterable[bytes]) -> None:
 
 
 def write_directory(path: Location, files: Files) -> None:
-    """Write all files of a directory; if an error occurs, none of them is there.
-
-    A process that is killed leaves a local directory that is whole or as it was, but of
-    an object store's the files that it had written. So the last file should be the one
-    that readers look for first.
-    """
+    """Write all files of a directory; if an error occurs, none of them is there."""
+    # A process that is killed leaves a local directory that is whole or as it was, but
+    # of an object store's the files that it had written. So the last file should be the
+    # one that readers look for first.
     if is_local(path):
         _replace_directory(path, files)
         return

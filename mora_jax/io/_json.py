@@ -84,10 +84,8 @@ def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
 def read_record(
     content: Any, fields: Fields, where: str, writer: object = None
 ) -> dict[str, Any]:
-    """The object `where` with a value for each field, its own or the default.
-
-    What is not known here is an error, which names the version that is the `writer`.
-    """
+    """The object `where` with a value for each field, its own or the default."""
+    # What is not known here is an error, which names the version that is the `writer`.
     if not isinstance(content, dict):
         raise AdapterFileError(f"{where} must be an object, got {short(content)}")
     if unknown := sorted(content.keys() - fields.keys()):

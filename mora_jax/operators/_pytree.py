@@ -42,10 +42,8 @@ def operator(cls: ClassT) -> ClassT:
 
 
 def by_layer(op: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays that differ between a stack's layers, and the operator of others.
-
-    Arrays of one layer have two axes at most; what has more begins with the stack's.
-    """
+    """The arrays that differ between a stack's layers, and the operator of others."""
+    # Arrays of one layer have two axes at most; what has more begins with the stack's.
     if not op.given:
         return [], lambda arrays: op
     leaves, tree = jax.tree.flatten(op)

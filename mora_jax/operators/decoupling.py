@@ -17,10 +17,8 @@ from mora_jax.operators._pytree import operator, seeded, signs
 def block_positions(
     indices: np.ndarray | Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:
-    """Places where single features come to lie: blocks and offsets, (..., t).
-
-    A feature that starts over has up to t positions; an offset from q on is for none.
-    """
+    """Places where single features come to lie: blocks and offsets, (..., t)."""
+    # A feature that starts over has up to t positions; an offset from q on is for none.
     # NumPy arrays stay such, and are constants of a program.
     size = -(-features // square_rank) * square_rank
     starts = features * np.arange(-(-size // features), dtype=np.uint32)

@@ -80,10 +80,8 @@ class LowRank(Operator):
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
     ) -> Array:
-        """A as PEFT draws it, and B: zeros, or as `super().start` draws an M.
-
-        With init="embedding" A is zero, so that untrained tokens stay, and B is normal.
-        """
+        """A as PEFT draws it, and B: zeros, or as `super().start` draws an M."""
+        # With init="embedding" A is zero, so that untrained tokens stay, and B normal.
         assert key is not None
         keys = jax.random.split(key)
         bound = 1 / math.sqrt(self.in_features)

@@ -251,10 +251,8 @@ def _hold_new(model: nnx.Module, specs: Specs, rngs: Any) -> None:
 
 
 def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
-    """The shapes that a call returns, and the adapters that an NNX model is to have.
-
-    In the trace nothing is quantized, and each operand is known by what made it.
-    """
+    """The shapes that a call returns, and the adapters that an NNX model is to have."""
+    # In the trace nothing is quantized, and each operand is known by what made it.
     arrays, join = trees.split_static((args, kwargs))
     found: Specs = {}
 

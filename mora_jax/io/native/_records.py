@@ -95,11 +95,9 @@ def _records_of(found: Found, fields: Fields) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=16)  # layers have few operators, or each its own arrays
 def fingerprint(op: Operator) -> tuple[float, ...]:
-    """Four numbers that tell operators apart, computed from fixed arrays.
-
-    They differ on a platform or in a later version of the library that has other
-    random numbers or another definition of the operator.
-    """
+    """Four numbers that tell operators apart, computed from fixed arrays."""
+    # They differ on a platform or in a later version of the library that has other
+    # random numbers or another definition of the operator.
     random = np.random.RandomState(0).standard_normal
     while by_layer(op)[0]:  # the first layer's stands for all, which have a digest
         op = op.at((0,))
