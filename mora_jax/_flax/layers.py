@@ -1,7 +1,7 @@
 """Products of known layers; importing this registers them.
 
-Flax's own are known by their classes, and layers of transformers, Tunix and gemma by
-name, so that these packages need not be installed.
+Flax's own are known by their classes, and layers of transformers, Tunix, gemma and
+RecurrentGemma by name, so that these packages need not be installed.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import RULES, LayerRule, register_layer
 from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Product
-from mora_jax.products.contraction import dot_general_equation
+from mora_jax.products.contraction import Blocks, dot_general_equation
 
 
 def _axes(value: Any) -> tuple[int, ...]:
@@ -108,6 +108,9 @@ _TUNIX = {
 RULES.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
 _CONV1D = [LayerRule("...i,oi->...o")]
 RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = _CONV1D
+_GRIFFIN = "recurrentgemma.jax.layers"
+RULES[f"{_GRIFFIN}.Einsum"] = [LayerRule(lambda layer, x: layer.eqn, "w")]
+RULES[f"{_GRIFFIN}.BlockDiagonalLinear"] = [LayerRule(Blocks(), "w")]
 # Gemma 2 and 3, 3n, and 4 have their own `Einsum`, and `Embedder`, also their head.
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
     RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]

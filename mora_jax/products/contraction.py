@@ -170,13 +170,28 @@ class Contraction(Product):
 
     @functools.cached_property
     def _orders(self) -> tuple[list[int], list[int], list[int], int]:
-        """The orders of axes of x and y as rows, and of rows as y, found once.
-
-        Then comes the number of axes that lead, before the features'.
-        """
+        """The orders of axes of x and y as rows, and of rows as y, found once."""
+        # Then comes the number of axes that lead, before the features'.
         batch = [c for c in self.inputs if c not in self.kernel]
         stack, ins, outs = [sizes(self.kernel, self.axes, kind) for kind in "sio"]
         xs, ys = [*stack, *batch, *ins], [*stack, *batch, *outs]
         to_x = [self.inputs.index(c) for c in xs]
         to_y = [self.outputs.index(c) for c in ys]
         return to_x, to_y, [ys.index(c) for c in self.outputs], len(stack) + len(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Product):
+    """A dense layer for each block of neighbouring features: (blocks, in, out)."""
+
+    axes = "sio"
+    adapted_by_default = True
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(primitive="dot_general")
+
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
+        batch, count = x.shape[:-1], delta.kernel_shape[0]
+        rows = delta.rows(jnp.moveaxis(x.reshape(*batch, count, -1), -2, 0))
+        return jnp.moveaxis(rows, 0, -2).reshape(*batch, -1)

@@ -17,7 +17,7 @@ from flax import nnx
 from helpers import random, random_like
 
 from mora_jax import MoRAConfig, register_layer
-from mora_jax.products import Folded
+from mora_jax.products import Blocks, Folded
 
 BATCH, TIME, WIDTH, HIDDEN = 2, 5, 12, 20
 EXPERTS = 3
@@ -274,6 +274,37 @@ class BareExperts(nnx.Module):
         return x + jnp.einsum("bte,btoe->bto", gates, jnp.stack(outputs, -1))
 
 
+class LinenGate(nn.Module):
+    """A kernel for each block of features, as RecurrentGemma's gates have it."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal(1, 2, 0)
+        return in_blocks(x, self.param("w", init, (3, WIDTH // 3, 5)))
+
+
+# Its library need not be here: rules go by a class's full name.
+LinenGate.__module__ = "recurrentgemma.jax.layers"
+LinenGate.__qualname__ = "BlockDiagonalLinear"
+
+
+class Gate(nnx.Module):
+    """The same in NNX, of one's own."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(ZEROS(rngs.params(), (3, WIDTH // 3, 5)))
+
+    def __call__(self, x):
+        return in_blocks(x, self.w[...])
+
+
+def in_blocks(x, w):
+    y = jnp.einsum("...hi,hij->...hj", x.reshape(*x.shape[:-1], *w.shape[:2]), w)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+register_layer(Gate, equation=Blocks(), kernel="w")
+
 for bare in ("up", "down"):
     register_layer(BareExperts, equation=Folded("sio"), kernel=bare)
 BARE = Twin(None, BareExperts, {"up": "sio", "down": "sio"})
@@ -372,6 +403,7 @@ IDS = np.array([0, 3, 10, 3], np.int32)
 # --- All of them ---
 
 DENSE = {
+    "blocks": Twin(LinenGate, Gate, {"w": "sio"}),
     "dense-bfloat16": dense(WIDTH, 10, dtype=BF16),
     "methods": Twin(
         LinenMethods, NNXMethods, {"encoder/kernel": "io", "decoder/kernel": "io"}
