@@ -115,6 +115,7 @@ def test_few_frames_lie_between_what_users_call_and_the_product_with_m(recorded)
         assert 0 < frames <= (9 if least else 12), found
 
 
+@pytest.mark.slow
 def test_few_calls_make_a_program(recorded):
     """Of a training step of two layers: the first, the same again, and another shape.
 

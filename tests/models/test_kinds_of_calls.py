@@ -204,6 +204,7 @@ def adapted(api, turns, first):
     return functools.partial(apply, mora_jax.init(apply.plan), variables, X)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("jitted", [False, True])
 @in_turns("kind, api", KINDS, ["linen", "nnx"])
 def test_another_value_is_another_call(api, kind, jitted):

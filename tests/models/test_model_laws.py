@@ -47,6 +47,7 @@ def test_every_kernel_is_found_with_its_axes(name, api):
     assert {path: spec.axes for path, spec in plan.items()} == TWINS[name].axes
 
 
+@pytest.mark.law
 @by_model
 def test_plans_of_shapes_are_those_of_arrays(name, api):
     twin = TWINS[name]
@@ -62,6 +63,7 @@ def test_plans_of_shapes_are_those_of_arrays(name, api):
         assert mora.plan(model, twin.config) == of_shapes
 
 
+@pytest.mark.law
 @by_model
 def test_zero_changes_nothing(name, api):
     base, ((_, adapted), _), ((_, merged), _) = results(name, api).at_zero
@@ -155,6 +157,7 @@ def test_a_model_computes_what_the_given_adapters_say(name, api):
     assert len(case.traces) == number + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "api"), SOME_OF_MODELS)
 def test_directions_are_those_of_the_kernels_gradients(name, api):
     """In each layer, whatever it computes, and in each layer of a stack."""

@@ -97,6 +97,7 @@ def test_blocks_become_a_square_of_the_same_budget():
         assert spec.scale == pytest.approx(spec.operator.fine_tuning_scale)
 
 
+@pytest.mark.slow
 def test_directions_beyond_the_rank_of_a_gradient():
     grads = jax.tree.map(jnp.zeros_like, params_of(0))
     grads = jax.tree.map(lambda leaf: leaf.at[..., 3, 5].set(1), grads)

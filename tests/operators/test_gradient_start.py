@@ -140,6 +140,7 @@ def test_a_steep_loss_takes_a_short_step():
     assert steep(adapters) < 1
 
 
+@pytest.mark.slow
 def test_what_no_step_lowers_is_said():
     plan = planned()
     start = mora_jax.init(plan)

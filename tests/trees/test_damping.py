@@ -114,6 +114,7 @@ def test_layers_of_a_stack_have_their_own(remat):
     close(apply(trained, variables, X), Stack().apply(merged, X), 1e-4)
 
 
+@pytest.mark.slow
 def test_nnx():
     model = Twin(nnx.Rngs(0))
     adapted = mora.wrap(model, CONFIG, X)

@@ -94,6 +94,7 @@ def test_several_batches_have_the_directions_of_their_sum(dtype):
             close(abs(along), np.ones(4), 1e-2)
 
 
+@pytest.mark.slow
 def test_nnx_states_and_trees_alike():
     plan, variables, loss, _ = losses()
     tree = directions(loss, mora_jax.init(plan), [(variables, X, Y)])

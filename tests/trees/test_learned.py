@@ -71,6 +71,7 @@ def test_what_was_learned_is_one_adapter(dtype, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_learned_arrays_and_kernels_that_stayed():
     params, _ = made()

@@ -121,6 +121,7 @@ def delta(adapter, index):
     return adapter.spec.factor * p @ np.asarray(inner.delta_weight(m), np.float64)
 
 
+@pytest.mark.slow
 @in_turns("kind, how", KINDS, [((LAYERS,), False), ((2, 2), False), ((LAYERS,), True)])
 def test_scanned_layers_compute_with_their_own(kind, how):
     lengths, remat = how

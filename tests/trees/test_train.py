@@ -131,6 +131,7 @@ def test_a_step_in_linen_is_plain_descent_on_these_arrays(params, made):
         assert flatten(merged)[name] is flatten(params)[name]
 
 
+@pytest.mark.slow
 def test_a_step_in_nnx_is_plain_descent_on_these_arrays(params, made):
     base = in_nnx(params)
     model = mora_jax.nnx.wrap(base, CONFIG)
