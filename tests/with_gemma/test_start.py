@@ -1,8 +1,11 @@
 """The first page about training, whose tab for gemma is a whole program."""
 
 import jax
+import pytest
 from helpers import python_blocks
 from processes import ROOT
+
+pytest.importorskip("gemma")
 
 
 def test_the_tab_runs_and_trains_the_adapters():
