@@ -117,15 +117,13 @@ def _blocks(op: InBlocks, m: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class BlockMap(DeltaMap):
-    """The map of an operator with few blocks, each with a factor, see `_blocks`.
-
-    `products_of` gives the gradients of these factors, (n, shards, p, s).
-    """
+    """The map of an operator with few blocks, each with a factor, see `_blocks`."""
 
     # Products of blocks are kept apart by the devices that share the rows of x, until
     # they are rotated back: one array like M is summed over devices, not n.
     op: Any
     rows_of: Callable[[Any, Array, Array, Precision], Array]
+    # The gradients of the factors, (n, shards, p, s).
     products_of: Callable[[Any, Array, Array, int, Precision], Array]
 
     block = True
