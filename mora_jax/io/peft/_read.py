@@ -47,7 +47,7 @@ def load_peft(
 
     Args:
       directory: As in `load`, with adapter_config.json and adapter_model.safetensors;
-        or "user/name" on the Hub, of which huggingface_hub keeps a copy of these two.
+        or "user/name" on the Hub, from where huggingface_hub copies these two.
       model: The params of the model, or their shapes. If kernels have other axes than
         (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file; of
         GPT-2's names params with a c_attn do. None takes the shapes of a LoRA's own
