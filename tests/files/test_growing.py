@@ -155,7 +155,8 @@ CHANGES = {
     "io/native/_records.py": [
         ('    "rank": Field(int, lambda part: part[1].spec.rank, None),\n',
          '    "remark": Field(str, lambda part: REMARKS["remark"], "", "9.0.0"),\n'),
-        ('    "trained": Field(list, lambda found: _records_of(found.trained, TRAINED)),\n',
+        ('    "trained": Field('
+         "list, lambda found: _records_of(found.trained, TRAINED)),\n",
          '    "mood": Field(str, lambda found: REMARKS["mood"], "", "9.0.0"),\n'),
         ("# --- What files hold ---\n", 'REMARKS = {"remark": "", "mood": ""}\n'),
     ],
