@@ -86,15 +86,16 @@ def weighted_sum(
         raise ValueError(f"weights must be one for each adapter, {got}")
     factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
     why = "so that sums of adapters are not sums of deltas: merge one after another"
-    squares = {p: a for p, a in found[0].items() if not _is_lora(a)}
-    paths.Found(squares).refuse_nonlinear(why)
     found[0].refuse_trained(NO_DELTA)
+    loras = {p for p, a in found[0].items() if isinstance(a.operator, LowRank)}
+    squares = paths.Found({p: a for p, a in found[0].items() if p not in loras})
+    squares.refuse_nonlinear(why)
     sums = paths.Found()
     for path, adapter in found[0].items():
         arrays, op = [one[path].m for one in found], adapter.operator
         pairs = zip(factors, arrays, strict=True)
         moves = [op.scaled(wide(a), factor) for factor, a in pairs]
-        if _is_lora(adapter):  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
+        if path in loras:  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
             total = jnp.concatenate(moves, -1)
             op = dataclasses.replace(op, square_rank=total.shape[-1])
         else:
@@ -105,10 +106,6 @@ def weighted_sum(
         spec = dataclasses.replace(adapter.spec, operator=op)
         sums[path] = Adapter(total, spec)
     return sums.tree()
-
-
-def _is_lora(adapter: Adapter) -> bool:
-    return adapter.of_kernel and isinstance(adapter.operator, LowRank)
 
 
 def _factor(value: Any, name: str) -> Any:

@@ -275,8 +275,7 @@ def learned(
       (adapters, {kernel: the share of its delta that is cut off}).
 
     Raises:
-      TypeError, ValueError: The params do not fit the adapters, or `max_error` is not
-        between 0 and 1.
+      TypeError, ValueError: Params do not fit, or `max_error` is not from 0 to 1.
 
     Example::
 

@@ -234,10 +234,8 @@ def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _mapped(old: Any, self: Any, mapping: Any, *args: Any) -> None:
-    """After `PunicaWrapperBase._update_base_metadata`: the rows of each adapter.
-
-    Once in a step and on the host, since to look for them on a GPU makes it wait.
-    """
+    """After `PunicaWrapperBase._update_base_metadata`: the rows of each adapter."""
+    # Once in a step and on the host, since to look for them on a GPU makes it wait.
     old(self, mapping, *args)
     ids = np.array(mapping.index_mapping)
     self.rows = {

@@ -163,7 +163,7 @@ class Candidates:
         head = re.fullmatch(settings.HEAD, name, re.IGNORECASE)
         if head and ("/" not in head.groups()[-1] or widths[0] != widths[1]):
             return f"a head or router by its name; {TARGETS}"
-        return DROPPED if self.survey.drops(name) else ""
+        return DROPPED if name in self.survey.ran - self.survey.uses.reached else ""
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""

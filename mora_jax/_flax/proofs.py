@@ -54,10 +54,8 @@ class Proofs:
     def proving(
         self, model: Any, call: Any, check: Callable[..., str], *args: Any
     ) -> Iterator[None]:
-        """Before a call that runs inside, `check(*args)`, unless it is like another.
-
-        All that Python sees in it is in `model` and `call`.
-        """
+        """Before a call that runs inside, `check(*args)`, unless it is like another."""
+        # All that Python sees in it is in `model` and `call`.
         if _inside.get() or intercepted():
             yield
             return
@@ -92,10 +90,8 @@ def unchecked(value: bool = True) -> Iterator[None]:
 
 
 def content(value: Any) -> Hashable:
-    """All that Python sees in a value, equal for values that it cannot tell apart.
-
-    It raises a TypeError if not all of it can be read, as copies and pickles read it.
-    """
+    """All that Python sees in a value, equal for values that it cannot tell apart."""
+    # It raises a TypeError if not all of it can be read, as copies and pickles read it.
     # Types, numbers of parts and values, as a walk meets them: one flat tuple.
     found, left, met = [], [value], {}
     while left:

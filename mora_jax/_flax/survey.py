@@ -53,7 +53,7 @@ class Survey:
     # Of a parameter that scales a kernel the kernel's axes that it has.
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses = dataclasses.field(default_factory=Uses)  # in calls that were traced
-    ran: set[str] = dataclasses.field(default_factory=set)  # kernels whose layers did
+    ran: set[str] = dataclasses.field(default_factory=set)  # kernels, in such calls
     traced: bool = False  # True if one was
     # Of a kernel that no `nnx.Param` holds the name of the class that does.
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -195,10 +195,6 @@ class Survey:
         kernels = self.products, self.uses.multiplied, self.uses.unseen
         is_kernel = any(name in them for them in kernels)
         return name in self.non_kernels or (name in self.uses.reached and not is_kernel)
-
-    def drops(self, name: str) -> bool:
-        """True if the layer of the kernel `name` runs, and nobody uses its output."""
-        return self.traced and name in self.ran - self.uses.reached
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""

@@ -95,8 +95,7 @@ class Adapter:
           x: (*stack, *batch, *in), with the input axes of the kernel.
 
         Raises:
-          TypeError, ValueError: `x` is not an array or does not fit, or the adapter is
-            a trained array.
+          TypeError, ValueError: `x` is not an array that fits, or the array is trained.
         """
         spec, x = self._kernel_spec("a product"), as_jax_array("x", x)
         spec = check_adapter(f"kernel{SUFFIX}", self).spec

@@ -93,10 +93,8 @@ class Delta(KernelDelta):
         precision: jax.lax.PrecisionLike = None,
         x: Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter, in `dtype` or M's own.
-
-        With the layer's input `x` its M is on the devices that `x` is on.
-        """
+        """The delta of an adapter, in `dtype` or M's own."""
+        # With the layer's input `x` its M is on the devices that `x` is on.
         if (got := jnp.shape(m)) != spec.shape:
             many = many_if(got, spec.shape)
             raise ValueError(f"M must have shape {spec.shape}, got {got}{many}")

@@ -110,10 +110,8 @@ class OnMesh(DeltaMap):
         return self.shared(lambda own, m: matrix_of(*own, m), [m], [REPLICATED], spec)
 
     def added(self, m: Array, kernel: Array, add: Here) -> Array:
-        """A kernel with its delta, (in, out), split as the kernel is.
-
-        Where a kernel is gathered before it is used, the sum is what is gathered.
-        """
+        """A kernel with its delta, (in, out), split as the kernel is."""
+        # Where a kernel is gathered before it is used, the sum is what is gathered.
         specs = [self._kernel_spec, REPLICATED], self._kernel_spec
         return self.shared(lambda own, kernel: add(*own, kernel), [kernel, m], *specs)
 

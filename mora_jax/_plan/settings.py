@@ -219,13 +219,11 @@ class MoRAConfig(KernelConfig):
         "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
         "hadamard", "low_rank", or "auto"; or a mapping with further settings,
         {"name": "sharing", "compress_groups": "contiguous"}.
-      alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, so 1 is
-        usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.) It
-        is above 0; `mixing.scaled` takes a negative factor.
+      alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, above 0: 1
+        is usual, and above 4 a `MoRAWarning` is given.
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
-        and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
-        and each of these wants a rate of its own. Plans and files keep the number.
+        and the kernel's shape: see `Operator.fine_tuning_scale`. "paper" takes 1.
       square_rank: q itself, instead of `rank`; or the number of blocks that have an M
         each. "auto" then has a square.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
@@ -241,11 +239,10 @@ class MoRAConfig(KernelConfig):
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
         its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by shape, rows and dtype.
-        They differ by rounding alone. Other layers, stacks of kernels in one product,
-        and layers under dropout never fold.
+        Other layers, stacks in one product, and layers under dropout never fold.
       targets: Regular expressions that match the whole path of a kernel, such as
         `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
-      exclude: Regular expressions that match the paths to leave out.
+      exclude: Regular expressions for paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
         settings are all fields except `targets`, `exclude`, `overrides` and `train`,
         and "axes", the meaning of a kernel's axes, a letter each: "i" for input

@@ -224,10 +224,8 @@ class AdapterSpec(AdapterSettings):
         return itertools.combinations(places, count) if count >= 0 else iter(())
 
     def one_of(self, taken: Sequence[int], **operator: Operator) -> "AdapterSpec":
-        """The same adapter for one kernel of the stack along the axes `taken`.
-
-        Its operator is to be given, as `operator`, if each has its own.
-        """
+        """The same adapter for one kernel of the stack along the axes `taken`."""
+        # Its operator is to be given, as `operator`, if each has its own.
         if not taken and not operator:
             return self
         (shape, axes), layout = self._without(taken), self.layout

@@ -117,10 +117,8 @@ def _moments(
     found: Mapping[Path, Adapter],
     columns: Mapping[Path, np.ndarray],
 ) -> dict[Path, tuple[np.ndarray, np.ndarray]]:
-    """{path: (S Z, trace of S)} of second moments S of inputs, for columns Z.
-
-    Both are of each layer of a stack. Kernels whose inputs are not seen are left out.
-    """
+    """{path: (S Z, trace of S)} of second moments S of inputs, for columns Z."""
+    # Both are of each layer of a stack. Kernels whose inputs are not seen are left out.
     sketches = {}
     plain: Any = {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "layout": None}
     for path, z in columns.items():

@@ -39,8 +39,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     small batch. Each kernel of a stack has its own, or the largest one's if its
     gradient is zero. A square M keeps its size, others get one of their budget, and
     `scale` is the new operator's if it was the old one's. The source is LoRA-SB
-    (Ponkshe et al. 2024); the factor is ours. docs/what-it-learns.md says what it
-    gains, and docs/operators.md what it costs.
+    (Ponkshe et al. 2024); the factor is ours. docs/operators.md says what it costs.
 
     Args:
       grads: Gradients of the loss, in a tree as the base's params are.

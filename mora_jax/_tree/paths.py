@@ -75,10 +75,8 @@ class Found(dict[Path, Adapter]):
     def in_base(
         self, params: Any, what: str = "params", *, any_base: bool = True
     ) -> dict[Path, tuple[Path, jax.Array]]:
-        """{path: (path in params, array there)}; params must be the base alone.
-
-        Without `any_base` they must be the base that the adapters were trained on.
-        """
+        """{path: (path in params, array there)}; params must be the base alone."""
+        # Without `any_base` they must be the base that the adapters were trained on.
         leaves = named_leaves(params, what)
         for name in leaves:
             if name.endswith(SUFFIX):
@@ -140,10 +138,8 @@ def checked_adapters(tree: Any, *, finite: bool = True) -> Found:
 
 
 def alike_adapters(trees: Any) -> list[Found]:
-    """`checked_adapters` of a sequence of one or more, of one meaning and one base.
-
-    The first ones know the base if any do.
-    """
+    """`checked_adapters` of a sequence of one or more, of one meaning and one base."""
+    # The first ones know the base if any do.
     rule = "adapters must be a sequence of adapters, as init makes them"
     if isinstance(trees, Mapping) or not isinstance(trees, Iterable):
         raise TypeError(f"{rule}, got {type(trees).__name__}")

@@ -31,10 +31,8 @@ PathLike = str | os.PathLike[str]  # what `as_path` reads
 
 
 def as_path(argument: str, value: object) -> Location:
-    """The path that a user's argument names, a `str` or a path object.
-
-    A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath.
-    """
+    """The path that a user's argument names, a `str` or a path object."""
+    # A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath.
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text:
         kind = ValueError if isinstance(text, str) else TypeError
@@ -89,10 +87,8 @@ Files = Iterable[tuple[str, Iterable[bytes]]]  # names, and contents in pieces
 
 @contextlib.contextmanager
 def together(call: str, shared: bool = True) -> Iterator[list[Any]]:
-    """A step of `call`, which raises on all processes if it raises on one.
-
-    It yields a list for what must be alike on all of them before they go on.
-    """
+    """A step of `call`, which raises on all processes if it raises on one."""
+    # It yields a list for what must be alike on all of them before they go on.
     alike, own = [], None
     if not shared or jax.process_count() == 1:
         return (yield alike)
@@ -160,10 +156,8 @@ def entries(directory: Location) -> list[Location]:
 def check_free(
     argument: str, value: object, names: Collection[str], force: bool
 ) -> Location:
-    """The path of a directory, if one of files called `names` may be made there.
-
-    With `force` it may replace one, all of whose files have those names.
-    """
+    """The path of a directory, if one of files called `names` may be made there."""
+    # With `force` it may replace one, all of whose files have those names.
     path = as_path(argument, value)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{argument} must be a directory, got the file {path}")

@@ -106,10 +106,8 @@ def read_record(
 
 
 def plain(value: Any, name: str) -> Any:
-    """A value that a user wants to keep, in the types that JSON gives back.
-
-    An error calls the value `name`, followed by the keys that lead to the faulty part.
-    """
+    """A value that a user wants to keep, in the types that JSON gives back."""
+    # An error calls the value `name`, followed by the keys to the faulty part.
     rule = f"{name} must be something that JSON can hold"
     try:
         if isinstance(value, Mapping):

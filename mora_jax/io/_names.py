@@ -76,10 +76,8 @@ class Bijection:
         return _fitting(path, self._kernels)
 
     def of_leaf(self, path: str) -> Iterator[Pair]:
-        """The pairs of any array, as a port without a template has it.
-
-        Its path is its tensor's name: "encoder/layer/0/q/kernel" is that layer's q.
-        """
+        """The pairs of any array, as a port without a template has it."""
+        # Its path is its tensor's name: "encoder/layer/0/q/kernel" is that layer's q.
         yield from self.of_kernel(path)
         parent, _, last = path.rpartition("/")
         if parent and last in _LEAVES:
@@ -92,8 +90,7 @@ class Bijection:
         """{index in an array's stack: its pair whose tensor is there}, or None.
 
         A kernel with `axes`, its stack's first, has them in its pairs. Of several
-        outputs the first may be one of the index's. Where nobody knows what is there,
-        templates alone count.
+        outputs the first may be one of the index's. Without `there` templates count.
         """
         pairs_of, there = self.of_leaf if there else self.of_kernel, there or bool
         first, inner = axes.count("s"), axes.lstrip("s")

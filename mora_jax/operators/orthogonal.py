@@ -135,8 +135,7 @@ class Subspace(Projection):
     are stored with the adapter: q (in + out) numbers.
 
     Attributes:
-      in_basis, out_basis: Directions, (features, q) or (*stack, features, q), kept in
-        bfloat16.
+      in_basis, out_basis: Directions, (features, q) or (*stack, features, q), bfloat16.
 
     Raises:
       TypeError: A basis is not a floating-point array, or is a tracer.

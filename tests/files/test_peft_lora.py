@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import jax
 import jax.numpy as jnp
@@ -300,6 +301,7 @@ class Hub(types.ModuleType):
 
     def __init__(self, adapter):
         super().__init__("huggingface_hub")
+        self.__spec__ = ModuleSpec("huggingface_hub", None)  # it is installed
         self.adapter = adapter
 
     def snapshot_download(self, name, allow_patterns):

@@ -55,8 +55,7 @@ def load_base(
         leaf, or a shape or a dtype does not fit. No tensor is read before.
       TypeError: `like` is a model or holds tracers, `skip` is of a wrong type, or a
         transformation of JAX is under way.
-      ValueError: `names` are unknown, `skip` matches nothing, or a leaf cannot be split
-        as its sharding says.
+      ValueError: `names` are unknown, `skip` matches nothing, or shardings do not fit.
 
     Example::
 

@@ -149,10 +149,8 @@ class Source:
         self.missing: list[str] = []
 
     def stack(self, leaf: str, shape: Shape, axes: str = "") -> dict[Shape, Part]:
-        """{index in a leaf's stack: its tensor}; others are noted as missing.
-
-        The `axes` of a kernel are as in `Bijection.layers`.
-        """
+        """{index in a leaf's stack: its tensor}; others are noted as missing."""
+        # The `axes` of a kernel are as in `Bijection.layers`.
         pairs = self.known.layers(leaf, shape, axes, self.named)
         if not axes and not any(pairs.values()):
             if own := self.own_name(leaf, shape):

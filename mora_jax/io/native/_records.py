@@ -124,10 +124,8 @@ def _signed(content: Record) -> dict[str, Any]:
 
 
 def parse_record(text: str, name: str, more: Fields, where: str, hint: str) -> Record:
-    """A record of adapters in the format `name` with `more` fields, and with defaults.
-
-    Messages call it `where`, and `hint` says what else to do with others.
-    """
+    """A record of adapters in the format `name` with `more` fields, and defaults."""
+    # Messages call it `where`, and `hint` says what else to do with others.
     # Half of a character, which JSON may hold, lacks bytes: it makes another text.
     content = parse(text.encode(errors="replace"), where)
     if not isinstance(content, dict) or content.get("format") != name:

@@ -196,10 +196,8 @@ def _make_lora(
 def _factors(
     spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: int | None, max_error: float
 ) -> tuple[np.ndarray, np.ndarray, float, float, int]:
-    """A (in, r), B (r, out), a factor, the share that is lost, and the least rank.
-
-    Factor times A B is what the LoRA keeps of the delta's columns `outputs`.
-    """
+    """A (in, r), B (r, out), a factor, the share that is lost, and the least rank."""
+    # Factor times A B is what the LoRA keeps of the delta's columns `outputs`.
     op, factor, basis = spec.operator, 1.0, None
     if isinstance(op, LowRank):  # a LoRA's matrices stay as they are
         factor = spec.factor

@@ -35,10 +35,8 @@ class MatrixPair(NamedTuple):
 
 
 def turned(pair: MatrixPair, kernel: str, axes: str, here: str) -> MatrixPair:
-    """A module for its kernel or the other way round: A and B of a table may turn.
-
-    A warning of heads that are tied to a table ends with what happens to them `here`.
-    """
+    """A module for its kernel or the other way round: A and B of a table may turn."""
+    # A warning of heads that are tied to a table ends with what happens to them `here`.
     if not pair.table:
         return pair
     lookup = f"the lookup of {pair.module}, and not a head that is tied to it"

@@ -1,10 +1,10 @@
 """Reading PEFT directories: a LoRA's, and those that the reference wrote."""
 
-import importlib
 import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -63,7 +63,10 @@ def load_peft(
     Raises:
       AdapterFileError: The files are damaged, of another type, or do not fit the model.
     """
-    path_of = _here(directory)
+    path_of = _files.as_path("directory", directory)
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(directory))
+    if is_name and not path_of.exists() and find_spec("huggingface_hub"):
+        path_of = _copy_of_hub(str(directory))
     config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
         raise AdapterFileError(f"the base is needed: {path_of} lacks sizes of kernels")
@@ -88,20 +91,14 @@ def load_peft(
     return adapters.tree()
 
 
-def _here(directory: _files.PathLike) -> _files.Location:
-    """A directory, or the copy of what the Hub has by that name."""
-    path = _files.as_path("directory", directory)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(directory)):
-        return path
+def _copy_of_hub(name: str) -> _files.Location:
+    from huggingface_hub import snapshot_download
+
     try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        return path  # whose error names the package
-    try:
-        copy = hub.snapshot_download(str(directory), allow_patterns=[CONFIG, TENSORS])
+        copy = snapshot_download(name, allow_patterns=[CONFIG, TENSORS])
     except Exception as error:  # of names, rights and networks, which have many classes
         told = f"{type(error).__name__}: {error}".partition("\n")[0]
-        missing = f"there is no directory {str(directory)!r}, and none from the Hub"
+        missing = f"there is no directory {name!r}, and none from the Hub"
         raise AdapterFileError(f"{missing}: {told}") from error
     return _files.as_path("directory", copy)
 
