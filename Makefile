@@ -16,9 +16,9 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx demo-sharded demo-many quickstart bench bench-layer \
-  bench-growth bench-many bench-scale bench-torch bench-chips bench-pod bench-quality \
-  bench-vllm test test-slow test-exhaustive test-all test-tunix test-gemma \
+.PHONY: help demo demo-nnx demo-train demo-sharded demo-many quickstart bench \
+  bench-layer bench-growth bench-many bench-scale bench-torch bench-chips bench-pod \
+  bench-quality bench-vllm test test-slow test-exhaustive test-all test-tunix test-gemma \
   test-maxtext test-peft test-vllm test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
@@ -37,6 +37,9 @@ demo: env ## teach a language model facts it does not know
 
 demo-nnx: env ## the same with the model's twin in Flax NNX
 	$(run) -m examples.teach_facts_nnx $(ARGS)
+
+demo-train: env ## a whole run: evaluation, early stop, checkpoints, merge
+	$(run) -m examples.train $(ARGS)
 
 demo-sharded: env ## train on a mesh of eight devices, all of them this CPU
 	$(run) -m examples.train_sharded --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)

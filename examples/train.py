@@ -263,7 +263,7 @@ def fit(
         if number % args.evaluate_every == 0 or number == last:
             run, found = evaluation(run)
             row |= jax.tree.map(float, found)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
         history.append({"step": number, **row})
         ends = number == last or run.waited >= args.patience
         if ends or number % args.save_every == 0:
@@ -326,8 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, after = test(first(), variables=merged)  # new adapters add nothing to it
     print(
         f"{len(history) - 1} steps; loss of held-out questions: "
-        f"{history[0]['held_out']:.3f} before, {run.best_loss:.3f} at best, "
-        f"{after['held_out']:.3f} merged, with {after['right']:.0%} of answers right\n"
+        f"{history[0]['held_out']:.3g} before, {run.best_loss:.3g} at best, "
+        f"{after['held_out']:.3g} merged, with {after['right']:.0%} of answers right\n"
         f"{args.out}/adapter has the best adapters, {args.out}/merged the whole model"
     )
 

@@ -53,7 +53,7 @@ def options(base, out, more=""):
 
 @contextlib.contextmanager
 def running(base, out, devices):
-    """The program as a process, which is killed if it has not ended by then."""
+    """The program as a process, which is killed if it still runs then."""
     command = [sys.executable, "-m", "examples.train", *options(base, out)]
     env = environment(
         JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
@@ -173,7 +173,7 @@ def test_it_stops_when_the_loss_falls_no_more(base, tmp_path, capsys):
         assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and saved(out)[-1] == 4
         best = mora_jax.load(out / "adapter")
         assert not any(np.any(m) for m in jax.tree.leaves(best))
-        before = f"{rows[0]['held_out']:.3f}"
+        before = f"{rows[0]['held_out']:.3g}"
         told = f"4 steps; loss of held-out questions: {before} before, {before} at best"
         assert told in capsys.readouterr().out
     with pytest.raises(SystemExit, match="rank must be 2 as in .*states, got 4"):
@@ -274,3 +274,10 @@ def test_bad_options(capsys):
     args = train.arguments(["--batch", "12", "--micro-batch", "6"])
     with pytest.raises(SystemExit, match="multiple of 8, the devices"):
         train.places(args)
+
+
+def test_the_page_quotes_the_program():
+    page = (ROOT / "docs/training-script.md").read_text()
+    quoted = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    program = (ROOT / "examples/train.py").read_text()
+    assert len(quoted) > 3 and not [part for part in quoted if part not in program]
