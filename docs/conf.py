@@ -45,7 +45,7 @@ BELOW = {
     "docs/gallery": ["All pages, by question <README>"],
     "docs/operators": ["lora"],
     "docs/what-is-adapted": ["trace-check"],
-    "docs/training": ["training-nnx"],
+    "docs/training": ["training-script", "training-nnx"],
     "docs/files": ["checkpoints"],
     "docs/vllm": ["rollouts"],
     "docs/results": [
