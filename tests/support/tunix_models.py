@@ -39,7 +39,8 @@ MODELS = {
     "gemma4": (
         "Gemma4",
         GEMMA | FLOAT | {"per_layer_input_dim": 8},
-        f"{FUSED} per_layer_input_gate/w per_layer_projection/w",
+        f"{FUSED} per_layer_input_gate/w per_layer_projection/w "
+        "embedder/per_layer_model_projection/w",
     ),
     "gemma4 experts": (
         "Gemma4",
