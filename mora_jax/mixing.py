@@ -92,18 +92,18 @@ def weighted_sum(
     squares.refuse_nonlinear(why)
     sums = paths.Found()
     for path, adapter in found[0].items():
-        arrays, op = [one[path].m for one in found], adapter.operator
+        arrays, spec = [one[path].m for one in found], adapter.spec
         pairs = zip(factors, arrays, strict=True)
-        moves = [op.scaled(wide(a), factor) for factor, a in pairs]
+        moves = [spec.operator.scaled(wide(a), factor) for factor, a in pairs]
         if path in loras:  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
             total = jnp.concatenate(moves, -1)
-            op = dataclasses.replace(op, square_rank=total.shape[-1])
+            op = dataclasses.replace(spec.operator, square_rank=total.shape[-1])
+            spec = dataclasses.replace(spec, operator=op, rank=None)
         else:
             total = jnp.asarray(sum(moves))
         total = total.astype(jnp.result_type(*arrays))
-        place = "/".join(paths.place_of(path, adapter.spec))
+        place = "/".join(paths.place_of(path, spec))
         check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
-        spec = dataclasses.replace(adapter.spec, operator=op)
         sums[path] = Adapter(total, spec)
     return sums.tree()
 

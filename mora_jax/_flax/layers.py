@@ -108,9 +108,8 @@ _TUNIX = {
 RULES.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
 _CONV1D = [LayerRule("...i,oi->...o")]
 RULES["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = _CONV1D
-_GRIFFIN = "recurrentgemma.jax.layers"
-RULES[f"{_GRIFFIN}.Einsum"] = [LayerRule(lambda layer, x: layer.eqn, "w")]
-RULES[f"{_GRIFFIN}.BlockDiagonalLinear"] = [LayerRule(Blocks(), "w")]
+RULES["recurrentgemma.jax.layers.Einsum"] = [LayerRule(lambda own, x: own.eqn, "w")]
+RULES["recurrentgemma.jax.layers.BlockDiagonalLinear"] = [LayerRule(Blocks(), "w")]
 # Gemma 2 and 3, 3n, and 4 have their own `Einsum`, and `Embedder`, also their head.
 for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
     RULES[f"{_package}._layers.Einsum"] = [_GM_EINSUM]

@@ -25,7 +25,7 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
 
-TARGETS = "targets adapt it if they name it, train all of it"
+IF_NAMED = "targets adapt it if they name it, train all of it"
 
 
 def plan(params_or_shapes: Any, config: settings.MoRAConfig | None = None) -> Plan:
@@ -162,7 +162,7 @@ class Candidates:
         # What a head does before its last layer is between equal widths.
         head = re.fullmatch(settings.HEAD, name, re.IGNORECASE)
         if head and ("/" not in head.groups()[-1] or widths[0] != widths[1]):
-            return f"a head or router by its name; {TARGETS}"
+            return f"a head or router by its name; {IF_NAMED}"
         return DROPPED if name in self.survey.ran - self.survey.uses.reached else ""
 
     def adapter(self, name: str) -> AdapterSpec:
@@ -233,7 +233,7 @@ class Candidates:
         if product and product.adapted_by_default:
             return self._why_no_default(name), False
         if product:
-            return f"{product.label or 'left out by its rule'}; {TARGETS}", False
+            return f"{product.label or 'left out by its rule'}; {IF_NAMED}", False
         if sum(size > 1 for size in self.arrays[name].shape) < 2:
             return "a vector, such as a token or a row of scales", False
         if survey.no_kernel(name):

@@ -53,7 +53,7 @@ class Survey:
     # Of a parameter that scales a kernel the kernel's axes that it has.
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses = dataclasses.field(default_factory=Uses)  # in calls that were traced
-    ran: set[str] = dataclasses.field(default_factory=set)  # kernels, in such calls
+    ran: set[str] = dataclasses.field(default_factory=set)  # kernels whose layers did
     traced: bool = False  # True if one was
     # Of a kernel that no `nnx.Param` holds the name of the class that does.
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)

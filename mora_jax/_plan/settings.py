@@ -152,8 +152,7 @@ NEW_HEAD = r"((.*/)?((pre_)?classifier|qa_outputs|score)(_\d+)?)/(.*)"
 HEAD = r"((.*/)?(([^/]*_)?(head|router)|(router_)?logits|cls)(_\d+)?)/(.*)"
 """Heads that belong to the base; their last group is the path inside them."""
 
-_NONE = rf"(?!{NEW_HEAD}|{HEAD}|.*(embed|conv)[^/]*/)"
-DEFAULT_TARGETS = (rf"(?i){_NONE}(.*/)?kernel",)
+DEFAULT_TARGETS = (rf"(?i)(?!{NEW_HEAD}|{HEAD}|.*(embed|conv)[^/]*/)(.*/)?kernel",)
 
 PATTERNS = "regular expressions that match whole paths"
 NAMES_ELSEWHERE = {

@@ -233,8 +233,9 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
     numbers = " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts)
     size = plan.trainable_parameters
     of_base = f", {size / base:.2%} of {base:,}" if base else ""
-    lora = sum(s.parameters * s.rank / s.lora_rank for s in plan.values() if s.rank)
-    beside = f"; LoRAs of the same rank have {lora:,.0f}" if lora else ""
+    budgets = [(s.rank or 0) * s.parameters / s.lora_rank for s in plan.values()]
+    known = len(plan) > 0 and all(budgets)  # not where a q was given, not a rank
+    beside = f"; LoRAs of the same rank have {sum(budgets):,.0f}" if known else ""
     return f"{table}\n{numbers}: {size:,} trainable parameters{of_base}{beside}"
 
 

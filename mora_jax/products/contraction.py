@@ -182,7 +182,10 @@ class Contraction(Product):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Product):
-    """A dense layer for each block of neighbouring features: (blocks, in, out)."""
+    """A dense layer for each block of neighbouring features.
+
+    The kernel is (blocks, in, out), and the input (..., blocks * in) as it is.
+    """
 
     axes = "sio"
     adapted_by_default = True

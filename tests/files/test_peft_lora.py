@@ -296,6 +296,14 @@ def test_two_modules_that_are_one_kernel(tmp_path):
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
 
 
+def test_a_message_does_not_grow_with_a_stranger_s_names(tmp_path):
+    modules = {f"odd{k}.{'x' * 300}": (8, 12) for k in range(200)}
+    directory = write(tmp_path / "a", tensors_of(modules))
+    with pytest.raises(io.AdapterFileError, match="templates name them") as caught:
+        io.load_peft(directory, {"fc": {"kernel": jnp.ones((8, 12))}})
+    assert len(str(caught.value)) < 40_000
+
+
 class Hub(types.ModuleType):
     """The Hub, which has one adapter."""
 

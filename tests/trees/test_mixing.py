@@ -61,6 +61,7 @@ def test_a_sum_is_that_of_the_deltas_where_they_are_linear(case):
         assert got["kernel_mora"].spec == one["kernel_mora"].spec
         return
     ranks = [tree["kernel_mora"].operator.rank for tree in (one, got)]
+    assert "have" not in mora_jax.summary(got)  # nobody gave it a budget
     assert ranks == [4, 8] and got["kernel_mora"].m.shape == (2, 20, 8)
     # PEFT's "svd": the least rank that a bound needs.
     base = {"kernel": jnp.zeros((2, 13, 7))}

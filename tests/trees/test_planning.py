@@ -427,6 +427,22 @@ def test_settings_are_a_record_that_json_holds():
     )
 
 
+def test_a_plan_ends_with_the_parameters_of_loras_of_its_ranks():
+    params = {"a": dense(30, 50), "b": dense(64, 64)}  # blocks of "a" are rounded down
+    overrides = {"b/kernel": {"rank": 4}}
+    text = str(plan(params, MoRAConfig(rank=8, overrides=overrides)))
+    loras = 8 * (30 + 50) + 4 * (64 + 64)
+    assert f"; LoRAs of the same rank have {loras:,}" in text
+    lora = plan(params, MoRAConfig(rank=8, operator="low_rank", overrides=overrides))
+    assert lora.trainable_parameters == loras and f"rank have {loras:,}" in str(lora)
+    # Where q itself was given nobody named a rank to compare with.
+    for settings in (
+        {"square_rank": 8},
+        {"rank": 8, "overrides": {"b/kernel": {"square_rank": 8}}},
+    ):
+        assert "of the same rank" not in str(plan(params, MoRAConfig(**settings)))
+
+
 def test_summary_shows_what_is_not_usual():
     params = {"small": dense(64, 64), "wide": dense(512, 512)}
     settings = {"operator": "rotation", "scale": "paper"}

@@ -152,9 +152,8 @@ class Source:
         """{index in a leaf's stack: its tensor}; others are noted as missing."""
         # The `axes` of a kernel are as in `Bijection.layers`.
         pairs = self.known.layers(leaf, shape, axes, self.named)
-        if not axes and not any(pairs.values()):
-            if own := self.own_name(leaf, shape):
-                return own
+        if not any(pairs.values()) and not axes and (own := self.own_name(leaf, shape)):
+            return own
         stack: dict[Shape, Part] = {}
         if not pairs:
             self.missing.append(leaf)

@@ -121,15 +121,14 @@ def export(
     rank = None if rank is None else positive_integer("rank", rank)
     path = check_free("directory", directory, ADAPTER, force)
     whole = _trained(adapters, names, program)
+    modules = _modules(adapters, names, base_model)
     if native:
         if program != "vllm" or rank is not None:
             rule = "native=True must be for 'vllm' and without a rank"
             raise ValueError(f"{rule}, got {program!r} and {rank}")
-        modules = _modules(adapters, names, base_model)
         write_squares(path, modules, base_model)
         lost = {pair.module: 0.0 for pair, *_ in modules}
         return Export(1, lost, _command(program, base_model, 1, str(path)))
-    modules = _modules(adapters, names, base_model)
     matrices, lost = _make_lora(modules, names, rank, max_error)
     worst, *_, most, _, _ = max(matrices, key=lambda pair: pair.rank)
     if program != "peft":
@@ -265,9 +264,7 @@ def _contents(
 def _modules(adapters: Any, names: Names, base_model: str) -> list[Module]:
     """PyTorch's modules, each with path and spec of its kernel, M and outputs."""
     known, items, missing = bijection(names), [], []
-    folder = pathlib.Path(os.path.expanduser(base_model))
-    is_here = base_model and any(folder.glob("*.safetensors"))
-    base = Source(Checkpoint(folder), names) if is_here else None
+    folder, base = pathlib.Path(os.path.expanduser(base_model)), None
     for path, adapter in adapters_in(adapters).kernels.items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -281,7 +278,8 @@ def _modules(adapters: Any, names: Names, base_model: str) -> list[Module]:
             raise ValueError(f"{kernel}: {rule}, {got}")
         place = _names.stack_first(spec.kernel_shape, spec.axes)
         found = known.layers(kernel, *place)
-        if base and None in found.values():  # it may be called as it is here
+        if None in found.values() and base_model and any(folder.glob("*.safetensors")):
+            base = base or Source(Checkpoint(folder), names)
             found = known.layers(kernel, *place, there=base.named)
             base.stack(kernel, *place)  # compares shapes
         stack, m = spec.stack_shape, to_numpy(kernel, adapter.m)

@@ -92,6 +92,7 @@ def load_peft(
 
 
 def _copy_of_hub(name: str) -> _files.Location:
+    """The directory that holds a copy of an adapter on the Hub."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -124,7 +125,8 @@ def _kernels(modules: list[MatrixPair], leaves: Leaves, names: Names) -> Kernels
     if missing:
         near = nearest_paths(missing[0].replace(".", "/"), paths)
         module = f"the module {short(missing[0])}, which {TENSORS} adapts{near}"
-        remedy = templates(f"{name.replace('.', '/')}/kernel" for name in missing)
+        # A stranger's file may have any names, and any number of them.
+        remedy = templates(f"{n:.200}/kernel".replace(".", "/") for n in missing[:64])
         raise AdapterFileError(f"names have no kernel for {module}; {remedy}")
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
