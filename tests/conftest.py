@@ -51,13 +51,14 @@ def pytest_collection_modifyitems(items):
     sample, which is the same everywhere since the tests' names choose it.
     """
     for item in items:
-        chosen = crc32(item.nodeid.encode()) % OF_A_LAW == 0
-        if item.get_closest_marker("law") and not chosen:
+        name = crc32(item.nodeid.encode())
+        of_all = [mark.name for mark in getattr(item.obj, "pytestmark", ())]
+        reasons = [mark.name for mark in item.own_markers].count("slow")
+        reasons -= of_all.count("slow")  # which CI runs, but for slow cases
+        if "law" in of_all and name % OF_A_LAW and not reasons:
             item.add_marker("slow")
-        reasons = sum(mark.name == "slow" for mark in item.own_markers)
-        whole = any(m.name == "slow" for m in getattr(item.obj, "pytestmark", ()))
-        sampled = reasons == 1 and not whole and crc32(item.nodeid.encode()) % SHARE
-        if reasons > 1 or sampled:
+            reasons = 1
+        if reasons > 1 or (reasons and name % SHARE):
             item.add_marker("exhaustive")
 
 

@@ -1,6 +1,7 @@
 """Adapters that start as one step of gradient descent."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +80,11 @@ def is_isometry(op):
     """True if C and D are orthonormal."""
     c = np.asarray(op.compress(np.eye(op.in_features, dtype="f")))
     c = c.reshape(op.in_features, -1)
-    units = np.eye(c.shape[1], dtype="f")
-    d = np.asarray(op.decompress(units.reshape(-1, *op.compressed_shape)))
-    return all(np.allclose(gram, units, atol=1e-5) for gram in (c.T @ c, d @ d.T))
+    shape = *op.compressed_shape[:-1], op.m_shape[-1]  # of C(x) M
+    units = np.eye(math.prod(shape), dtype="f").reshape(-1, *shape)
+    d = np.asarray(op.decompress(units))
+    grams = c.T @ c, d @ d.T
+    return all(np.allclose(gram, np.eye(len(gram)), atol=1e-5) for gram in grams)
 
 
 # Those that are no isometry, those that are, with blocks and without.
