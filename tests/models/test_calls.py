@@ -277,6 +277,7 @@ class MappedTwin(nnx.Module):
         return jax.vmap(self.fc, in_axes=self.axis, out_axes=1)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, -2])
 def test_layers_may_be_mapped_over_any_axis(axis):
     x = random(0, 3, 3, 3, 8)

@@ -468,6 +468,7 @@ LIFTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [slow("scan"), "scan of remat", "scan of jit", slow("vmap"), "vmap of scan"]
 )

@@ -49,6 +49,7 @@ def equinox_model():
     return params, apply, config, axes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dict_model, equinox_model])
 def test_a_model(make):
     """Zeros change nothing, folded is merged, and it trains in one program."""

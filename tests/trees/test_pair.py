@@ -156,6 +156,7 @@ def test_orbax_saves_and_restores_them_also_onto_another_mesh(tmp_path):
     assert_shardings(onto, places)
 
 
+@pytest.mark.law
 @in_turns("case, size", FEW_CASES, FEW_SIZES)
 def test_an_adapter_is_a_function_of_inputs(case, size):
     ins, outs, _ = size

@@ -140,6 +140,7 @@ def test_random_maps_as_in_the_papers(operator):
         assert adapter.spec.scale == adapters_in(adapters)[name].spec.scale
 
 
+@pytest.mark.slow
 def test_it_finds_its_first_directions_and_moves_along_them():
     """Adam makes no steps of rounding errors, and other operators get a scale."""
     loss, params, adapters = task()

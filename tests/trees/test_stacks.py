@@ -150,7 +150,7 @@ def test_scanned_layers_compute_with_their_own(kind, how):
     close(adapter(x), jnp.einsum("...bi,...io->...bo", x, deltas), 1e-4)
 
 
-@pytest.mark.law
+@pytest.mark.slow
 @in_turns("kind, remat", KINDS, [False, True])
 def test_nnx(kind, remat):
     class Layer(nnx.Module):
