@@ -46,18 +46,25 @@ def legend_below(made: Any, axis: Any, columns: int = 3) -> None:
 
 
 def plot_bars(rows: Sequence[Row], path: Path) -> None:
-    """Plot the time relative to the frozen model, with one bar for each method."""
-    names, times = zip(*((row["method"], row["time"]) for row in rows), strict=True)
+    """Plot the time relative to the frozen model, a bar for each method and model."""
     kinds = {"MoRA": "tab:blue", "frozen": "tab:gray"}
-    colours = [kinds.get(re.split(r"\W", n)[0], "tab:orange") for n in names]
-    with figure(path, figsize=(7, 0.9 + 0.3 * len(rows))) as (_, axes):
-        axis = axes[0, 0]
-        bars = axis.barh(names, times, color=colours)
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.axvline(times[0], color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_xlim(0, max(times) * 1.1)
-        axis.set_xlabel("seconds a step, relative to the frozen model")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    most = max(row["fastest"] for row in rows)
+    height = 0.9 + 0.3 * len({row["method"] for row in rows})
+    size = {"figsize": (3 + 4 * len(models), height), "sharey": True}
+    with figure(path, 1, len(models), **size) as (_, axes):
+        for axis, model in zip(axes[0], models, strict=True):
+            here = [row for row in rows if row["model"] == model]
+            names, times = zip(
+                *((r["method"], r["fastest"]) for r in here), strict=True
+            )
+            colours = [kinds.get(re.split(r"\W", n)[0], "tab:orange") for n in names]
+            bars = axis.barh(names, times, color=colours)
+            axis.bar_label(bars, fmt="%.2f", padding=3)
+            axis.axvline(times[0], color="black", linewidth=0.8)
+            axis.set_xlim(0, most * 1.15)
+            axis.set(title=model, xlabel="time of a step, of the frozen model's")
+        axes[0, 0].invert_yaxis()
 
 
 def plot_lines(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:

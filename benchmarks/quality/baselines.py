@@ -146,9 +146,9 @@ class MiSS(Operator):
     name = "miss"
 
     @classmethod
-    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+    def widest(cls, rank: int, ins: int, outs: int, multiple: int | None = None) -> int:
         """The largest q with no more parameters than a LoRA of `rank`."""
-        return (in_features + out_features) * rank // out_features
+        return (ins + outs) * rank // outs
 
     @property
     def m_shape(self) -> tuple[int, int]:
@@ -223,6 +223,8 @@ def make(
         learner = make_lora(name, task, rank, damp)
         return renewed(task, learner, along=False) if "renewed" in extras else learner
     settings: Any = {"rank": rank, "scale": scale, "multiple_of": multiple_of}
+    if name == "block_diagonal":  # as they are by default
+        settings["multiple_of"] = None
     if name == "halves":
         return make_halves(task, **settings)
     along = name in ("subspace", "lora-xs")

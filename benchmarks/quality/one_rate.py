@@ -54,7 +54,8 @@ def compute(cell: cells.Cell) -> cells.Cell:
     config = MoRAConfig(
         operator=cell["method"],
         rank=cell["rank"],
-        multiple_of=1,
+        # Blocks are those of the default.
+        multiple_of=None if cell["method"] == "block_diagonal" else 1,
         scale="fine-tuning",
     )
     scale = geometric_mean(spec.scale for spec in small.plan(base, config).values())

@@ -79,7 +79,8 @@ def arguments() -> argparse.Namespace:
     add("--operators", nargs="*", choices=OPERATORS, default=OPERATORS_OF_README)
     add("--peers", nargs="*", choices=PEERS, default=["qwix"], help="other methods")
     add("--forward", action="store_true", help="forward passes as well")
-    add("--add-to", type=Path, help="a file of an earlier run, copied to --out as well")
+    text = "an earlier run's file, whose rows of the same methods go to --out as well"
+    add("--add-to", type=Path, help=text)
     args = parser.parse_args()
     if args.quick:
         args.layers = 4
@@ -99,7 +100,8 @@ def rows_of(
     for kind, programs in entered.items():
         title = f"{model}, {kind}, {args.batch} x {tokens} tokens, r = {rank}"
         programs = dict(tqdm(programs, f"compiling: {title}"))
-        harness.race(programs, args.rounds)
+        # In training a step follows one of its kind, whose memory it finds.
+        harness.race(programs, args.rounds, warm=1)
         table = harness.results(programs)
         harness.show(COLUMNS, table, title)
         sizes = {"model": model, "tokens": args.batch * tokens, "rank": rank}
@@ -132,27 +134,29 @@ def claims(rows: Sequence[Row]) -> None:
 def main() -> None:
     """Time all models and sizes, and report."""
     args = arguments()
-    rows: list[Row] = []
-    if args.add_to:
-        rows = json.loads(args.add_to.read_text())["results"]
     sizes = args.models, args.tokens, args.ranks
     runs = [list(rows_of(args, *size)) for size in itertools.product(*sizes)]
     print()
     for run in runs:
         claims([row for row in run if row["kind"] == "step"])
-    rows += itertools.chain(*runs)
+    rows = list(itertools.chain(*runs))
+    if args.add_to:
+        earlier = json.loads(args.add_to.read_text())["results"]
+        same = {(row["kind"], row["model"], row["method"]) for row in rows}
+        named = [(row["kind"], row["model"], row["method"]) for row in earlier]
+        kept = [row for row, name in zip(earlier, named, strict=True) if name in same]
+        rows = kept + rows
     harness.save(rows, args, leave_out=("quick", "all", "add_to"))
     plot([row for row in rows if row["kind"] == "step"], args.out.with_suffix(".png"))
 
 
 def plot(steps: Sequence[Row], path: Path) -> None:
     """Plot the times of steps, over the sizes if there are several."""
+    if len({(row["tokens"], row["rank"]) for row in steps}) == 1:
+        return plot_bars(steps, path)
     if len({row["model"] for row in steps}) > 1:
         steps = [row | {"method": "{method}, {model}".format(**row)} for row in steps]
-    if len({(row["tokens"], row["rank"]) for row in steps}) == 1:
-        plot_bars(steps, path)
-    else:
-        plot_lines(steps, ("tokens", "rank"), path)
+    return plot_lines(steps, ("tokens", "rank"), path)
 
 
 if __name__ == "__main__":

@@ -225,9 +225,9 @@ class MoRAConfig(KernelConfig):
         and the kernel's shape: see `Operator.fine_tuning_scale`. "paper" takes 1.
       square_rank: q itself, instead of `rank`; or the number of blocks that have an M
         each. "auto" then has a square.
-      multiple_of: The number whose multiple q is rounded down to. None chooses a q that
-        suits the layer's widths and the chip, see `square_rank`; it may use as little
-        as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
+      multiple_of: The number whose multiple q is rounded down to, and blocks up. None
+        takes what suits the layer's widths and the chip, see `square_rank`; it may use
+        as little as a quarter of the budget, as `print(plan)` tells. 1 uses all of it.
       init: The start of M. "zeros" leaves the model's outputs as they are. "gaussian",
         of standard deviation 1/sqrt(q), is AiDotNet's, and changes them. "embedding" is
         "zeros" by the A of a LoRA and a normal B, as PEFT starts one of an embedding;

@@ -174,7 +174,7 @@ class AdapterSpec(AdapterSettings):
         """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
-        asked = self.operator.widest(self.rank, self.in_features, self.out_features)
+        asked = self.operator.widest(self.rank, self.in_features, self.out_features, 1)
         return asked if asked > self.operator.square_rank else None
 
     def start_key(self, path: Path) -> PRNGKeyArray:

@@ -156,9 +156,9 @@ class Operator(DeltaMap):
             object.__setattr__(self, field, compute(self))
 
     @classmethod
-    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+    def widest(cls, rank: int, ins: int, outs: int, multiple: int | None = None) -> int:
         """The largest q with no more parameters than a LoRA of `rank`."""
-        return math.isqrt((in_features + out_features) * rank)
+        return math.isqrt((ins + outs) * rank)
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:

@@ -76,8 +76,8 @@ def square_rank(
       in_features: The number of the kernel's input features.
       out_features: The number of its output features.
       operator: The operator that q is for.
-      multiple_of: A number that q is rounded down to a multiple of, unless q is below
-        it; 1 takes all of the budget. None is for the rule above, or 8 from q = 64 on.
+      multiple_of: A number that q is rounded down to a multiple of, blocks up, unless
+        it is larger; 1 takes all of the budget. None is for what suits the layer.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer; too small a budget.
@@ -90,10 +90,9 @@ def square_rank(
     positive_integer("rank", rank)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
-    if multiple_of is not None:
-        positive_integer("multiple_of", multiple_of)
+    positive_integer("multiple_of", 1 if multiple_of is None else multiple_of)
     cls = OPERATORS[parse_spec(resolve_auto(operator, rank, square=True))[0]]
-    q = cls.widest(rank, in_features, out_features)
+    q = cls.widest(rank, in_features, out_features, multiple_of)
     if not cls.square:
         return q
     q = min(q, in_features, out_features)

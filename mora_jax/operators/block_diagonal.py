@@ -57,20 +57,21 @@ class BlockDiagonal(Operator):
     @classmethod
     @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
     def widest(  # type: ignore[override]
-        cls, rank: int, in_features: int, out_features: int
+        cls, rank: int, ins: int, outs: int, multiple: int | None = None
     ) -> int:
         """The least number of blocks with no more parameters than a LoRA of `rank`."""
 
         def parameters(n: int) -> int:
-            return n * -(-in_features // n) * -(-out_features // n)
+            return n * -(-ins // n) * -(-outs // n)
 
-        budget = rank * (in_features + out_features)
-        most = min(in_features, out_features)
-        common = math.gcd(in_features, out_features)
+        budget, common = rank * (ins + outs), math.gcd(ins, outs)
         # min(in, out) blocks are narrower than in + out, so that one of these fits.
-        numbers = range(max(1, in_features * out_features // budget), most + 1)
-        least = next(n for n in numbers if parameters(n) <= budget)
-        whole = next((n for n in numbers if n >= least and common % n == 0), least)
+        numbers = range(max(1, ins * outs // budget), min(ins, outs) + 1)
+        fitting = [n for n in numbers if parameters(n) <= budget]
+        least = fitting[0]
+        if multiple:
+            return next((n for n in fitting if n % multiple == 0), least)
+        whole = next((n for n in fitting if common % n == 0), least)
         return whole if parameters(whole) >= LEAST_USE * parameters(least) else least
 
     @property

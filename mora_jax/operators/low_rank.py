@@ -49,9 +49,9 @@ class LowRank(Operator):
     work = "factors"
 
     @classmethod
-    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+    def widest(cls, rank: int, ins: int, outs: int, multiple: int | None = None) -> int:
         """The rank itself."""
-        return rank
+        return rank - rank % (multiple or 1) or rank
 
     @property
     def rank(self) -> int:

@@ -392,6 +392,8 @@ def test_square_rank(rank, ins, outs, operator, expected):
         (32, 8, 50, "sharing", 28),  # below it the budget counts
         (3, 8, 504, "rotation", 84),  # and even
         (5, 1, 6, "rotation", 2),
+        (8, 12, 64, "low_rank", 8),
+        (8, 4, 64, "low_rank", 4),
     ],
 )
 def test_multiple_of(multiple_of, rank, ins, operator, expected):
@@ -400,6 +402,21 @@ def test_multiple_of(multiple_of, rank, ins, operator, expected):
     config = MoRAConfig(rank=rank, operator=operator, multiple_of=multiple_of)
     spec = AdapterSpec.from_config(config, (ins, ins))
     assert spec.operator.square_rank == expected
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "blocks"), [(None, 24), (1, 20), (7, 21), (8, 24), (500, 20)]
+)
+def test_blocks_by_a_multiple_are_the_fewest_within_the_budget(multiple_of, blocks):
+    ins, outs = 576, 192
+    assert square_rank(8, ins, outs, "block_diagonal", multiple_of) == blocks
+    kept = {n: n * math.ceil(ins / n) * math.ceil(outs / n) for n in range(1, outs + 1)}
+    fitting = [n for n, size in kept.items() if size <= 8 * (ins + outs)]
+    step = multiple_of if multiple_of and multiple_of < outs else 1
+    if multiple_of:
+        assert blocks == min(n for n in fitting if n % step == 0)
+    spec = AdapterSpec.from_config(MoRAConfig(multiple_of=multiple_of), (ins, outs))
+    assert spec.operator.square_rank == blocks and spec.asked_square_rank is None
 
 
 @pytest.mark.parametrize("rank", [127, 128])

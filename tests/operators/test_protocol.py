@@ -38,9 +38,8 @@ class OwnBlocks(Operator):
     square = False
 
     @classmethod
-    def widest(cls, rank, in_features, out_features):
-        widths = in_features, out_features
-        return min(*widths, -(-in_features * out_features // (sum(widths) * rank)))
+    def widest(cls, rank, ins, outs, multiple=None):
+        return min(ins, outs, -(-ins * outs // ((ins + outs) * rank)))
 
     @property
     def m_shape(self):

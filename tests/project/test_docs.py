@@ -20,6 +20,8 @@ from helpers import python_blocks
 from processes import ROOT, python
 
 import mora_jax
+from benchmarks.common.harness import method_name
+from benchmarks.step import train_step
 from mora_jax import MoRAConfig
 from mora_jax._flax.layer_rules import RULES
 from mora_jax.io.peft._export import RANKS
@@ -267,30 +269,45 @@ def test_table_of_operators_has_all():
     assert every == set(re.findall(r"^\| `(\w+)` \|", text, re.M))
 
 
-def measured_steps(name):
-    results = (ROOT / "benchmarks/step/results" / name).read_text()
-    return [row for row in json.loads(results)["results"] if row["kind"] == "step"]
+def measured(kind):
+    """The rows of the one run that pages show, of steps or of forward passes."""
+    results = (ROOT / "benchmarks/step/results/all_methods.json").read_text()
+    return [row for row in json.loads(results)["results"] if row["kind"] == kind]
 
 
 def test_costs_are_as_measured():
-    """The table of the page has all steps of one run."""
-    cells = "{method} | {time:.2f} | {temporary_MB:,.0f} MB | {arithmetic:.2f}"
+    """The page's table has all steps of our model; its text has forward passes."""
+    cells = "{method} | {fastest:.2f} | {temporary_MB:,.0f} MB | {arithmetic:.2f}"
     row = f"| {cells} | {{compile_seconds:.0f}} s |"
-    steps = [row.format(**r) for r in measured_steps("all_methods.json")]
+    steps = [row.format(**r) for r in measured("step") if r["model"] == "SmolLM2"]
     page = (ROOT / "docs/costs.md").read_text()
     assert re.findall(r"^\|.*\| \d+ s \|$", page, re.MULTILINE) == steps != []
+    ours = (r for r in measured("forward") if r["model"] == "SmolLM2")
+    times = {r["method"]: "{fastest:.2f}".format(**r) for r in ours}
+    said = re.search(
+        r"base's does \((\S+) .*costs\s(\S+) with blocks, (\S+) with sharing, (\S+) "
+        r"with rotation and (\S+) with our LoRA",
+        " ".join(page.split()),
+    )
+    names = "merged model", "MoRA, block_diagonal", "MoRA, sharing", "MoRA, rotation"
+    assert said and said.groups() == (
+        *map(times.get, names),
+        times["LoRA, this library"],
+    )
 
 
 def test_costs_in_readme_are_as_measured():
-    """Each method in both models, and the memory of the frozen ones."""
+    """The default run's methods in both models, and the memory of the frozen ones."""
     by_method = {}
-    for r in measured_steps("train_step.json"):
+    for r in measured("step"):
         by_method.setdefault(r["method"], []).append(r)
-    ours, theirs = by_method.pop("frozen model")
+    ours, theirs = by_method["frozen model"]
+    shown = [method_name(name) for name in train_step.OPERATORS_OF_README]
+    by_method = {name: by_method[name] for name in [*shown, "LoRA, qwix"]}
     text = README.read_text()
     both = f"{ours['temporary_MB']:,.0f} and {theirs['temporary_MB']:,.0f} MB"
     assert f"(frozen: {both})" in text
-    cells = "{time:.2f} | {temporary_MB:,.0f} MB"
+    cells = "{fastest:.2f} | {temporary_MB:,.0f} MB"
     rows = [
         f"| {method} | {' | '.join(cells.format(**r) for r in runs)} |"
         for method, runs in by_method.items()
