@@ -50,7 +50,7 @@ class LowRank(Operator):
 
     @classmethod
     def widest(cls, rank: int, ins: int, outs: int, multiple: int | None = None) -> int:
-        """The rank itself."""
+        """The rank itself, or the multiple below it."""
         return rank - rank % (multiple or 1) or rank
 
     @property
