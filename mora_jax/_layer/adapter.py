@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
@@ -69,10 +71,15 @@ class Adapter:
         """The adapter with another `m`, `spec`, or both."""
         return Adapter(**{"m": self.m, "spec": self.spec, **changes})
 
-    def __eq__(self, other: object) -> Any:
+    def __eq__(self, other: object) -> bool:
+        """True for adapters of one delta: equal specs, and equal numbers in M.
+
+        Raises:
+          TypeError: An M is traced, so that its numbers are not known.
+        """
         if not isinstance(other, Adapter):
             return NotImplemented
-        return (self.m, self._static) == (other.m, other._static)
+        return self._static == other._static and _same_m(self.m, other.m)
 
     def __hash__(self) -> int:
         return hash((self.m, self._static))
@@ -147,9 +154,30 @@ class Adapter:
         return self.spec
 
 
+def _same_m(one: Any, other: Any) -> bool:
+    """True for equal arrays of one dtype, and for other equal things."""
+    if isinstance(one, Tracer) or isinstance(other, Tracer):
+        raise TypeError(
+            "Adapter == Adapter needs the numbers of both M's, which are not known "
+            "under jit; compare them outside, or their arrays by jnp.array_equal"
+        )
+    both = jax.Array | np.ndarray | np.generic
+    if isinstance(one, both) and isinstance(other, both):
+        return one.dtype == other.dtype and bool(np.array_equal(one, other))
+    if isinstance(one, both) or isinstance(other, both):
+        return False
+    return bool(one == other)
+
+
 def _unflatten(static: Any, children: Any) -> Adapter:
     adapter = object.__new__(Adapter)
-    (adapter.m,), adapter._static = children, static
+    (adapter.m,) = children
+    adapter._static = static
+    if isinstance(adapter.m, Tracer) and isinstance(adapter.spec, AdapterSpec):
+        # The program also serves adapters of another base, and would say of its results
+        # that they are of this one.
+        spec = adapter.spec.without_base()
+        adapter._static = static if spec is adapter.spec else (spec,)
     return adapter
 
 

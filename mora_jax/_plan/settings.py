@@ -48,14 +48,29 @@ Check = Callable[[str, Any], Any]
 
 
 def setting(
-    default: Any, check: Check, *, meaning: bool = False, since: str = FIRST
+    default: Any,
+    check: Check,
+    *,
+    meaning: bool = False,
+    compare: bool = True,
+    since: str = FIRST,
 ) -> Any:
-    """Field of a record; one with a `meaning` decides which delta an M stands for.
+    """Field of a record, whose value `check` checks.
 
-    Files have it `since` a version; where one lacks it, it has the default.
+    Args:
+      default: The default, also for files that lack the setting.
+      check: A function of the setting's name and value, as `Check` says.
+      meaning: True if the setting decides which delta an M stands for.
+      compare: False if records that differ in it alone are equal.
+      since: The version from which on files hold the setting.
     """
     metadata = {"check": check, "meaning": meaning, "since": since}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, compare=compare, metadata=metadata)
+
+
+def carried(default: Any) -> Any:
+    """Field of a record that `==` ignores."""
+    return dataclasses.field(default=default, compare=False)
 
 
 def check_settings(record: Any) -> None:
@@ -105,8 +120,8 @@ class AdapterSettings:
     scale: float = setting(1.0, checks.above_zero, meaning=True)
     dropout: float = setting(0.0, _rate)
     # As `gradient_start` says it; no adapter starts so of itself.
-    init: str = setting("zeros", _one_of(*_STARTS, "gradient"))
-    param_dtype: DTypeLike = setting(jnp.float32, checks.check_dtype)
+    init: str = setting("zeros", _one_of(*_STARTS, "gradient"), compare=False)
+    param_dtype: DTypeLike = setting(jnp.float32, checks.check_dtype, compare=False)
     execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:

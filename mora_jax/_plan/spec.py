@@ -37,13 +37,17 @@ class AdapterSpec(AdapterSettings):
 
     Attributes:
       operator: The maps C and D.
-      kernel_shape: The kernel's shape, stack axes included.
+      kernel_shape: The kernel's shape, including its stack axes.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
       alpha, scale, dropout, init, param_dtype, execution: As in `MoRAConfig`.
       layout: Places of features on a mesh, by `sharding.on_mesh`; None on one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
-        index of its stack axes; None if no file holds them.
+        index of its stack axes; None if no file holds them. A program that JAX traces
+        does not carry them.
       rank: The budget that q was chosen by; None if q itself was given.
+
+    `==` ignores `init`, `param_dtype`, `layout`, `base_digest` and `rank`, which do not
+    change the delta.
 
     Example::
 
@@ -54,14 +58,21 @@ class AdapterSpec(AdapterSettings):
       ('block_diagonal', (16, 4, 4), 256)
     """
 
-    # All of it is compared. A jitted function returns adapters with the specs that it
-    # was traced with, so that two specs must not share a program if they differ.
+    # What decides the delta, or what a program computes, is compared: two adapters that
+    # differ in it must not share a program. The rest says where an adapter comes from
+    # or where it is, and is carried along without being compared. So all adapters of
+    # one delta mix in `jax.tree.map`, in optimizers' states and in checkpoints.
+    #
+    # A compiled function returns the specs that it was traced with. For `rank`, `init`
+    # and `param_dtype` that changes no number. A `layout` belongs to a mesh, and arrays
+    # on another mesh make JAX trace the function again. Another `base_digest` would be
+    # wrong, so traced programs do not know it: see `without_base`.
     operator: Operator
     kernel_shape: Shape
     axes: str = "io"
-    layout: KernelLayout | None = None
-    base_digest: tuple[str, ...] | None = None
-    rank: int | None = None
+    layout: KernelLayout | None = settings.carried(None)
+    base_digest: tuple[str, ...] | None = settings.carried(None)
+    rank: int | None = settings.carried(None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
@@ -189,6 +200,12 @@ class AdapterSpec(AdapterSettings):
             key = self.start_key(path)
         return self.operator.start(self.stack_shape, self.init, key, self.param_dtype)
 
+    def without_base(self) -> "AdapterSpec":
+        """The same adapter, of no known base."""
+        if self.base_digest is None:
+            return self
+        return dataclasses.replace(self, base_digest=None)
+
     @property
     def meaning(self) -> dict[str, Any]:
         """The settings that decide an M's delta, as JSON values."""
@@ -241,6 +258,14 @@ class AdapterSpec(AdapterSettings):
 
 
 register_pytree(AdapterSpec, ["operator"])
+
+
+def same_record(one: Any, other: Any) -> bool:
+    """True if two specs agree in all of their fields, also in those that == ignores."""
+    if type(one) is not type(other):
+        return False
+    names = [field.name for field in dataclasses.fields(one)]
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def many_if(shape: Shape, one: Shape) -> str:
@@ -297,7 +322,8 @@ class TrainedArray:
 
     Attributes:
       shape: The array's shape.
-      dtype, base_dtype: The dtypes of the copy and of the base's array.
+      dtype, base_dtype: The dtypes of the copy and of the base's array. `==` ignores
+        the first.
 
     Example::
 
@@ -309,7 +335,7 @@ class TrainedArray:
     """
 
     shape: Shape
-    dtype: DTypeLike = settings.setting(jnp.float32, check_dtype)
+    dtype: DTypeLike = settings.setting(jnp.float32, check_dtype, compare=False)
     base_dtype: DTypeLike = settings.setting(jnp.float32, check_dtype)
 
     def __post_init__(self) -> None:

@@ -158,8 +158,6 @@ class AdaptedApply:
         for path, adapter in found.kernels.items():
             m, spec = adapter.m, adapter.spec
             drops |= spec.dropout > 0
-            if spec.base_digest is not None:  # or equal layers would be told apart
-                spec = dataclasses.replace(spec, base_digest=None)
             if "s" in spec.axes:  # lifted transformations slice M, and what is given
                 m, arrays = adapter.in_model(), by_layer(spec.operator)[0]
                 given = [to_model(jnp.asarray(array), spec.axes) for array in arrays]

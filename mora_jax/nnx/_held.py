@@ -23,7 +23,13 @@ from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._flax.proofs import Proofs
 from mora_jax._layer.adapter import Adapter
 from mora_jax._mesh.places import explicit_sharding, with_auto_axes
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_alike
+from mora_jax._plan.spec import (
+    SUFFIX,
+    AdapterSpec,
+    TrainedArray,
+    check_alike,
+    same_record,
+)
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import Found, Tree, adapters_in, named_leaves, nest
 from mora_jax._tree.plan import Plan
@@ -283,7 +289,7 @@ def set_adapters(
     fitting = [_fitting(*place, new[place[1]]) for place in places]
     begins_to_drop = False
     for (module, path, variable), adapter in zip(places, fitting, strict=True):
-        if adapter.spec == variable.spec:
+        if same_record(adapter.spec, variable.spec):
             variable[...] = adapter.m  # which keeps the variable of a trace
             continue
         # Not by `[...]`, which sets arrays alone.

@@ -157,7 +157,7 @@ class Operator(DeltaMap):
 
     @classmethod
     def widest(cls, rank: int, ins: int, outs: int, multiple: int | None = None) -> int:
-        """The largest q that costs no more than a LoRA of `rank`; no square is rounded."""
+        """The largest q that costs no more than a LoRA of `rank`."""
         return math.isqrt((ins + outs) * rank)
 
     @functools.cached_property

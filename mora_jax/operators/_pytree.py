@@ -64,18 +64,40 @@ def _alike(one: Any, other: Any) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 
+class Carried(tuple[Any, ...]):
+    """Static values of a pytree that the comparison of its structure ignores."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Carried)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(Carried)
+
+
 def register_pytree(cls: type, children: Sequence[str]) -> None:
-    """Make a dataclass a pytree whose children are these fields; the rest is static."""
-    static = [f.name for f in dataclasses.fields(cls) if f.name not in children]
+    """Make a dataclass a pytree whose children are these fields; the rest is static.
+
+    Of the rest, the structure of the pytree compares what `==` of the class compares.
+    """
+    others = [f for f in dataclasses.fields(cls) if f.name not in children]
+    compared = [f.name for f in others if f.compare]
+    carried = [f.name for f in others if not f.compare]
 
     def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
         pairs = [(GetAttrKey(name), getattr(record, name)) for name in children]
-        return pairs, tuple([getattr(record, name) for name in static])
+        values = [getattr(record, name) for name in compared]
+        return pairs, (*values, Carried(getattr(record, name) for name in carried))
 
     def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
         record = object.__new__(cls)
-        for name, value in zip([*static, *children], [*aux, *values], strict=True):
+        names = [*compared, *carried, *children]
+        for name, value in zip(names, [*aux[:-1], *aux[-1], *values], strict=True):
             object.__setattr__(record, name, value)
         return record
 

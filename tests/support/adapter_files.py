@@ -19,6 +19,7 @@ from etils import epath
 
 import mora_jax
 from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, cli
+from mora_jax._plan.spec import same_record
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io._files import CONFIG, TENSORS
 
@@ -90,9 +91,17 @@ def without_digests(adapters):
     return jax.tree.map(known, adapters, is_leaf=lambda a: isinstance(a, Adapter))
 
 
+def specs_in(tree):
+    """The specs of the adapters in a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Adapter))
+    return [leaf.spec for leaf in leaves if isinstance(leaf, Adapter)]
+
+
 def assert_same(left, right):
-    """Equal trees of equal dtypes, bit for bit; of adapters, of the same meaning."""
+    """Equal trees of equal dtypes, bit for bit; of adapters, with all that is known."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(specs_in(left), specs_in(right), strict=True):
+        assert same_record(one, other), (one, other)
     for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -482,7 +482,8 @@ def test_scale_is_a_factor_of_each_kernel():
 
 
 SETTINGS = dict(rank=2, operator="orthogonal", seed=1)
-UNTOLD = dict(dropout=0.5, init="gaussian", execution="fold", param_dtype=jnp.bfloat16)
+TRAINING = dict(dropout=0.5, execution="fold")
+ORIGINS = dict(init="gaussian", param_dtype=jnp.bfloat16)
 GROUPS = {"name": "sharing", "compress_groups": "contiguous"}
 TOLD = [
     *({"seed": 2}, {"alpha": 0.5}, {"rank": 3}, {"exclude": "b/kernel"}),
@@ -492,7 +493,7 @@ TOLD = [
 ]
 
 
-def test_a_meaning_is_what_an_m_stands_for_and_specs_tell_all_apart():
+def test_a_meaning_is_what_an_m_stands_for_and_specs_tell_programs_apart():
     """How it is trained is no part of its meaning, but is one of its program."""
 
     def planned(b="b", **settings):
@@ -502,11 +503,14 @@ def test_a_meaning_is_what_an_m_stands_for_and_specs_tell_all_apart():
     def meaning(chosen):
         return json.dumps({path: spec.meaning for path, spec in chosen.items()})
 
-    first, untold = planned(), [planned(**{name: UNTOLD[name]}) for name in UNTOLD]
-    assert {meaning(chosen) for chosen in untold} == {meaning(first)}
+    first = planned()
+    training = [planned(**{name: TRAINING[name]}) for name in TRAINING]
+    origins = [planned(**{name: ORIGINS[name]}) for name in ORIGINS]
+    assert {meaning(chosen) for chosen in training + origins} == {meaning(first)}
+    assert set(origins) == {first}
     told = [first, planned("c"), *(planned(**settings) for settings in TOLD)]
     assert len({meaning(chosen) for chosen in told}) == len(told)
-    assert len({*told, *untold}) == len(told) + len(untold)
+    assert len({*told, *training}) == len(told) + len(training)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -347,15 +347,16 @@ def test_adapters_of_another_meaning_or_shape_go_into_no_slot():
         replaced(one, 0, one)
 
 
-def test_a_plan_takes_the_base_off_what_a_file_knows():
+def test_what_a_file_knows_of_its_base_goes_into_a_slot_as_well():
     (one,) = several(PLAN, 1)
     spec = dataclasses.replace(PLAN["a/kernel"], base_digest=("x",))
     loaded = one | {"a": {"kernel_mora": one["a"]["kernel_mora"].replace(spec=spec)}}
-    stacked = serving.stack([mora_jax.init(PLAN)], slots=2)
-    with pytest.raises(ValueError):
-        replaced(stacked, 1, loaded)
-    stacked = replaced(stacked, 1, PLAN.adapters(loaded))
-    chex.assert_trees_all_equal(stacked, serving.stack([mora_jax.init(PLAN), one]))
+    expected = serving.stack([mora_jax.init(PLAN), one])
+    for adapters in (loaded, PLAN.adapters(loaded)):
+        stacked = serving.stack([mora_jax.init(PLAN)], slots=2)
+        after = replaced(stacked, 1, adapters)
+        chex.assert_trees_all_equal(after, expected)
+        assert after["a"]["kernel_mora"].spec.base_digest is None
 
 
 def test_no_rows_are_none():

@@ -151,7 +151,8 @@ def save(
       adapters: The adapters, as `init` makes them.
       metadata: Values that JSON can hold, for `io.read_metadata`.
       params: The base's params. The file then holds digests of them, and `load` and
-        `merge` refuse another base. By default it keeps the digests of the adapters.
+        `merge` refuse another base. By default it keeps the digests of the adapters,
+        which a compiled training step does not carry: give params to know the base.
 
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
