@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from cases import by_case
 from flax import nnx
 from helpers import bare, close, random, random_like
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put
 
 import mora_jax
-from mora_jax import Adapter, MoRAConfig, sharding
+from mora_jax import Adapter, AdapterSpec, MoRAConfig, sharding
 from mora_jax import nnx as mora
 
 PARAMS = {"up": {"kernel": random(0, 16, 24)}, "down": {"kernel": random(1, 24, 16)}}
@@ -148,6 +149,28 @@ def test_they_mix(name, theirs, tmp_path):
         got = FUNCTIONS[name](one, another, tmp_path / str(k))
         close(bare(jax.device_get(got)), bare(jax.device_get(one)))
         close(mora_jax.delta_weight(got), mora_jax.delta_weight(one))
+
+
+@by_case
+def test_adapters_of_all_operators_mix(case, tmp_path):
+    """Made, loaded, and on a mesh; the arrays that some operators hold are copies."""
+    op = case.make(16, 24, 4)
+    spec = AdapterSpec(op, (16, 24), alpha=0.5, rank=1)
+    ours = {"up": {"kernel_mora": Adapter(random(0, *op.m_shape), spec)}}
+    mora_jax.save(tmp_path, ours, params=PARAMS)
+    again = mora_jax.load(tmp_path, PARAMS)
+    mesh = make_mesh(model=2)
+    where = {"up": {"kernel": P(None, "model")}}
+    placed = sharding.on_mesh(again, where, batch_axes=(), mesh=mesh)
+    for other in (again, placed, jax.tree.map(jnp.copy, placed)):
+        assert jax.tree.structure(ours) == jax.tree.structure(other)
+        assert ours == other
+        doubled = jax.tree.map(jnp.add, ours, other)
+        close(
+            mora_jax.delta_weight(doubled),
+            mora_jax.delta_weight(jax.tree.map(lambda m: 2 * m, ours)),
+        )
+        TX.update(ours, TX.init(other), other)
 
 
 @pytest.mark.parametrize("theirs", ORIGINS)
