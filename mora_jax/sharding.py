@@ -87,6 +87,9 @@ def on_mesh(
     of a dense layer adds a sum of (q, q) for M's gradient, and nothing else; an M for
     each block of features needs none over the axis that splits these.
 
+    Call it before the first step: a function that JAX has compiled for arrays on this
+    mesh stays as it is, and goes on without what the adapters know now.
+
     Args:
       adapters: The adapters; or a plan, whose adapters then know it from the start.
       params_or_shardings: As in `adapter_shardings`.
