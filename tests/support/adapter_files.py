@@ -66,11 +66,6 @@ def specs_of(adapters):
     return {"/".join(path): a.spec for path, a in adapters_in(adapters).items()}
 
 
-@functools.cache
-def _shapes(plan):
-    return jax.eval_shape(lambda: mora_jax.init(plan, jax.random.key(0)))
-
-
 def made(plan, seed=0, dtype=None, scale=1.0):
     """Adapters that are not zero."""
     rng = np.random.default_rng(seed)
@@ -78,7 +73,7 @@ def made(plan, seed=0, dtype=None, scale=1.0):
     def numbers(m):
         return np.asarray(scale * rng.standard_normal(m.shape), dtype or m.dtype)
 
-    return jax.tree.map(lambda m: jax.device_put(numbers(m)), _shapes(plan))
+    return jax.tree.map(lambda m: jax.device_put(numbers(m)), plan.shapes.tree())
 
 
 def without_digests(adapters):
