@@ -168,11 +168,11 @@ def _with_rows(
             seen.append(path)
     reasons = []
     if unused:
-        reasons.append(f"call does not use {patterns(unused)}")
+        reasons.append(f"call does not use {patterns(unused)}, or as a tied head alone")
     if otherwise:
         reasons.append(
-            "call does not multiply rows of numbers by "
-            f"{patterns(otherwise)}, but looks up, reads, or convolves in groups"
+            f"call uses {patterns(otherwise)} otherwise than to multiply rows of "
+            "numbers: as an embedding, in groups of a convolution, or as a whole"
         )
     if zero:
         reasons.append(f"all inputs of {patterns(zero)} are zero")
