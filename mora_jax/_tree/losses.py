@@ -31,7 +31,7 @@ def checked_loss(loss: Callable[..., Any]) -> Callable[..., Array]:
 
 
 def _one_number(value: Any) -> Array:
-    """What a loss returned, as an array."""
+    """The value of a loss as an array, if it is one floating-point number."""
     rule = "loss must return one floating-point number"
     if isinstance(value, tuple | list):
         raise TypeError(

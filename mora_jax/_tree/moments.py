@@ -28,7 +28,7 @@ from mora_jax.operators._pytree import operator
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What one call showed of the inputs of a kernel, with the axes of a stack first.
+    """The inputs of a kernel as one call showed them, with the axes of a stack first.
 
     Attributes:
       products: S Z, (*stack, in_features, columns), of the second moments S.
@@ -90,7 +90,7 @@ def measured(
 
 
 def _meter_of(adapter: Adapter, z: np.ndarray, mask: np.ndarray | None) -> Adapter:
-    """An adapter in the place of another one, which measures."""
+    """An adapter that measures the inputs of the kernel of another one."""
     old, shape = adapter.spec, () if mask is None else mask.shape
     op = Meter(old.in_features, old.out_features, z.shape[-1], mask_shape=shape)
     spec = dataclasses.replace(
