@@ -114,7 +114,7 @@ def directions(
     Raises:
       TypeError: An argument is of another kind, `loss` does not return one
         floating-point number, or the call is inside of jit, vmap or grad.
-      ValueError: There are no batches, a delta is not zero, a gradient is not finite,
+      ValueError: `batches` is empty, a delta is not zero, a gradient is not finite,
         or all gradients are zero.
 
     Example::
