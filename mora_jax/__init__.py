@@ -98,9 +98,9 @@ with lazy_api_imports(globals()):
     from mora_jax._tree.adapters import init as init
     from mora_jax._tree.adapters import split as split
     from mora_jax._tree.damping import input_damping as input_damping
+    from mora_jax._tree.gradient_start import gradient_start as gradient_start
     from mora_jax._tree.gradients import directions as directions
     from mora_jax._tree.gradients import gradient_bases as gradient_bases
-    from mora_jax._tree.gradients import gradient_start as gradient_start
     from mora_jax._tree.lora_trees import from_lora as from_lora
     from mora_jax._tree.merge import delta_weight as delta_weight
     from mora_jax._tree.merge import fold as fold

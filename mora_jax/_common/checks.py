@@ -131,7 +131,11 @@ def check_leaf(leaf: Any, name: str, shape: Shape, otherwise: str = "") -> None:
 def check_concrete(array: Any, name: str, shape: Shape) -> None:
     """Raise unless `array` is a floating-point array of `shape` with known numbers."""
     if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be a concrete array, got {type(array).__name__}")
+        outside = isinstance(array, Tracer)
+        raise TypeError(
+            f"{name} must be a concrete array, got {type(array).__name__}"
+            f"{'; call this outside of jit, vmap and grad' if outside else ''}"
+        )
     if isinstance(array, jax.Array) and array.is_deleted():
         got = "an array that was donated to a compiled function"
         hint = "take the one which that function returned"

@@ -139,7 +139,8 @@ class Delta(KernelDelta):
     def decompress(self, h: Array) -> Array:
         op = getattr(self.operator, "inner", self.operator)  # C damps
         if op.linear:
-            return dataclasses.replace(self, operator=op)._by_m(h)
+            own = dataclasses.replace(self, operator=op)
+            return own._by_m(op.kept_of(h, self.m))
         _, b = self.operator.factors(self.m)
         return self.operator.leave(matmul(h, b, self.precision))
 

@@ -1,4 +1,4 @@
-"""Damped inputs: the directions of ordinary inputs, found by adapters that are none."""
+"""Damped inputs: adapters that see less of what ordinary inputs have most of."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,24 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.core import Tracer
 
-from mora_jax._common.checks import check_concrete, check_finite, positive_integer
+from mora_jax._common.checks import check_concrete, positive_integer
 from mora_jax._common.messages import patterns, warn
-from mora_jax._common.types import Path, Precision, Shape
-from mora_jax._jax.linear_algebra import rows_product
-from mora_jax._layer.adapter import Adapter, wide
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import Delta
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree import paths
-from mora_jax.operators import Damped, Operator
-from mora_jax.operators._pytree import operator
+from mora_jax._tree import moments, paths
+from mora_jax._tree.moments import Moments
+from mora_jax.operators import Damped
 
 FLOOR = 0.03  # the part of the mean second moment that each is raised by
+SAME = 0.01  # the relative difference up to which two readings of inputs are the same
 
 
 def input_damping(
-    call: Callable[[Any], Any], adapters: Any, *, directions: int = 16
+    call: Callable[[Any], Any],
+    adapters: Any,
+    *,
+    directions: int = 16,
+    mask: Any = None,
 ) -> Any:
     r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
 
@@ -43,18 +47,29 @@ def input_damping(
 
     Args:
       call: A function from adapters to outputs of the adapted model. Give it compiled.
+        It is called twice and must compute with the same inputs both times, so let it
+        use arrays or a list of them, and no iterator and no dropout.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
         The layers of a stack each have directions of their own.
       directions: k, the number of directions, at most as many as inputs.
+      mask: An array of 1 for each position that counts and 0 for padding, such as a
+        tokenizer's (batch, length) `attention_mask`. It holds for each layer whose
+        input is (*mask.shape, ..., features), or has these positions flattened to one
+        axis. All rows of other inputs count, and a `MoRAWarning` names their layers.
+        None counts all rows of all inputs, padding too.
 
     Returns:
       Adapters whose operator is `operators.Damped` around the old one. A `MoRAWarning`
-      names what stays: embeddings, convolutions and kernels that methods read.
+      names the adapters that stay as they are: of kernels that `call` does not use, of
+      those whose inputs are all zero, and of those that do not multiply rows of
+      numbers: embeddings, convolutions in groups, and kernels that methods read.
 
     Raises:
-      TypeError, ValueError: `call` is not a function, lacks floating-point outputs, or
-        multiplies nothing by an adapted kernel; an adapter is damped already, or its
-        delta is not zero; or inputs are not finite.
+      TypeError: An argument is of another kind, or the call is inside of jit, vmap or
+        grad.
+      ValueError: `call` lacks floating-point outputs, multiplies nothing by an adapted
+        kernel, or has other inputs the second time; an adapter is damped already, or
+        its delta is not zero; inputs are not finite; or `mask` is not of 0 and 1.
 
     Example::
 
@@ -67,8 +82,11 @@ def input_damping(
     """
     positive_integer("directions", directions)
     if not callable(call):
-        rule = "call must be a function from adapters to outputs"
-        raise TypeError(f"{rule}, got {type(call).__name__}")
+        raise TypeError(
+            "call must be a function from adapters to outputs, got "
+            f"{type(call).__name__}"
+        )
+    counted = None if mask is None else _checked_mask(mask)
     found = paths.checked_adapters(adapters).kernels
     columns = {}
     for path, adapter in found.items():
@@ -80,70 +98,126 @@ def input_damping(
         columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
     # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
     # holds the leading directions of S, and within it they are Q^T S Q's.
-    first = _moments(call, adapters, found, columns)
-    columns = {path: np.linalg.qr(product)[0] for path, (product, _) in first.items()}
-    if not columns:
-        raise ValueError("call must multiply inputs by an adapted kernel, got none")
+    first = moments.measured(call, adapters, found, columns, counted)
+    seen = _with_rows(first, found)
+    for path in seen:
+        columns[path] = np.linalg.qr(first[path].products)[0]
+    columns = {path: columns[path] for path in seen}
+    second = moments.measured(call, adapters, found, columns, counted)
+    _check_same(first, second)
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
-    for path, (product, trace) in _moments(call, adapters, found, columns).items():
-        inner = (adapter := found[path]).operator
-        v = _damping(columns[path], product, trace, directions)
+    for path, of_path in second.items():
+        adapter = found[path]
+        inner = adapter.operator
+        v = _damping(columns[path], of_path.products, of_path.trace, directions)
         v = known.setdefault(v.tobytes(), v)
         sizes = inner.in_features, inner.out_features, inner.square_rank
         new = Damped(*sizes, inner=inner, directions=v)
         spec = dataclasses.replace(adapter.spec, operator=new)
         damped[path] = adapter.replace(spec=spec)
-    if left := ["/".join(path) for path in found if path not in damped]:
-        names = patterns(left)
-        warn(f"the inputs of {names} are no rows of numbers, and are not damped")
+    others = ["/".join(path) for path in second if second[path].ignores_mask]
+    if others and counted is not None:
+        warn(
+            f"mask of shape {counted.shape} does not fit the inputs of "
+            f"{patterns(others)}: all of their rows count"
+        )
     return paths.replace_adapters(adapters, damped)
+
+
+def _checked_mask(mask: Any) -> np.ndarray:
+    """The mask as an array of 0 and 1."""
+    rule = "mask must be a concrete array of 0 and 1"
+    if isinstance(mask, Tracer):
+        raise TypeError(
+            f"{rule}, got a {type(mask).__name__}; call input_damping outside of jit, "
+            "vmap and grad"
+        )
+    if not isinstance(mask, jax.Array | np.ndarray):
+        raise TypeError(f"{rule}, got {type(mask).__name__}")
+    array = np.asarray(mask)
+    if array.ndim == 0 or not np.isin(array, (0, 1)).all():
+        raise ValueError(
+            f"{rule}, such as a tokenizer's attention_mask, got shape {array.shape} "
+            f"with {np.unique(array)[:3]}"
+        )
+    if not array.any():
+        raise ValueError(
+            f"mask must have a 1 for each position that counts, got {array.size} zeros"
+        )
+    return array.astype(np.float32)
+
+
+def _with_rows(
+    measured: Mapping[Path, Moments], found: Mapping[Path, Adapter]
+) -> list[Path]:
+    """The kernels whose inputs can be damped; a warning or error names the others."""
+    seen = []
+    unused = []
+    otherwise = []
+    zero = []
+    for path in found:
+        of_path, name = measured[path], "/".join(path)
+        if of_path.is_used_otherwise:
+            otherwise.append(name)
+        elif not of_path.is_multiplied:
+            unused.append(name)
+        elif not of_path.squares.any():
+            zero.append(name)
+        else:
+            seen.append(path)
+    reasons = []
+    if unused:
+        reasons.append(f"call does not use {patterns(unused)}, or as a tied head alone")
+    if otherwise:
+        reasons.append(
+            f"call uses {patterns(otherwise)} otherwise than to multiply rows of "
+            "numbers: as an embedding, in groups of a convolution, or as a whole"
+        )
+    if zero:
+        reasons.append(f"all inputs of {patterns(zero)} are zero")
+    if not seen:
+        raise ValueError(
+            "call must multiply inputs that are not zero by an adapted kernel, got "
+            f"none: {'; '.join(reasons)}"
+        )
+    for reason in reasons:
+        warn(f"{reason}: these adapters are not damped")
+    return seen
+
+
+def _check_same(first: Mapping[Path, Moments], second: Mapping[Path, Moments]) -> None:
+    """Raise unless `call` had the same inputs both times."""
+    for path, of_path in second.items():
+        one, other = first[path].squares, of_path.squares
+        # Programs may sum in another order, so that they differ in the last bits.
+        least = 1e-3 * one.mean(-1, keepdims=True)
+        if (abs(one - other) > SAME * (one + other) / 2 + least).any():
+            raise ValueError(
+                "call must compute with the same inputs each time, got others the "
+                f"second time at {'/'.join(path)!r}; read a loader into a list before, "
+                "without shuffling, and turn dropout off"
+            )
 
 
 def check_new(name: str, adapter: Adapter) -> None:
     """Raise if the delta of an adapter whose maps are to change is not zero."""
     spec, op = adapter.spec, adapter.operator
-    check_concrete(adapter.m, f"{name}{SUFFIX}", spec.shape)
+    check_concrete(adapter.m, f"{name}{SUFFIX} in the adapters", spec.shape)
     x = jnp.asarray(np.random.RandomState(0).standard_normal(op.in_features), "float32")
     x = jnp.broadcast_to(x, (*spec.stack_shape, *x.shape))
-    if Delta.of(spec, adapter.m).rows(x).any():
-        rule = "the delta of an adapter must be zero, since its maps change"
-        raise ValueError(f"{name}: {rule}; give new adapters, as of init(plan)")
-
-
-def _moments(
-    call: Callable[[Any], Any],
-    adapters: Any,
-    found: Mapping[Path, Adapter],
-    columns: Mapping[Path, np.ndarray],
-) -> dict[Path, tuple[np.ndarray, np.ndarray]]:
-    """{path: (S Z, trace of S)} of second moments S of inputs, for columns Z."""
-    # Both are of each layer of a stack. Kernels whose inputs are not seen are left out.
-    sketches = {}
-    plain: Any = {"alpha": 1.0, "scale": 1.0, "dropout": 0.0, "layout": None}
-    for path, z in columns.items():
-        old = found[path].spec
-        op = _Moments(old.in_features, old.out_features, z.shape[-1])
-        spec = dataclasses.replace(old, operator=op, execution="activation", **plain)
-        m = jnp.insert(jnp.asarray(z, jnp.float32), 0, 0, -1)
-        sketches[path] = Adapter(jnp.broadcast_to(m, spec.shape), spec)
-
-    def total(given: Any) -> Array:
-        outputs = map(jnp.asarray, jax.tree.leaves(call(given)))
-        real = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
-        if not real:
-            raise ValueError("call must return floating-point outputs, got none")
-        return sum((jnp.sum(y.astype(jnp.float32)) for y in real), jnp.zeros(()))
-
-    grads = jax.grad(total)(paths.replace_adapters(adapters, sketches))
-    moments = {}
-    for path, gradient in paths.adapters_in(grads).kernels.items():
-        if path in sketches:
-            array = np.asarray(gradient.m, np.float64)
-            check_finite(array, f"the moment of inputs of {'/'.join(path)}")
-            if (trace := array[..., 0].sum(-1)).any():
-                moments[path] = array[..., 1:], trace
-    return moments
+    moved = Delta.of(spec, adapter.m).rows(x).any()
+    if isinstance(moved, Tracer):
+        raise TypeError(
+            f"{name}{SUFFIX} in the adapters must be used outside of jit, got a call "
+            "that is being compiled; call this outside of jit, vmap and grad"
+        )
+    if moved:
+        raise ValueError(
+            f"{name}: the delta of an adapter must be zero, since its maps change, got "
+            f"one of init={spec.init!r} that is not; give new adapters, as of "
+            "init(plan) with init='zeros'"
+        )
 
 
 def _damping(
@@ -161,43 +235,3 @@ def _damping(
     floor += np.finfo(floor.dtype).tiny  # a layer that sees nothing stays as it is
     factors = np.sqrt((rest + floor) / (values + floor)).clip(max=1)
     return np.asarray(v * np.sqrt(1 - factors)[..., None, :], jnp.bfloat16)
-
-
-@operator
-class _Moments(Operator):
-    """A delta of zero, whose "gradient by M" is the second moment of the inputs.
-
-    M is a column that is not used, in whose place squares are returned, and columns Z.
-    """
-
-    # A wrapped model computes what adapters say, under scan and remat, with quantized
-    # kernels and in both APIs. So this sees the inputs of all layers, and no hook is
-    # needed. XLA leaves out the backward pass, since nothing depends on a gradient.
-    name = "moments"
-    square = False
-    bounded = False
-    block = True
-
-    @property
-    def m_shape(self) -> Shape:
-        return self.in_features, 1 + self.square_rank
-
-    def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
-        return jnp.zeros((*x.shape[:-1], self.out_features), x.dtype)
-
-    def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
-        return x, m
-
-    def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
-        return self.rows(kept[0], tangent)
-
-    def gradient(
-        self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
-    ) -> Array:
-        x, m = map(wide, kept)
-        x = x.reshape(-1, self.in_features)
-        by_columns = rows_product(x, x @ m[:, 1:])
-        return jnp.concatenate([jnp.sum(x**2, 0)[:, None], by_columns], -1)
-
-    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
-        return jnp.zeros((*indices.shape, self.out_features), m.dtype)

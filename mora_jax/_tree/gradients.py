@@ -1,24 +1,23 @@
-"""The first gradient: its directions as the maps around M, or M's start along it."""
+"""Directions of a gradient as the maps around M: of a first one, and renewed."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
-from jaxtyping import Float
 
 from mora_jax._common import axes, checks
-from mora_jax._common.messages import warn
+from mora_jax._common.messages import patterns, warn
 from mora_jax._common.types import Path
-from mora_jax._layer.adapter import Adapter, delta_of, wide
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree import damping, paths
+from mora_jax._tree import damping, losses, paths
 from mora_jax._tree.adapters import init
 from mora_jax._tree.base_digest import gathered
+from mora_jax._tree.losses import check_loss as check_loss
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Damped, Operator, Orthogonal, Subspace, square_rank
 from mora_jax.operators.low_rank import LowRank
@@ -27,7 +26,6 @@ Specs = Mapping[Path, AdapterSpec]
 OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
 """A function from LoRAs, which stand where adapters do, to their gradients."""
 ALONE = 4  # one in so many directions, the first ones, is a singular vector
-HALVINGS = 20  # lengths that `gradient_start` tries at most
 
 
 def gradient_bases(grads: Any, plan: Plan) -> Plan:
@@ -36,7 +34,8 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
     with the q largest singular values. Take the gradients of the base's loss on a first
-    small batch. Each kernel of a stack has its own, or the largest one's if its
+    small batch. A kernel whose gradient is zero keeps its operator, with a
+    `MoRAWarning`. Each kernel of a stack has its own, or the largest one's if its
     gradient is zero. A square M keeps its size, others get one of their budget, and
     `scale` is the new operator's if it was the old one's. The source is LoRA-SB
     (Ponkshe et al. 2024); the factor is ours. docs/operators.md says what it costs.
@@ -47,8 +46,8 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
 
     Raises:
       TypeError: A gradient is not a concrete floating-point array.
-      ValueError: A kernel lacks a gradient, or a gradient is zero, not finite, or of
-        another shape than its kernel.
+      ValueError: A kernel lacks a gradient, a gradient is not finite or of another
+        shape than its kernel, or all gradients are zero.
 
     Example::
 
@@ -82,7 +81,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
 def directions(
     loss: Callable[..., Any],
     adapters_or_plan: Any,
-    batches: Iterable[tuple[Any, ...]] = ((),),
+    batches: Iterable[tuple[Any, ...] | list[Any]] = ((),),
     *,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Any:
@@ -97,20 +96,26 @@ def directions(
     docs/what-it-learns.md says what it gains.
 
     Args:
-      loss: A function from adapters, and the arguments of a batch, to the loss. It is
-        compiled here: give what is large, such as the base, as an argument.
+      loss: A function from adapters, and the arguments of a batch, to the loss, one
+        floating-point number. It is compiled here: give what is large, such as the
+        base, as an argument.
       adapters_or_plan: New adapters, as `init` makes them, `nnx.state(model,
-        MoRAParam)`, or a plan.
-      batches: The other arguments of `loss`, a tuple for each batch. Read twice.
+        MoRAParam)`, or a plan that trains no arrays themselves.
+      batches: The other arguments of `loss`, a tuple or list for each batch. An
+        iterator will do if it ends: it is read once, and its batches are kept in memory
+        until both gradients are taken.
       progress: A function of the number of batches, called after each gradient.
 
     Returns:
       Adapters, or a plan, with a `Subspace` of the same budget for each kernel; each of
-      a stack has its own. Arrays that train themselves stay.
+      a stack has its own. Arrays that train themselves stay. A kernel whose gradient is
+      zero keeps its operator, and a `MoRAWarning` names it.
 
     Raises:
-      TypeError, ValueError: `loss` is not a function, `batches` are not tuples that can
-        be read twice, a delta is not zero, or a gradient is zero or not finite.
+      TypeError: An argument is of another kind, `loss` does not return one
+        floating-point number, or the call is inside of jit, vmap or grad.
+      ValueError: `batches` is empty, a delta is not zero, a gradient is not finite,
+        or all gradients are zero.
 
     Example::
 
@@ -123,37 +128,50 @@ def directions(
       >>> adapters["fc"]["kernel_mora"]
       Adapter(subspace, float32[4, 4])
     """
-    if isinstance(plan := adapters_or_plan, Plan):
-        made = directions(loss, init(plan), batches, progress=progress)
+    check_loss(loss)
+    if not callable(progress):
+        raise TypeError(f"progress must be a function, got {type(progress).__name__}")
+    if isinstance(adapters_or_plan, Plan):
+        plan = adapters_or_plan
+        adapters = _new_adapters(plan)
+        made = directions(loss, adapters, batches, progress=progress)
         specs = paths.adapters_in(made).specs
         return dataclasses.replace(plan, parts={**plan.parts, **specs})
-    check_loss(loss)
-    given = [] if isinstance(batches, Iterator) else [*batches]
-    if not given or not all(isinstance(batch, tuple) for batch in given):
-        rule = "batches must be one tuple of arguments at least, in a sequence"
-        raise TypeError(f"{rule}, got {batches!r:.80}")
-    found = paths.checked_adapters(adapters_or_plan).kernels
+    adapters = adapters_or_plan
+    found = paths.checked_adapters(adapters).kernels
+    given = losses.read_batches(batches, "directions")
     for path, adapter in found.items():
         damping.check_new("/".join(path), adapter)
 
     def total(loras: Mapping[Path, Adapter]) -> Any:
         sums = None
         for batch in given:
-            grads = _compiled_gradient(loss, loras, adapters_or_plan, *batch)
+            grads = _compiled_gradient(loss, loras, adapters, *batch)
+            losses.refuse_traced("loss", grads, "directions")
             sums = grads if sums is None else jax.tree.map(jnp.add, sums, grads)
             progress(1)
         return sums
 
-    specs = _along(total, found.specs).items()
-    new = {path: Adapter(spec.start(path), spec) for path, spec in specs}
-    return paths.replace_adapters(adapters_or_plan, new)
+    new = {}
+    for path, spec in _along(total, found.specs).items():
+        new[path] = Adapter(spec.start(path), spec)
+    return paths.replace_adapters(adapters, new)
 
 
-def check_loss(loss: Any) -> None:
-    """Raise unless `loss` is a function."""
-    if not callable(loss):
-        rule = "loss must be a function from adapters, and more, to a number"
-        raise TypeError(f"{rule}, got {type(loss).__name__}")
+def _new_adapters(plan: Plan) -> Any:
+    """Adapters for the directions of a plan, whose deltas are zero."""
+    for name in plan.trained:
+        raise ValueError(
+            "adapters_or_plan must be adapters where a plan trains arrays themselves, "
+            f"got one that trains {name!r}; give init(plan, params=params)"
+        )
+    for name, spec in plan.items():
+        if spec.init == "gaussian":
+            raise ValueError(
+                "adapters_or_plan must start with deltas of zero, got init='gaussian' "
+                f"for {name!r}; plan with init='zeros'"
+            )
+    return init(plan)
 
 
 def lora_gradient(
@@ -162,7 +180,8 @@ def lora_gradient(
     """The gradients of LoRAs that stand where adapters do."""
 
     def of(loras: Any) -> Any:
-        return loss(paths.replace_adapters(adapters, loras), *batch)
+        given = paths.replace_adapters(adapters, loras)
+        return losses.checked_loss(loss)(given, *batch)
 
     return jax.grad(of)(loras)
 
@@ -172,19 +191,30 @@ _compiled_gradient = jax.jit(lora_gradient, static_argnums=0)
 
 
 def _along(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
-    """{path: spec} with a `Subspace` along the kernel's gradient."""
-    new = {}
+    """{path: spec} with a `Subspace` along the gradient of each kernel that has one."""
+    new, without = {}, []
     for path, (span, product) in _sketched(gradient, specs).items():
-        spec, what = specs[path], f"the gradient of {'/'.join(path)!r}"
-        checks.check_finite(product, what)
+        name, spec = "/".join(path), specs[path]
+        checks.check_finite(product, f"the gradient of {name!r}")
         if not product.any():
-            raise ValueError(f"{what} is zero, and has no directions")
+            without.append(name)
+            continue
         old, q = spec.operator, _width(spec)
         widths = spec.in_features, spec.out_features, q
         op: Operator = Subspace(*widths, *map(gathered, _leading(span, product, q)))
         if isinstance(old, Damped):
             op = dataclasses.replace(old, inner=op, square_rank=q)
         new[path] = dataclasses.replace(spec, operator=op, scale=scale_with(op, spec))
+    if not new:
+        raise ValueError(
+            f"the gradient of {patterns(without)} is zero, and has no directions; give "
+            "a loss and batches that depend on the adapted kernels"
+        )
+    if without:
+        warn(
+            f"the gradient of {patterns(without)} is zero, and has no directions: "
+            "these adapters keep their operators"
+        )
     return new
 
 
@@ -306,79 +336,3 @@ def _leading(span: Array, product: Array, count: int) -> tuple[Array, Array]:
         # Orthogonal columns; the factorisation completes what has length zero.
         outs = jnp.linalg.qr(product.mT @ rotation)[0]
         return turned(span @ rotation, 0), turned(outs, 1)
-
-
-def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:
-    r"""Adapters moved by one step of gradient descent, which say so.
-
-    .. math:: M_0 = -t\, \frac{\|\partial M\|^2}{\|\alpha s\, C\, \partial M\, D\|^2}\,
-        \partial M, \qquad \partial M = \alpha s\, C^T G D^T
-
-    is the step whose delta lies nearest to the kernel's own step -t G among all
-    adapters. One length t serves all kernels. It begins where a linear loss would be
-    zero, |loss| / slope, and is halved while the loss at half of it is lower. That
-    takes a gradient and a few losses. If no length lowers the loss, nothing is moved,
-    and a `MoRAWarning` says so outside of jit.
-    The source is LoRA-SB (Ponkshe et al. 2024), here for operators of any kind; the
-    length is ours. docs/what-it-learns.md says where it pays.
-
-    Args:
-      loss: A function from adapters to a first batch's loss. Compile it, or the call.
-      adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-        Arrays that are trained themselves stay.
-
-    Returns:
-      The adapters, with `init="gradient"` in their specs, since the model does not
-      compute what its base does any more.
-
-    Raises:
-      TypeError, ValueError: A delta is not linear in what is trained, or the loss or
-        its gradient is not finite.
-
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
-      >>> def loss(adapters):
-      ...     folded = mora_jax.fold(params, adapters)
-      ...     return jnp.mean(folded["fc"]["kernel"] ** 2)
-      >>> adapters = mora_jax.gradient_start(loss, mora_jax.init(plan))
-      >>> bool(loss(adapters) < 0.8), adapters["fc"]["kernel_mora"].spec.init
-      (True, 'gradient')
-    """
-    found, steps = paths.checked_adapters(adapters).kernels, {}
-    found.refuse_nonlinear("and has no such step")
-    slope = jnp.float32(0)
-    value, grads = jax.value_and_grad(loss)(adapters)
-    for path, gradient in paths.adapters_in(grads).kernels.items():
-        grad, delta = wide(gradient.m), delta_of(gradient)
-        squares, across = jnp.sum(grad**2), jnp.sum(delta**2)
-        steps[path] = grad * jnp.where(across > 0, squares / across, 0)
-        slope += jnp.sum(steps[path] * grad)
-    checks.check_finite(value, "the loss")
-    checks.check_finite(slope, "the gradient of the loss")
-
-    def moved(length: jax.Array, **changes: Any) -> Any:
-        new = {}
-        for path, adapter in found.items():
-            m = (adapter.m - length * steps[path]).astype(adapter.m.dtype)
-            new[path] = Adapter(m, dataclasses.replace(adapter.spec, **changes))
-        return paths.replace_adapters(adapters, new)
-
-    def is_best(state: Any) -> jax.Array:
-        _, before, now = state
-        return (before < value) & (before <= now)
-
-    def halved(state: Any) -> Any:  # the only place of the loss in the program
-        number, _, now = state
-        return number + 1, now, loss(moved(longest / 2.0**number))
-
-    longest = jnp.where(slope > 0, jnp.abs(value) / slope, 0)
-    nothing = jnp.full_like(value, jnp.inf)
-    start = 0, nothing, nothing
-    state = jax.lax.while_loop(lambda s: (s[0] < HALVINGS) & ~is_best(s), halved, start)
-    length = jnp.where(is_best(state), longest / 2.0 ** (state[0] - 2), 0)
-    if not isinstance(length, Tracer) and length == 0:
-        warn("no step along the gradient lowers the loss, so that no adapter is moved")
-    return moved(length, init="gradient")

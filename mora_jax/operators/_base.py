@@ -75,6 +75,10 @@ class DeltaMap:
         # Of blocks x itself is kept: once for queries, keys and values, which share it.
         return x if self.block else self.enter(x)
 
+    def kept_of(self, h: Array, m: Array) -> Any:
+        """The same where C(x) is known already, for a map of one block."""
+        return h
+
     def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
         """The derivative dy = D(C(x) dM) of `rows` by M."""
         h = self.enter(kept) if self.block else kept

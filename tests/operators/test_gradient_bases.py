@@ -268,7 +268,11 @@ def test_bad_gradients():
         (rest, ValueError, "grads lack the kernel 'a/kernel'"),
         (with_a(one.T), ValueError, r"must have shape \(24, 36\), got \(36, 24\)"),
         (with_a(one.at[0, 0].set(jnp.nan)), ValueError, "holds NaN or infinity"),
-        (with_a(0 * one), ValueError, "'a/kernel' is zero, and has no directions"),
+        (
+            jax.tree.map(jnp.zeros_like, grads),
+            ValueError,
+            "a/kernel.* is zero, and has",
+        ),
         (with_a(one.astype(int)), TypeError, "floating-point dtype, got int32"),
         (jax.eval_shape(gradients), TypeError, "in grads must be an array"),
         ({}, ValueError, "^grads holds no array"),

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from adapter_files import assert_same
+from adapter_files import assert_same, slow
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import close, random, random_like, wide
 
 import mora_jax
 from mora_jax import MoRAConfig, MoRAWarning, input_damping, linen, remora
@@ -177,6 +177,180 @@ def test_what_has_no_rows_of_numbers_is_named():
     assert adapters["words"]["embedding_mora"].operator.name != "damped"
 
 
+class Branches(nn.Module):
+    """Layers for all positions, for the first, and one that a call may leave out."""
+
+    @nn.compact
+    def __call__(self, x, *, both=True):
+        plain = {"use_bias": False}
+        y = nn.Dense(16, name="all", **plain)(x)
+        first = nn.Dense(16, name="first", **plain)(x[:, 0])
+        other = nn.Dense(16, name="other", **plain)
+        return y + other(
+            0 * x if both is None else x
+        ) if both is not False else y, first
+
+
+MASK = np.arange(10) < np.array([[7], [3], [10], [1]])
+PADDED = np.where(MASK[..., None], X.reshape(4, 10, WIDTH), np.float32(30))
+
+
+@pytest.fixture(scope="module")
+def branches():
+    """A call of `Branches`, with settings, and new adapters."""
+    model = Branches()
+    variables = random_like(jax.eval_shape(model.init, jax.random.key(0), PADDED))
+    apply = linen.wrap(model, CONFIG, variables, PADDED)
+
+    def call(x=PADDED, **settings):
+        return lambda adapters: apply(adapters, variables, x, **settings)
+
+    return call, mora_jax.init(apply.plan)
+
+
+def test_a_mask_leaves_padding_out(branches):
+    """As if the batch had no pads; what it does not fit is named, and counts."""
+    call, new = branches
+    rows = PADDED[MASK]
+    for mask in (MASK, MASK.astype(int), jnp.asarray(MASK, "float32")):
+        with pytest.warns(
+            MoRAWarning, match=r"mask of shape \(4, 10\) .* first/kernel"
+        ):
+            adapters = input_damping(call(), new, directions=3, mask=mask)
+        close(found_of(adapters["all"]["kernel_mora"]), projection(rows), 0.02)
+        first = projection(PADDED[:, 0])
+        close(found_of(adapters["first"]["kernel_mora"]), first, 0.02)
+    with pytest.warns(MoRAWarning, match="first/kernel"):
+        nan = call(np.where(MASK[..., None], PADDED, np.float32(np.nan)))
+        again = input_damping(nan, new, directions=3, mask=MASK)
+    one, other = (a["all"]["kernel_mora"].operator for a in (adapters, again))
+    np.testing.assert_array_equal(one.directions, other.directions)
+    without = found_of(input_damping(call(), new, directions=3)["all"]["kernel_mora"])
+    assert abs(without - projection(rows)).max() > 0.1
+    whole = np.arange(4) < 2  # whole examples
+    adapters = input_damping(call(), new, directions=3, mask=whole)
+    for name, x in (("all", PADDED[:2]), ("first", PADDED[:2, 0])):
+        close(found_of(adapters[name]["kernel_mora"]), projection(x), 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [Block(), Stack(), Stack(remat=True)])
+@pytest.mark.parametrize("shape", [(4, 10), (40,)])
+def test_a_mask_under_scan_and_of_flat_positions(model, shape):
+    x = PADDED.reshape(*shape, WIDTH)
+    masked, *_ = damped(model, x, mask=MASK)
+    expected, *_ = damped(model, PADDED[MASK])
+    paths = jax.tree_util.tree_leaves_with_path(expected, is_leaf=is_adapter)
+    for (_, one), other in zip(
+        paths, jax.tree.leaves(masked, is_leaf=is_adapter), strict=True
+    ):
+        v, w = (wide(a.operator.directions) for a in (one, other))
+        close(v @ v.swapaxes(-2, -1), w @ w.swapaxes(-2, -1), 0.02)
+
+
+def is_adapter(node):
+    return isinstance(node, mora_jax.Adapter)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "mask, error, got",
+    [
+        ("mask", TypeError, "str"),
+        ([[1, 0]], TypeError, "list"),
+        (np.ones(()), ValueError, r"shape \(\)"),
+        (0.5 * MASK, ValueError, "0.5"),
+        (np.full((4, 10), np.nan), ValueError, "nan"),
+        (-1.0 * MASK, ValueError, "-1"),
+        (np.zeros((4, 10)), ValueError, "40 zeros"),
+        (np.ones((0, 10)), ValueError, "0 zeros"),
+        (jax.ShapeDtypeStruct((4, 10), bool), TypeError, "ShapeDtypeStruct"),
+    ],
+)
+def test_bad_masks(branches, mask, error, got):
+    call, new = branches
+    with pytest.raises(error, match=f"^mask must .*got .*{got}"):
+        input_damping(call(), new, mask=mask)
+
+
+def test_what_a_call_does_not_use_is_named(branches):
+    """As such, and an input of zeros as such."""
+    call, new = branches
+    with pytest.warns(MoRAWarning) as caught:  # the wrapped model has its own
+        adapters = input_damping(call(both=False), new)
+    said = [str(warning.message) for warning in caught]
+    assert sum("call does not use other/kernel" in text for text in said) == 1
+    assert adapters["other"]["kernel_mora"] is new["other"]["kernel_mora"]
+    assert adapters["all"]["kernel_mora"].operator.name == "damped"
+    with pytest.warns(MoRAWarning, match="all inputs of other/kernel are zero"):
+        adapters = input_damping(call(both=None), new)
+    assert adapters["other"]["kernel_mora"].spec == new["other"]["kernel_mora"].spec
+
+
+def test_a_second_reading_of_other_inputs_is_refused(branches):
+    """Of a loader that shuffles, of the next batch, of none, and under dropout."""
+    call, new = branches
+    order, batches = np.random.default_rng(0), iter([PADDED[:2], PADDED[2:]])
+    several = iter([PADDED])
+    calls = [
+        lambda a: call(order.permutation(X).reshape(4, 10, WIDTH)[:2])(a),
+        lambda a: call(next(batches))(a),
+        lambda a: [call(x)(a) for x in several] or jnp.zeros(()),
+        lambda a: call(X.reshape(4, 10, WIDTH) * (order.random((4, 10, 1)) > 0.1))(a),
+    ]
+    for bad in calls:
+        with pytest.raises(ValueError, match="^call must .*same inputs .*all/kernel"):
+            input_damping(bad, new, directions=3)
+
+
+IMAGES = 4 * random(7, 6, 1, 1, 4) + random(8, 6, 6, 6, 4)  # as smooth as images are
+
+
+class Windows(nn.Module):
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        groups = {"feature_group_count": self.groups}
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, name="one", **groups)(x)
+        return nn.Conv(8, (1, 1), feature_group_count=2, name="in_groups")(x)
+
+
+@pytest.mark.parametrize("operator", ["block_diagonal", slow("sharing")])
+def test_convolutions_see_damped_windows(operator):
+    """The one in groups is named; alone it is an error."""
+    config = MoRAConfig(rank=1, operator=operator, targets="(one|in_groups)/kernel")
+    with pytest.warns(MoRAWarning, match="in_groups/kernel .*groups of a convolution"):
+        adapters, _, variables, apply = damped(Windows(), IMAGES, config)
+    padded = np.pad(IMAGES, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    windows = [
+        padded[:, i : i + 6 : 2, j : j + 6 : 2] for i in range(3) for j in range(3)
+    ]
+    expected = projection(np.concatenate(windows, -1))
+    close(found_of(adapters["one"]["kernel_mora"]), expected, 0.02)
+    trained = random_like(adapters)
+    merged = {"params": mora_jax.merge(variables["params"], trained)}
+    close(apply(trained, variables, IMAGES), Windows().apply(merged, IMAGES), 1e-4)
+
+
+@pytest.mark.slow
+def test_convolutions_in_groups_alone():
+    config = MoRAConfig(rank=1, targets="one/kernel")
+    with pytest.raises(ValueError, match="got none: call uses one/kernel otherwise"):
+        damped(Windows(groups=2), IMAGES, config)
+    # And in NNX.
+    model = nnx.Conv(4, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    adapted = mora.wrap(model, MoRAConfig(rank=1, targets="kernel"), IMAGES)
+
+    def call(adapters):
+        clone = nnx.clone(adapted)
+        mora.set_adapters(clone, adapters)
+        return clone(IMAGES)
+
+    adapters = input_damping(call, mora.adapters(adapted), directions=3)
+    assert adapters["kernel_mora"].operator.name == "damped"
+
+
 def test_bad_calls():
     adapters, new, variables, apply = damped(Block())
     run = lambda adapters: apply(adapters, variables, X)  # noqa: E731
@@ -191,8 +365,11 @@ def test_bad_calls():
             input_damping(run, new, directions=bad)
     with pytest.raises(ValueError, match="floating-point outputs"):
         input_damping(lambda adapters: jnp.argmax(run(adapters)[0], -1), new)
-    with pytest.raises(ValueError, match="adapted kernel, got none"):
+    unused = "adapted kernel, got none: call does not use a/kernel, b/kernel, c/kernel"
+    with pytest.raises(ValueError, match=f"^call must multiply .*{unused}"):
         input_damping(lambda adapters: jnp.ones(3), new)
+    with pytest.raises(ValueError, match="got none: all inputs of a/kernel, .* zero"):
+        input_damping(lambda a: apply(a, variables, 0 * X), new)
     with pytest.raises(ValueError, match="NaN or infinity"):
         input_damping(lambda a: apply(a, variables, np.full_like(X, np.nan)), new)
     with pytest.raises((TypeError, ValueError), match="adapters"):
