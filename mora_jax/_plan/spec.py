@@ -371,8 +371,12 @@ def check_alike(specs: Specs, like: Specs, whose: str, *, meaning: bool = True) 
         name, own, other = "/".join(path), specs.get(path), like.get(path)
         if (array := _array_of(own)) != (planned := _array_of(other)):
             shapes = [getattr(spec, "kernel_shape", ()) for spec in (own, other)]
-            message = f"adapters have {array} at {name!r}, {whose} {planned}"
-            raise ValueError(message + many_if(*shapes))
+            hint = many_if(*shapes)
+            if isinstance(own, TrainedArray) or isinstance(other, TrainedArray):
+                hint = "; use the plan that made the adapters, with its train="
+            raise ValueError(
+                f"adapters have {array} at {name!r}, {whose} {planned}{hint}"
+            )
         if meaning and isinstance(own, AdapterSpec) and isinstance(other, AdapterSpec):
             check_same(name, own, other)
             if len({own.base_digest, other.base_digest} - {None}) > 1:  # which few know
