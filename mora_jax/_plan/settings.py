@@ -91,6 +91,15 @@ def _one_of(*choices: str) -> Check:
     return functools.partial(checks.check_choice, choices=choices)
 
 
+def _start(name: str, value: Any) -> str:
+    if value == "gradient":
+        raise ValueError(
+            f"{name} must be one of {_STARTS}, got 'gradient'; "
+            "mora_jax.gradient_start(loss, mora_jax.init(plan)) starts adapters so"
+        )
+    return checks.check_choice(name, value, _STARTS)
+
+
 _execution = _one_of("auto", "activation", "fold")
 
 
@@ -132,7 +141,7 @@ class KernelConfig:
     scale: str = setting("fine-tuning", _one_of("paper", "fine-tuning"))
     square_rank: int | None = setting(None, _optional(checks.positive_integer))
     multiple_of: int | None = setting(None, _optional(checks.positive_integer))
-    init: str = setting("zeros", _one_of(*_STARTS))
+    init: str = setting("zeros", _start)
     dropout: float = setting(0.0, _rate)
     param_dtype: DTypeLike | None = setting(jnp.float32, _optional(checks.check_dtype))
     execution: str = setting("auto", _execution)
@@ -175,6 +184,10 @@ NAMES_ELSEWHERE = {
     "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
     "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
     "init_lora_weights": "init, 'zeros' or 'gaussian'",
+    "input_damping": "a function: mora_jax.input_damping(call, mora_jax.init(plan))",
+    "directions": "a function: mora_jax.directions(loss, plan, batches)",
+    "gradient_bases": "a function: mora_jax.gradient_bases(grads, plan)",
+    "gradient_start": "a function: mora_jax.gradient_start(loss, mora_jax.init(plan))",
 }
 """{name of a setting in other libraries: its name here}."""
 

@@ -13,6 +13,12 @@ OPERATORS: dict[str, type[Operator]] = {}
 """Every operator class by its name; `mora_jax.operators` puts them here."""
 
 SHARING_FROM_RANK = 128  # from here on "auto" is sharing, the paper's best at r=256
+MADE_BY = {
+    "damped": "; mora_jax.input_damping(call, adapters) damps new adapters",
+    "subspace": "; mora_jax.directions(loss, plan, batches) makes a plan with it",
+}
+"""{operator that holds given arrays: the function that makes it, for messages}."""
+
 LANES = 128  # the width of a TPU's registers, in numbers
 
 OperatorSpec = str | Mapping[str, Any]
@@ -31,7 +37,7 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
         return name, settings
     if name not in OPERATORS:
         known = ["auto", *OPERATORS]
-        hint = did_you_mean(str(name), known)
+        hint = MADE_BY.get(str(name)) or did_you_mean(str(name), known)
         raise ValueError(f"operator must be one of {known}, got {name!r}{hint}")
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken

@@ -254,6 +254,12 @@ BAD_CONFIGS = {
         ({"alpha": float("nan")}, "alpha must be finite"),
         (BOTH, "exclude each other, got rank=4 and square_rank=16"),
         ({"execution": "fast"}, "execution must be one of .* got 'fast'"),
+        ({"operator": "damped"}, r"'damped'.* mora_jax.input_damping\("),
+        ({"operator": {"name": "damped"}}, r"'damped'.* mora_jax.input_damping\("),
+        ({"operator": "subspace"}, r"'subspace'.* mora_jax.directions\("),
+        ({"overrides": {"a": {"operator": "subspace"}}}, r"mora_jax.directions\("),
+        ({"overrides": {"a": {"input_damping": 8}}}, r"mora_jax.input_damping\("),
+        ({"init": "gradient"}, r"'gradient'.* mora_jax.gradient_start\("),
     ],
     TypeError: [
         ({"rank": 1.5}, "rank must be a positive integer, got 1.5"),
@@ -289,6 +295,10 @@ BAD_CONFIGS = {
         ({"alpha_pattern": {}}, "here that is overrides, as in"),
         ({"init_lora_weights": True}, "here that is init"),
         ({"drop_out": 0.1}, "no setting 'drop_out'; .* 'dropou"),
+        ({"input_damping": 16}, r"here that is .* mora_jax.input_damping\("),
+        ({"directions": 16}, r"here that is .* mora_jax.directions\("),
+        ({"gradient_bases": 16}, r"here that is .* mora_jax.gradient_bases\("),
+        ({"gradient_start": True}, r"here that is .* mora_jax.gradient_start\("),
     ],
 }
 
