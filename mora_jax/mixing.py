@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from mora_jax._common.checks import check_finite, check_number
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._tree import paths
-from mora_jax.operators import LowRank
+from mora_jax.operators import Damped, LowRank, Operator
 
 __all__ = ["scaled", "weighted_sum"]
 
@@ -65,8 +65,9 @@ def weighted_sum(
 ) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
-    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat"; `remora.learned` cuts
-    them to those that a bound needs, as "svd" does.
+    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat", also on damped inputs if
+    all have the same directions; `remora.learned` cuts them to those that a bound needs,
+    as "svd" does.
 
     Args:
       adapters: Adapters of the same kernels, operators and factors.
@@ -87,7 +88,7 @@ def weighted_sum(
     factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
     why = "so that sums of adapters are not sums of deltas: merge one after another"
     found[0].refuse_trained(NO_DELTA)
-    loras = {p for p, a in found[0].items() if isinstance(a.operator, LowRank)}
+    loras = {p for p, a in found[0].items() if isinstance(_inner(a), LowRank)}
     squares = paths.Found({p: a for p, a in found[0].items() if p not in loras})
     squares.refuse_nonlinear(why)
     sums = paths.Found()
@@ -97,7 +98,7 @@ def weighted_sum(
         moves = [spec.operator.scaled(wide(a), factor) for factor, a in pairs]
         if path in loras:  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
             total = jnp.concatenate(moves, -1)
-            op = dataclasses.replace(spec.operator, square_rank=total.shape[-1])
+            op = _of_rank(spec.operator, total.shape[-1])
             spec = dataclasses.replace(spec, operator=op, rank=None)
         else:
             total = jnp.asarray(sum(moves))
@@ -106,6 +107,19 @@ def weighted_sum(
         check_finite(total, f"the mixture's {place}", f" in {total.dtype}")
         sums[path] = Adapter(total, spec)
     return sums.tree()
+
+
+def _inner(adapter: Adapter) -> Operator:
+    """The operator, or the one that sees its damped inputs."""
+    return getattr(adapter.operator, "inner", adapter.operator)
+
+
+def _of_rank(op: Operator, rank: int) -> Operator:
+    """The same LoRA of another rank; P (A1 B1 + A2 B2) is one on the same P x."""
+    if isinstance(op, Damped):
+        inner = _of_rank(op.inner, rank)
+        return dataclasses.replace(op, inner=inner, square_rank=rank)
+    return dataclasses.replace(op, square_rank=rank)
 
 
 def _factor(value: Any, name: str) -> Any:

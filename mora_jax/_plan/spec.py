@@ -280,12 +280,31 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 
 
 def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
-    """Raise unless an M of the kernel `name` that is right for one is for the other."""
-    made, used = made_for.meaning, used_with.meaning
+    """Raise unless both specs give the M of the kernel `name` the same delta."""
+    made = _flat(made_for.meaning)
+    used = _flat(used_with.meaning)
     # If an operator lacks a setting of the other one, their names differ already.
     keys = [key for key in made if key in used and made[key] != used[key]]
-    if differing := [f"{key} {made[key]!r}, not {used[key]!r}" for key in keys]:
-        raise ValueError(f"{name}{SUFFIX} was made for {' and '.join(differing)}")
+    told = [f"{k} {made[k]!r}, not {used[k]!r}" for k in keys if "digests" not in k]
+    if told:
+        raise ValueError(f"{name}{SUFFIX} was made for {' and '.join(told)}")
+    if keys:
+        raise ValueError(
+            f"{name}{SUFFIX} was made for other directions ({made_for.operator.label}):"
+            " both must have the same ones, as adapters of one call of"
+            " mora_jax.input_damping or mora_jax.directions have"
+        )
+
+
+def _flat(meaning: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A meaning with the settings of an inner operator beside those of the outer."""
+    flat: dict[str, Any] = {}
+    for key, value in meaning.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 @dataclasses.dataclass(frozen=True)
