@@ -17,6 +17,10 @@ from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Produc
 from mora_jax.products.contraction import Blocks, dot_general_equation
 
 
+NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
+"""Classes whose `scale` and `bias` are one number for each feature, and no kernels."""
+
+
 def _axes(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 

@@ -11,6 +11,7 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.axes import stack_places
 from mora_jax._flax.calls import Call, all_calls, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.layers import NORMS
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.proofs import Proofs
 from mora_jax._flax.survey import Survey, check_call, program_of
@@ -64,7 +65,9 @@ def plan(
     survey = Survey(classes=classes, shared=_shared(model))
     for module, path, variable in _held.attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
-        if (rule := rules.get(path[-1])) is None:
+        if isinstance(module, NORMS) and path[-1] in ("scale", "bias"):
+            survey.non_kernels.add(name)
+        elif (rule := rules.get(path[-1])) is None:
             if rules and not folded_kernels(type(module)):  # or methods may do anything
                 survey.non_kernels.add(name)
         elif not isinstance(variable, nnx.Param):
