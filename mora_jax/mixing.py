@@ -65,9 +65,9 @@ def weighted_sum(
 ) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
-    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat", also on damped inputs if
-    all have the same directions; `remora.learned` cuts them to those that a bound needs,
-    as "svd" does.
+    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat", and `remora.learned` cuts
+    them to those that a bound needs, as "svd" does. Adapters on damped inputs must have
+    the same directions.
 
     Args:
       adapters: Adapters of the same kernels, operators and factors.
