@@ -65,7 +65,7 @@ def weighted_sum(
 ) -> paths.Tree:
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
-    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat", and `remora.learned` cuts
+    The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat"; `remora.learned` cuts
     them to those that a bound needs, as "svd" does. Adapters on damped inputs must have
     the same directions.
 
