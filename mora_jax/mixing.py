@@ -82,6 +82,7 @@ def weighted_sum(
         trained; or an array is trained itself.
     """
     found = paths.alike_adapters(adapters)
+    _check_weights(weights)
     if len(weights) != len(found):
         got = f"got {len(weights)} for {len(found)}"
         raise ValueError(f"weights must be one for each adapter, {got}")
@@ -122,10 +123,24 @@ def _of_rank(op: Operator, rank: int) -> Operator:
     return dataclasses.replace(op, square_rank=rank)
 
 
+def _check_weights(weights: Any) -> None:
+    """Raise unless `weights` are a sequence, or an array of one axis."""
+    rule = "weights must be a sequence of real numbers, or an array of one axis"
+    if isinstance(weights, jax.Array | np.ndarray):
+        if weights.ndim != 1:
+            raise TypeError(f"{rule}, got an array of shape {tuple(weights.shape)}")
+    elif not isinstance(weights, Sequence) or isinstance(weights, str | bytes):
+        raise TypeError(f"{rule}, got {weights!r:.80}")
+
+
 def _factor(value: Any, name: str) -> Any:
     """A real number, or an array of one, which a trace may have made."""
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not value.shape:
         if isinstance(value, Tracer):
-            return value  # an argument of the program, whose number nobody knows yet
+            # An argument of the program, whose number nobody knows yet.
+            kinds = jnp.floating, jnp.integer
+            if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+                raise TypeError(f"{name} must be real, got {value.dtype}")
+            return value
         value = value.item()
     return check_number(name, value)

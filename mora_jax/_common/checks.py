@@ -46,7 +46,7 @@ def _integer(rule: str, value: Any, least: int, end: float = math.inf) -> int:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Return `value`, if it is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
 

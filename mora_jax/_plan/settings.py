@@ -92,7 +92,7 @@ def _one_of(*choices: str) -> Check:
 
 
 def _start(name: str, value: Any) -> str:
-    if value == "gradient":
+    if isinstance(value, str) and value == "gradient":
         raise ValueError(
             f"{name} must be one of {_STARTS}, got 'gradient'; "
             "mora_jax.gradient_start(loss, mora_jax.init(plan)) starts adapters so"

@@ -35,17 +35,22 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     name = settings.pop("name", None)
     if name == "auto" and not settings:
         return name, settings
-    if name not in OPERATORS:
+    if not isinstance(name, str) or name not in OPERATORS:
         known = ["auto", *OPERATORS]
         hint = MADE_BY.get(str(name)) or did_you_mean(str(name), known)
         raise ValueError(f"operator must be one of {known}, got {name!r}{hint}")
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
-    for setting in settings:
+    for setting, value in settings.items():
         if setting not in fields:
             rule = f"operator {name!r} has settings {sorted(fields)}"
             hint = did_you_mean(setting, sorted(fields))
             raise ValueError(f"{rule}, got {setting!r}{hint}")
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"{setting!r} of the operator {name!r} must be a text, a number or a "
+                f"truth value, got {value!r}"
+            )
     return name, settings
 
 

@@ -260,6 +260,13 @@ BAD_CONFIGS = {
         ({"overrides": {"a": {"operator": "subspace"}}}, r"mora_jax.directions\("),
         ({"overrides": {"a": {"input_damping": 8}}}, r"mora_jax.input_damping\("),
         ({"init": "gradient"}, r"'gradient'.* mora_jax.gradient_start\("),
+        ({"init": np.ones(3)}, r"init must be one of .*, got array\("),
+        ({"execution": ["fold"]}, r"execution must be one of .*, got \['fold'\]"),
+        ({"operator": {"name": ["rotation"]}}, r"operator must be .*\['rotation'\]"),
+        (
+            {"operator": {"name": "sharing", "compress_groups": ["strided"]}},
+            r"'compress_groups' .*\['strided'\]",
+        ),
     ],
     TypeError: [
         ({"rank": 1.5}, "rank must be a positive integer, got 1.5"),

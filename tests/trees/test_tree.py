@@ -186,6 +186,22 @@ def test_what_does_not_merge(model):
             merge(*trees)
 
 
+def test_a_merge_that_overflows_is_refused():
+    """In 16 bits without float32's range; as `io.merge_checkpoint` does."""
+    params = {"kernel": jnp.full((8, 8), 6e4, jnp.float16)}
+    plan = mora_jax.plan(params, MoRAConfig(operator="truncation", scale="paper"))
+    adapters = jax.tree.map(lambda m: m + 1e4, init(plan))
+    for dtype in (None, "float16"):
+        with pytest.raises(
+            ValueError, match="'kernel' overflows float16 with its delta"
+        ):
+            merge(params, adapters, dtype)
+    wide = merge(params, adapters, "float32")["kernel"]
+    assert wide[0, 0] == 7e4 and jnp.isinf(
+        mora_jax.fold(params, adapters)["kernel"][0, 0]
+    )
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_combine(model):
     params, adapters, _ = model
@@ -205,6 +221,11 @@ def test_what_does_not_combine(model):
         (adapters, params, rule),
         (params, {"fc": {"kernel": fc}}, "no kernel .* 'fc/kernel/kernel_mora'"),
         (params, jax.tree.map(lambda m: m[..., :2, :2], adapters), "must have shape"),
+        (
+            jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params),
+            adapters,
+            "in params must have shape",
+        ),
         ({"a": [params["fc"]]}, {"a": {"0": fc}}, "got a list at 'a': .* use fold"),
     ]
     for tree, other, message in cases:
