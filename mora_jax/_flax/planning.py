@@ -191,7 +191,8 @@ class Candidates:
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         with errors_of(name):
-            own = config, tuple(leaf.shape), axes or self._axes(name)
+            axes = self._axes(name) if axes is None else axes
+            own = config, tuple(leaf.shape), axes
             spec = AdapterSpec.from_config(*own, kernel_dtype=leaf.dtype, name=name)
             # An unknown layer's kernel has axes by an override, taken at its word.
             if product is not None:

@@ -215,6 +215,12 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
         if "rank" in settings and settings.get("square_rank") is not None:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
+        axes = settings.get("axes")
+        if axes is not None and not (isinstance(axes, str) and axes):
+            raise ValueError(
+                f"{where}: axes must be a text with a letter for each axis of the "
+                f"kernel, 'i', 'o' or 's', got {axes!r}"
+            )
         # Values that no kernel could have are errors now, and not where they apply.
         KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
     return FrozenMapping(overrides)

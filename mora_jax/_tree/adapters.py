@@ -159,7 +159,7 @@ def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
         if path in known:
             raise ValueError(f"params already hold {name!r}")
         if kernel not in known:
-            near = nearest_paths("/".join(kernel), map("/".join, known))
+            near = nearest_paths("/".join(kernel), map("/".join, filter(None, known)))
             raise ValueError(f"params have no kernel for the adapter {name!r}{near}")
         flat[(*known[kernel][:-1], own)] = m
     return _nested(flat, params)

@@ -347,6 +347,7 @@ def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -
       >>> bool(loss(adapters) < 0.8), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
+    check_loss(loss)
     found, steps = paths.checked_adapters(adapters).kernels, {}
     found.refuse_nonlinear("and has no such step")
     slope = jnp.float32(0)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.axes import stack_places
+from mora_jax._common.checks import check_seed
 from mora_jax._flax.calls import Call, all_calls, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.layers import NORMS
@@ -177,6 +178,9 @@ def wrap(
       True
     """
     check_model(model)
+    check_seed(seed)
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise TypeError(f"rngs must be an nnx.Rngs, got {rngs!r:.80}")
     if not isinstance(chosen := config_or_plan, Plan):
         chosen = plan(model, chosen, *args, calls=calls)
     elif args or calls:
@@ -184,7 +188,7 @@ def wrap(
     # Names and shapes may have made the plan.
     refuse_shared(_shared(model), [*chosen, *chosen.trained])
     kinds = {spec.init for spec in chosen.values()}
-    key = rngs.params() if rngs and "gaussian" in kinds else None
+    key = rngs.params() if rngs is not None and "gaussian" in kinds else None
     new = init(chosen, key, params=_held.parameters(model) if chosen.trained else None)
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(_held.named_modules(model))

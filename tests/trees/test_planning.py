@@ -260,6 +260,8 @@ BAD_CONFIGS = {
         ({"overrides": {"a": {"operator": "subspace"}}}, r"mora_jax.directions\("),
         ({"overrides": {"a": {"input_damping": 8}}}, r"mora_jax.input_damping\("),
         ({"init": "gradient"}, r"'gradient'.* mora_jax.gradient_start\("),
+        ({"overrides": {"a": {"axes": ""}}}, "'a'.*axes must be .*, got ''"),
+        ({"overrides": {"a": {"axes": ["i", "o"]}}}, r"axes must be .*, got \['i', "),
         ({"init": np.ones(3)}, r"init must be one of .*, got array\("),
         ({"execution": ["fold"]}, r"execution must be one of .*, got \['fold'\]"),
         ({"operator": {"name": ["rotation"]}}, r"operator must be .*\['rotation'\]"),
