@@ -115,7 +115,7 @@ class AdapterSettings:
     dropout: float = setting(0.0, _rate)
     # As `gradient_start` says it; no adapter starts so of itself.
     init: str = setting("zeros", _one_of(*_STARTS, "gradient"))
-    param_dtype: DTypeLike = setting(jnp.float32, checks.check_dtype)
+    param_dtype: DTypeLike = setting(jnp.float32, checks.check_param_dtype)
     execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
@@ -143,7 +143,9 @@ class KernelConfig:
     multiple_of: int | None = setting(None, _optional(checks.positive_integer))
     init: str = setting("zeros", _start)
     dropout: float = setting(0.0, _rate)
-    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(checks.check_dtype))
+    param_dtype: DTypeLike | None = setting(
+        jnp.float32, _optional(checks.check_param_dtype)
+    )
     execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: checks.check_seed(value))
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, order_in_model, sizes, without
-from mora_jax._common.checks import check_dtype, check_floating
+from mora_jax._common.checks import check_dtype, check_floating, check_param_dtype
 from mora_jax._common.messages import warn
 from mora_jax._common.types import Path, Shape
 from mora_jax._mesh.places import KernelLayout
@@ -112,7 +112,8 @@ class AdapterSpec(AdapterSettings):
         own = {name: getattr(config, name) for name in SETTINGS}
         own["scale"] = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
         if config.param_dtype is None:
-            own["param_dtype"] = kernel_dtype
+            what = f"{name}: param_dtype"
+            own["param_dtype"] = check_param_dtype(what, kernel_dtype)
         budget = config.rank if config.square_rank is None else None
         spec = cls(operator, kernel_shape, axes, rank=budget, **own)
         q, asked = operator.square_rank, spec.asked_square_rank or 0
@@ -338,6 +339,11 @@ class TrainedArray:
     def of(cls, name: str, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
         check_floating(leaf, name, "take it out of train")
+        if jnp.dtype(leaf.dtype).itemsize < 2:
+            raise TypeError(
+                f"{name} must have at least 16 bits, got {leaf.dtype}; "
+                "take it out of train"
+            )
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
         return cls(tuple(leaf.shape), dtype, leaf.dtype)

@@ -58,6 +58,13 @@ def test_round_trip(case):
             io.plan_from_json(text, **given)
 
 
+def test_a_plan_that_no_text_can_name_is_refused():
+    """Before a checkpoint has a text that nobody can read."""
+    for name in ("", ".."):
+        with pytest.raises(AdapterFileError, match="must have a path of names, got"):
+            io.plan_to_json(plan({name: {"kernel": shape(8, 8)}}))
+
+
 def test_adapters_are_a_plan_of_their_own():
     """No plan knows of damped inputs, so their text is made of adapters."""
     chosen = planned(train="a/bias")

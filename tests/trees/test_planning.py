@@ -277,6 +277,7 @@ BAD_CONFIGS = {
         ({"operator": None}, "operator must be a name"),
         ({"alpha": "1"}, "alpha must be a number"),
         ({"param_dtype": int}, "param_dtype must be a floating-point"),
+        ({"param_dtype": "float8_e4m3fn"}, "param_dtype must .*16 bits, got float8_e"),
         ({"targets": [3]}, "targets must hold regular expressions, got 3"),
         ({"overrides": ["a"]}, "overrides must map patterns"),
         ({"overrides": {"a": 3}}, "must be a mapping, got 3"),

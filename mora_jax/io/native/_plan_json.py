@@ -37,9 +37,13 @@ def plan_to_json(plan_or_adapters: Plan | Any) -> str:
 
     Raises:
       TypeError: `plan_or_adapters` is neither, or a trace has the directions.
+      io.AdapterFileError: A path has more than 100 names, or one that a file cannot
+        have, such as "..".
     """
     plan = _plan_of("plan_or_adapters", plan_or_adapters)
     given_arrays(spec.operator for spec in plan.values())  # raises if they are traced
+    for path in plan.parts:
+        _records.check_path([*path], f"a layer of {WHERE}")
     parts = Found({path: Adapter(None, spec) for path, spec in plan.parts.items()})
     return _records.text_of(parts, {"format": FORMAT} | _json.record_of(plan, PLAN))
 

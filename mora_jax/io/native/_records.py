@@ -193,7 +193,7 @@ def restore(
         for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
             record = read_record(written, fields, here, file.writer)
-            path = _path(record["path"], here)
+            path = check_path(record["path"], here)
             name = "/".join(path)
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
@@ -221,7 +221,7 @@ def restore(
     return found
 
 
-def _path(names: list[Any], here: str) -> Path:
+def check_path(names: list[Any], here: str) -> Path:
     """A path, if a user may write the tree as directories, where ".." is above it."""
     right = 0 < len(names) <= DEEPEST and all(isinstance(name, str) for name in names)
     # A name may have slashes, as Haiku's have.
