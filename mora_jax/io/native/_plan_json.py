@@ -141,7 +141,7 @@ def plan_from_json(
 
 
 def _plan_of(name: str, plan_or_adapters: Any) -> Plan:
-    """The plan itself, or that of adapters."""
+    """The plan itself, or the plan that adapters follow."""
     leaves = jax.tree.leaves(
         plan_or_adapters, is_leaf=lambda leaf: paths.adapter_of(leaf) is not None
     )
