@@ -298,7 +298,7 @@ def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None
 
 
 def _flat(meaning: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A meaning whose nested settings have dotted names, such as "operator.inner.name"."""
+    """A meaning whose nested settings have names such as "operator.inner.name"."""
     flat: dict[str, Any] = {}
     for key, value in meaning.items():
         if isinstance(value, Mapping):
