@@ -90,10 +90,14 @@ def plan_surveyed(params: Any, config: settings.MoRAConfig, survey: Survey) -> P
             LeftOutWarning,
         )
     unproven = () if survey.by_names else survey.unproven(targets)
-    if idle := [name for name, why in unproven if why == NOT_USED]:
-        warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
-    if idle := [name for name in trained if survey.not_used(name)]:
-        warn(f"train: {patterns(idle)}: {NOT_USED}, so training does not change them")
+    without_effect = [name for name, why in unproven if why == NOT_USED]
+    if without_effect:
+        names = patterns(without_effect)
+        warn(f"adapters without an effect: {names}: {NOT_USED}; exclude them")
+    not_used = [name for name in trained if survey.not_used(name)]
+    if not_used:
+        names = patterns(not_used)
+        warn(f"train: {names}: {NOT_USED}, so training does not change them")
     return Plan(
         {leaves[name][0]: spec for name, spec in parts.items()},
         base_parameters=sum(math.prod(a.shape) for _, a in leaves.values()),
@@ -129,13 +133,13 @@ class Candidates:
         """The names of the kernels to adapt."""
         kernels = [name for name in self.arrays if not self.survey.no_kernel(name)]
         if self.by_default:
-            names = set(filter(self._is_default, kernels))
+            names = {name for name in kernels if self._is_default(name)}
+            names = {name for name in names if not self.survey.not_used(name)}
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
             kind += "whose product is known, in NNX held by an nnx.Param)"
             names = matching("targets", self.config.targets, kernels, kind, self.leaves)
             self._refuse_not_used(names)
-        names = {name for name in names if not self.survey.not_used(name)}
         if not names:
             why = "no array has two or more axes"
             if not self.survey.by_names and (left_out := self.left_out(())):
@@ -147,6 +151,7 @@ class Candidates:
             told = "targets: the default matches no path of a kernel that can be "
             raise ValueError(f"{told}adapted: {why}")
         names -= self.excluded
+        names = {name for name in names if not self.survey.not_used(name)}
         if not names:
             raise ValueError("exclude leaves no kernel to adapt")
         return [name for name in kernels if name in names]

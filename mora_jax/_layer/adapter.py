@@ -195,7 +195,7 @@ def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> Array:
 
 def wide(array: ArrayLike, *dtypes: DTypeLike) -> Array:
     """`array` in float32, or in float64 where it or any of `dtypes` is."""
-    # Not by promotion, which JAX lacks between 8 bits and others.
+    # Others are not promoted, since JAX has no promotion of 8 bits.
     array = jnp.asarray(array)
-    is_wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in (array.dtype, *dtypes))
-    return array.astype(jnp.float64 if is_wide else jnp.float32)
+    doubles = [dtype for dtype in (array.dtype, *dtypes) if dtype == jnp.float64]
+    return array.astype(jnp.result_type(jnp.float32, *doubles))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from mora_jax._common.checks import positive_integer
@@ -46,7 +46,7 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
             rule = f"operator {name!r} has settings {sorted(fields)}"
             hint = did_you_mean(setting, sorted(fields))
             raise ValueError(f"{rule}, got {setting!r}{hint}")
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, Hashable):  # as a config is
             raise ValueError(
                 f"{setting!r} of the operator {name!r} must be a text, a number or a "
                 f"truth value, got {value!r}"
