@@ -19,15 +19,19 @@ Example::
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._common.axes import rows_from_kernel
+from mora_jax._common.checks import check_concrete, check_finite
+from mora_jax._common.types import Path
 from mora_jax._layer.adapter import delta_of
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._tree.merge import merged_kernel
-from mora_jax._tree.paths import checked_adapters
+from mora_jax._tree.paths import Found, checked_adapters, place_of
 
 __all__ = ["effective_rank", "merge_loss", "relative_norm", "spectrum"]
 
@@ -51,13 +55,31 @@ def merge_loss(
       TypeError, ValueError: As `merge`.
     """
     check_rounding(rounding)
-    found, loss = checked_adapters(adapters).kernels, {}
+    found, loss = _concrete(adapters), {}
     for path, (_, kernel) in found.in_base(params).items():
+        _check_kernel(path, kernel)
         merged = merged_kernel(found[path], kernel, dtype=dtype, rounding=rounding)
+        check_finite(merged, f"the merged {'/'.join(path)}", f" in {merged.dtype}")
         delta = delta_of(found[path])
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
         loss["/".join(path)] = float(share_lost(change, delta))
     return loss
+
+
+def _concrete(adapters: Any) -> Found:
+    """The adapters of kernels, whose numbers are known."""
+    found = checked_adapters(adapters).kernels
+    for path, adapter in found.items():
+        name = "/".join(place_of(path, adapter.spec))
+        check_concrete(adapter.m, name, adapter.spec.shape)
+    return found
+
+
+def _check_kernel(path: Path, kernel: Any) -> None:
+    """Raise unless the kernel at `path` holds finite numbers that are known."""
+    name = f"{'/'.join(path)} in params"
+    check_concrete(kernel, name, tuple(kernel.shape))
+    check_finite(kernel, name)
 
 
 def spectrum(adapters: Any) -> dict[str, np.ndarray]:
@@ -70,7 +92,7 @@ def spectrum(adapters: Any) -> dict[str, np.ndarray]:
       TypeError, ValueError: They are not adapters, or an M is not finite.
     """
     values = {}
-    for path, adapter in checked_adapters(adapters).kernels.items():
+    for path, adapter in _concrete(adapters).items():
         rows = rows_from_kernel(delta_of(adapter), adapter.spec.axes)
         delta = np.asarray(rows, np.float64)
         if delta.shape[-2] > delta.shape[-1]:
@@ -93,7 +115,16 @@ def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.flo
     Raises:
       ValueError: `values` are a single number, or one is negative or not finite.
     """
-    values = np.asarray(values, np.float64)
+    if isinstance(values, Tracer):
+        raise TypeError(f"values must be concrete, outside of jit, got {values}")
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        raise TypeError(f"values must be real numbers, got {values!r:.80}") from None
+    kinds = np.floating, np.integer
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in kinds):
+        raise TypeError(f"values must be real numbers, got {values!r:.80}")
+    values = found.astype(np.float64)
     if not values.ndim or not (np.isfinite(values) & (values >= 0)).all():
         rule = "values must be finite and not negative, of shape (..., k)"
         raise ValueError(f"{rule}, got {values!r}")
@@ -112,8 +143,9 @@ def relative_norm(params: Any, adapters: Any) -> dict[str, float]:
     Raises:
       TypeError, ValueError: As `merge`.
     """
-    found, shares = checked_adapters(adapters).kernels, {}
+    found, shares = _concrete(adapters), {}
     for path, (_, kernel) in found.in_base(params).items():
+        _check_kernel(path, kernel)
         arrays = (np.asarray(a, np.float64) for a in (delta_of(found[path]), kernel))
         change, whole = map(float, map(np.linalg.norm, arrays))
         shares["/".join(path)] = change / whole if whole else math.inf

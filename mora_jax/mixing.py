@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from mora_jax._common.checks import check_finite, check_number
 from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._tree import paths
-from mora_jax.operators import LowRank
+from mora_jax.operators import Damped, LowRank, Operator
 
 __all__ = ["scaled", "weighted_sum"]
 
@@ -66,7 +66,8 @@ def weighted_sum(
     r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
     The ranks of LoRAs ("low_rank") add up, as by PEFT's "cat"; `remora.learned` cuts
-    them to those that a bound needs, as "svd" does.
+    them to those that a bound needs, as "svd" does. Adapters on damped inputs must have
+    the same directions.
 
     Args:
       adapters: Adapters of the same kernels, operators and factors.
@@ -81,13 +82,14 @@ def weighted_sum(
         trained; or an array is trained itself.
     """
     found = paths.alike_adapters(adapters)
+    _check_weights(weights)
     if len(weights) != len(found):
         got = f"got {len(weights)} for {len(found)}"
         raise ValueError(f"weights must be one for each adapter, {got}")
     factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
     why = "so that sums of adapters are not sums of deltas: merge one after another"
     found[0].refuse_trained(NO_DELTA)
-    loras = {p for p, a in found[0].items() if isinstance(a.operator, LowRank)}
+    loras = {p for p, a in found[0].items() if isinstance(_inner(a), LowRank)}
     squares = paths.Found({p: a for p, a in found[0].items() if p not in loras})
     squares.refuse_nonlinear(why)
     sums = paths.Found()
@@ -97,7 +99,7 @@ def weighted_sum(
         moves = [spec.operator.scaled(wide(a), factor) for factor, a in pairs]
         if path in loras:  # [A1 A2] times B1 above B2 is A1 B1 + A2 B2
             total = jnp.concatenate(moves, -1)
-            op = dataclasses.replace(spec.operator, square_rank=total.shape[-1])
+            op = _of_rank(spec.operator, total.shape[-1])
             spec = dataclasses.replace(spec, operator=op, rank=None)
         else:
             total = jnp.asarray(sum(moves))
@@ -108,10 +110,37 @@ def weighted_sum(
     return sums.tree()
 
 
+def _inner(adapter: Adapter) -> Operator:
+    """The operator, or the one that sees its damped inputs."""
+    return getattr(adapter.operator, "inner", adapter.operator)
+
+
+def _of_rank(op: Operator, rank: int) -> Operator:
+    """The same LoRA of another rank; P (A1 B1 + A2 B2) is one on the same P x."""
+    if isinstance(op, Damped):
+        inner = _of_rank(op.inner, rank)
+        return dataclasses.replace(op, inner=inner, square_rank=rank)
+    return dataclasses.replace(op, square_rank=rank)
+
+
+def _check_weights(weights: Any) -> None:
+    """Raise unless `weights` are a sequence, or an array of one axis."""
+    rule = "weights must be a sequence of real numbers, or an array of one axis"
+    if isinstance(weights, jax.Array | np.ndarray):
+        if weights.ndim != 1:
+            raise TypeError(f"{rule}, got an array of shape {tuple(weights.shape)}")
+    elif not isinstance(weights, Sequence) or isinstance(weights, str | bytes):
+        raise TypeError(f"{rule}, got {weights!r:.80}")
+
+
 def _factor(value: Any, name: str) -> Any:
     """A real number, or an array of one, which a trace may have made."""
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not value.shape:
         if isinstance(value, Tracer):
-            return value  # an argument of the program, whose number nobody knows yet
+            # An argument of the program, whose number nobody knows yet.
+            kinds = jnp.floating, jnp.integer
+            if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+                raise TypeError(f"{name} must be real, got {value.dtype}")
+            return value
         value = value.item()
     return check_number(name, value)

@@ -121,7 +121,13 @@ def select(stacked: Tree, index: Any) -> Tree:
 def _indices(index: Any, number: int) -> jax.Array:
     """`index` as slots from -1 to `number` - 1, checked as far as it is known."""
     known = not isinstance(index, Tracer)
-    indices = np.asarray(index) if known else index
+    try:
+        indices = np.asarray(index) if known else index
+    except ValueError:  # lists of several lengths
+        got = f"{index!r:.80}"
+        raise TypeError(
+            f"index must be integers, one for each row, got {got}"
+        ) from None
     if not indices.size:  # NumPy takes [] for floats
         indices = indices.astype(jnp.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim != 1:

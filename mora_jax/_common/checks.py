@@ -46,7 +46,7 @@ def _integer(rule: str, value: Any, least: int, end: float = math.inf) -> int:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Return `value`, if it is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
 
@@ -101,11 +101,30 @@ def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
     return dtype
 
 
+def check_param_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
+    """Return `value` as a NumPy dtype, if it is one in which arrays are trained."""
+    dtype = check_dtype(name, value)
+    if dtype.itemsize < 2:
+        raise TypeError(f"{name} must have at least 16 bits, got {dtype}")
+    return dtype
+
+
 def as_jax_array(name: str, value: Any) -> jax.Array:
     """Return `value` as a JAX array, tracers included, if it is an array."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+    _check_not_donated(value, name)
     return jnp.asarray(value)
+
+
+def _check_not_donated(array: Any, name: str) -> None:
+    """Raise if the numbers of a JAX array are gone."""
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
+        return
+    if array.is_deleted():
+        got = "an array that was donated to a compiled function"
+        hint = "take the one which that function returned"
+        raise ValueError(f"{name} must hold numbers, got {got}: {hint}")
 
 
 def check_floating(leaf: Any, name: str, otherwise: str = "") -> None:
@@ -136,10 +155,7 @@ def check_concrete(array: Any, name: str, shape: Shape) -> None:
             f"{name} must be a concrete array, got {type(array).__name__}"
             f"{'; call this outside of jit, vmap and grad' if outside else ''}"
         )
-    if isinstance(array, jax.Array) and array.is_deleted():
-        got = "an array that was donated to a compiled function"
-        hint = "take the one which that function returned"
-        raise ValueError(f"{name} must hold numbers, got {got}: {hint}")
+    _check_not_donated(array, name)
     check_leaf(array, name, shape)
 
 

@@ -40,7 +40,13 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     """{path: leaf} of any pytree but a model; arrays stay in their boxes."""
     leaves: dict[Path, Any] = {}
     names: set[str] = set()  # a key may hold a slash, and leaves go by joined paths
-    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
+    try:
+        found = jax.tree.leaves_with_path(tree, is_leaf=is_end)
+    except ValueError as error:  # of keys that cannot be sorted
+        raise ValueError(
+            f"{what} must be a tree of dicts with keys of one type each: {error}"
+        ) from error
+    for keys, leaf in found:
         path = path_of(keys)
         refuse_model(leaf, what)
         if not path:

@@ -16,6 +16,9 @@ from mora_jax._flax.layer_rules import RULES, LayerRule, register_layer
 from mora_jax.products import ATTEND, DENSE, Convolution, Folded, Lookup, Product
 from mora_jax.products.contraction import Blocks, dot_general_equation
 
+NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
+"""Classes whose `scale` and `bias` are one number for each feature, and no kernels."""
+
 
 def _axes(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)

@@ -80,14 +80,24 @@ def plan_surveyed(params: Any, config: settings.MoRAConfig, survey: Survey) -> P
     refuse_shared([*owners.values(), *survey.shared], adapted)
     parts = {name: model.adapter(name) for name in targets} | trained
     left_out = model.left_out(parts)
-    surprising = [str(kind) for kind in left_out if kind.multiplied]
-    if surprising and model.by_default:
-        # Whoever named no targets may not know of them.
-        told = f"arrays that multiply inputs get no adapter: {'; '.join(surprising)}"
-        warn(f"{told}. Name them in exclude if that is meant", LeftOutWarning)
+    surprising = [str(kind) for kind in left_out if model.surprises(kind)]
+    if surprising:
+        known = survey.traced or survey.by_names
+        multiply = "multiply" if known else "may multiply"
+        warn(
+            f"arrays that {multiply} inputs get no adapter: {'; '.join(surprising)}. "
+            "Name them in exclude if that is meant",
+            LeftOutWarning,
+        )
     unproven = () if survey.by_names else survey.unproven(targets)
-    if idle := [name for name, why in unproven if why == NOT_USED]:
-        warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
+    without_effect = [name for name, why in unproven if why == NOT_USED]
+    if without_effect:
+        names = patterns(without_effect)
+        warn(f"adapters without an effect: {names}: {NOT_USED}; exclude them")
+    not_used = [name for name in trained if survey.not_used(name)]
+    if not_used:
+        names = patterns(not_used)
+        warn(f"train: {names}: {NOT_USED}, so training does not change them")
     return Plan(
         {leaves[name][0]: spec for name, spec in parts.items()},
         base_parameters=sum(math.prod(a.shape) for _, a in leaves.values()),
@@ -123,11 +133,13 @@ class Candidates:
         """The names of the kernels to adapt."""
         kernels = [name for name in self.arrays if not self.survey.no_kernel(name)]
         if self.by_default:
-            names = set(filter(self._is_default, kernels))
+            names = {name for name in kernels if self._is_default(name)}
+            names = {name for name in names if not self.survey.not_used(name)}
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
             kind += "whose product is known, in NNX held by an nnx.Param)"
             names = matching("targets", self.config.targets, kernels, kind, self.leaves)
+            self._refuse_not_used(names)
         if not names:
             why = "no array has two or more axes"
             if not self.survey.by_names and (left_out := self.left_out(())):
@@ -139,9 +151,22 @@ class Candidates:
             told = "targets: the default matches no path of a kernel that can be "
             raise ValueError(f"{told}adapted: {why}")
         names -= self.excluded
+        names = {name for name in names if not self.survey.not_used(name)}
         if not names:
             raise ValueError("exclude leaves no kernel to adapt")
         return [name for name in kernels if name in names]
+
+    def _refuse_not_used(self, kernels: Collection[str]) -> None:
+        """Raise if one of `targets` matches only kernels that no traced call uses."""
+        for pattern in self.config.targets:
+            named = [name for name in kernels if re.fullmatch(pattern, name)]
+            named = [name for name in named if name not in self.excluded]
+            if named and all(map(self.survey.not_used, named)):
+                raise ValueError(
+                    f"targets: {pattern!r} must match a kernel that is used, got only "
+                    f"{patterns(named)!r}: {NOT_USED}; plan with inputs for which its "
+                    "layer runs, or take the pattern out"
+                )
 
     def _is_default(self, name: str) -> bool:
         if self.survey.by_names:
@@ -171,7 +196,8 @@ class Candidates:
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         with errors_of(name):
-            own = config, tuple(leaf.shape), axes or self._axes(name)
+            axes = self._axes(name) if axes is None else axes
+            own = config, tuple(leaf.shape), axes
             spec = AdapterSpec.from_config(*own, kernel_dtype=leaf.dtype, name=name)
             # An unknown layer's kernel has axes by an override, taken at its word.
             if product is not None:
@@ -230,6 +256,8 @@ class Candidates:
             return "quantized; see mora_jax.qwix", True
         if survey.by_names or not named:
             return "no target", False
+        if self._left_idle(name):
+            return survey.why_unknown(name), True
         if product and product.adapted_by_default:
             return self._why_no_default(name), False
         if product:
@@ -239,6 +267,18 @@ class Candidates:
         if survey.no_kernel(name):
             return "not multiplied with an input as it is", False
         return survey.why_unknown(name), True
+
+    def _left_idle(self, name: str) -> bool:
+        """True for a target that is left out since no traced call uses it."""
+        if not self.survey.not_used(name) or self.survey.no_kernel(name):
+            return False
+        return not self.by_default or self._is_default(name)
+
+    def surprises(self, kind: LeftOut) -> bool:
+        """True if the user may not know that arrays of this kind are left out."""
+        # Whoever named targets means them all, also those that no call used.
+        named = self.by_default or kind.why.startswith(NOT_USED)
+        return kind.multiplied and named
 
     @functools.cached_property
     def _quantized(self) -> set[str]:

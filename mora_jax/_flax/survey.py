@@ -196,6 +196,11 @@ class Survey:
         is_kernel = any(name in them for them in kernels)
         return name in self.non_kernels or (name in self.uses.reached and not is_kernel)
 
+    def not_used(self, name: str) -> bool:
+        """True if calls were traced, and none of them uses the array at `name`."""
+        known = self.uses.reached, self.uses.unseen, self.ran
+        return self.traced and not any(name in names for names in known)
+
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""
         return tuple((name, why) for name in names if (why := self._why_unproven(name)))

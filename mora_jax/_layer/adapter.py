@@ -104,8 +104,10 @@ class Adapter:
         Raises:
           TypeError, ValueError: `x` is not an array that fits, or the array is trained.
         """
-        spec, x = self._kernel_spec("a product"), as_jax_array("x", x)
+        self._kernel_spec("a product")
+        x = as_jax_array("x", x)
         spec = check_adapter(f"kernel{SUFFIX}", self).spec
+        as_jax_array(f"kernel{SUFFIX}", self.m)  # a shape fits as well
         contraction = Contraction.from_axes(spec.axes, x.ndim)
         contraction.check_input(tuple(x.shape), spec.kernel_shape)
         dtype = jnp.result_type(x, self.m)
@@ -121,7 +123,9 @@ class Adapter:
           TypeError, ValueError: M does not fit, or the adapter is a trained array.
         """
         self._kernel_spec("a delta")
-        return delta_of(check_adapter(f"kernel{SUFFIX}", self))
+        checked = check_adapter(f"kernel{SUFFIX}", self)
+        as_jax_array(f"kernel{SUFFIX}", self.m)  # a shape fits as well
+        return delta_of(checked)
 
     def in_model(self) -> Any:
         """M with stack axes where the kernel has them, as a model holds it."""
@@ -199,8 +203,9 @@ def check_adapter(name: str, adapter: Adapter) -> Adapter:
         kind = type(spec).__name__
         raise TypeError(f"{name} must have an AdapterSpec for its spec, got {kind}")
     shape = getattr(m, "shape", None)
-    if shape is not None and len(shape) != len(spec.shape):
-        stack = tuple(shape[: len(shape) - len(spec.operator.m_shape)])
+    axes = len(spec.operator.m_shape)
+    if shape is not None and len(shape) != len(spec.shape) and len(shape) >= axes:
+        stack = tuple(shape[: len(shape) - axes])
         try:
             spec = spec.with_stack(stack)
         except ValueError:
@@ -218,5 +223,7 @@ def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> Array:
 
 def wide(array: ArrayLike, *dtypes: DTypeLike) -> Array:
     """`array` in float32, or in float64 where it or any of `dtypes` is."""
+    # Others are not promoted, since JAX has no promotion of 8 bits.
     array = jnp.asarray(array)
-    return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))
+    doubles = [dtype for dtype in (array.dtype, *dtypes) if dtype == jnp.float64]
+    return array.astype(jnp.result_type(jnp.float32, *doubles))

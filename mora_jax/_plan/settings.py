@@ -106,6 +106,15 @@ def _one_of(*choices: str) -> Check:
     return functools.partial(checks.check_choice, choices=choices)
 
 
+def _start(name: str, value: Any) -> str:
+    if isinstance(value, str) and value == "gradient":
+        raise ValueError(
+            f"{name} must be one of {_STARTS}, got 'gradient'; "
+            "mora_jax.gradient_start(loss, mora_jax.init(plan)) starts adapters so"
+        )
+    return checks.check_choice(name, value, _STARTS)
+
+
 _execution = _one_of("auto", "activation", "fold")
 
 
@@ -121,7 +130,9 @@ class AdapterSettings:
     dropout: float = setting(0.0, _rate)
     # As `gradient_start` says it; no adapter starts so of itself.
     init: str = setting("zeros", _one_of(*_STARTS, "gradient"), compare=False)
-    param_dtype: DTypeLike = setting(jnp.float32, checks.check_dtype, compare=False)
+    param_dtype: DTypeLike = setting(
+        jnp.float32, checks.check_param_dtype, compare=False
+    )
     execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
@@ -147,9 +158,11 @@ class KernelConfig:
     scale: str = setting("fine-tuning", _one_of("paper", "fine-tuning"))
     square_rank: int | None = setting(None, _optional(checks.positive_integer))
     multiple_of: int | None = setting(None, _optional(checks.positive_integer))
-    init: str = setting("zeros", _one_of(*_STARTS))
+    init: str = setting("zeros", _start)
     dropout: float = setting(0.0, _rate)
-    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(checks.check_dtype))
+    param_dtype: DTypeLike | None = setting(
+        jnp.float32, _optional(checks.check_param_dtype)
+    )
     execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: checks.check_seed(value))
 
@@ -190,6 +203,10 @@ NAMES_ELSEWHERE = {
     "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
     "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
     "init_lora_weights": "init, 'zeros' or 'gaussian'",
+    "input_damping": "a function: mora_jax.input_damping(call, mora_jax.init(plan))",
+    "directions": "a function: mora_jax.directions(loss, plan, batches)",
+    "gradient_bases": "a function: mora_jax.gradient_bases(grads, plan)",
+    "gradient_start": "a function: mora_jax.gradient_start(loss, mora_jax.init(plan))",
 }
 """{name of a setting in other libraries: its name here}."""
 
@@ -217,6 +234,12 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
         if "rank" in settings and settings.get("square_rank") is not None:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
+        axes = settings.get("axes")
+        if axes is not None and not (isinstance(axes, str) and axes):
+            raise ValueError(
+                f"{where}: axes must be a text with a letter for each axis of the "
+                f"kernel, 'i', 'o' or 's', got {axes!r}"
+            )
         # Values that no kernel could have are errors now, and not where they apply.
         KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
     return FrozenMapping(overrides)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features, order_in_model, sizes, without
-from mora_jax._common.checks import check_dtype, check_floating
+from mora_jax._common.checks import check_dtype, check_floating, check_param_dtype
 from mora_jax._common.messages import warn
 from mora_jax._common.types import Path, Shape
 from mora_jax._mesh.places import KernelLayout
@@ -123,7 +123,8 @@ class AdapterSpec(AdapterSettings):
         own = {name: getattr(config, name) for name in SETTINGS}
         own["scale"] = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
         if config.param_dtype is None:
-            own["param_dtype"] = kernel_dtype
+            what = f"{name}: param_dtype"
+            own["param_dtype"] = check_param_dtype(what, kernel_dtype)
         budget = config.rank if config.square_rank is None else None
         spec = cls(operator, kernel_shape, axes, rank=budget, **own)
         q, asked = operator.square_rank, spec.asked_square_rank or 0
@@ -305,12 +306,31 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 
 
 def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
-    """Raise unless an M of the kernel `name` that is right for one is for the other."""
-    made, used = made_for.meaning, used_with.meaning
+    """Raise unless both specs give the M of the kernel `name` the same delta."""
+    made = _flat(made_for.meaning)
+    used = _flat(used_with.meaning)
     # If an operator lacks a setting of the other one, their names differ already.
     keys = [key for key in made if key in used and made[key] != used[key]]
-    if differing := [f"{key} {made[key]!r}, not {used[key]!r}" for key in keys]:
-        raise ValueError(f"{name}{SUFFIX} was made for {' and '.join(differing)}")
+    told = [f"{k} {made[k]!r}, not {used[k]!r}" for k in keys if "digests" not in k]
+    if told:
+        raise ValueError(f"{name}{SUFFIX} was made for {' and '.join(told)}")
+    if keys:
+        raise ValueError(
+            f"{name}{SUFFIX} was made for other directions ({made_for.operator.label}):"
+            " both must have the same ones, as adapters of one call of"
+            " mora_jax.input_damping or mora_jax.directions have"
+        )
+
+
+def _flat(meaning: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A meaning whose nested settings have names such as "operator.inner.name"."""
+    flat: dict[str, Any] = {}
+    for key, value in meaning.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +365,11 @@ class TrainedArray:
     def of(cls, name: str, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
         check_floating(leaf, name, "take it out of train")
+        if jnp.dtype(leaf.dtype).itemsize < 2:
+            raise TypeError(
+                f"{name} must have at least 16 bits, got {leaf.dtype}; "
+                "take it out of train"
+            )
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
         return cls(tuple(leaf.shape), dtype, leaf.dtype)

@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common import trees
 from mora_jax._common.axes import interleaved, stack_places
-from mora_jax._common.checks import check_key
+from mora_jax._common.checks import check_key, check_leaf
 from mora_jax._common.messages import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
@@ -121,6 +121,7 @@ def combine(params: Any, adapters: Any) -> Any:
       ['kernel', 'kernel_mora']
     """
     found = paths.adapters_in(adapters)
+    _check_kernels(params, found.kernels)
     if trained := found.trained:
         leaves = paths.named_leaves(params)
         new = {paths.find_array(leaves, p, a.spec)[0]: a for p, a in trained.items()}
@@ -131,6 +132,19 @@ def combine(params: Any, adapters: Any) -> Any:
         boxes = trees.located_leaves(adapters, "adapters")
         added = {place: boxes[place] for place in added}
     return with_ms(params, added)
+
+
+def _check_kernels(params: Any, kernels: paths.Found) -> None:
+    """Raise if a kernel in the params has another shape than its adapter is for."""
+    leaves = {
+        tuple(map(str, keys)): leaf for keys, leaf in _flat(params, "params").items()
+    }
+    for path, adapter in kernels.items():
+        leaf = trees.unboxed(leaves.get(path))
+        # What is quantized may be stored in another shape.
+        if jnp.issubdtype(getattr(leaf, "dtype", int), jnp.floating):
+            name = f"{'/'.join(path)} in params"
+            check_leaf(leaf, name, adapter.spec.kernel_shape)
 
 
 def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
@@ -145,7 +159,7 @@ def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
         if path in known:
             raise ValueError(f"params already hold {name!r}")
         if kernel not in known:
-            near = nearest_paths("/".join(kernel), map("/".join, known))
+            near = nearest_paths("/".join(kernel), map("/".join, filter(None, known)))
             raise ValueError(f"params have no kernel for the adapter {name!r}{near}")
         flat[(*known[kernel][:-1], own)] = m
     return _nested(flat, params)

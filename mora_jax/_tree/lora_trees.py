@@ -4,11 +4,15 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from mora_jax._common.axes import to_model
-from mora_jax._common.checks import above_zero
+from mora_jax._common.checks import (
+    above_zero,
+    as_jax_array,
+    check_finite,
+    check_floating,
+)
 from mora_jax._common.messages import nearest_paths
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
@@ -58,12 +62,21 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int) -> Tree:
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
         factors = []
         for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
-            factor = to_model(jnp.asarray(pair[letter]), spec.axes, back=True)
+            name = f"{'/'.join(path)}_lora_{letter}"
+            check_floating(pair[letter], name)
+            factor = as_jax_array(name, pair[letter])
+            check_finite(factor, name)
+            factor = to_model(factor, spec.axes, back=True)
             is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
             if not is_rank or factor.size != math.prod(shape):
                 raise ValueError(
                     f"{'/'.join(path)}: lora_{letter} must have the shape {shape}, "
                     f"perhaps with several axes of features, got {factor.shape}"
+                )
+            if rank < 1:
+                raise ValueError(
+                    f"{'/'.join(path)}: lora_{letter} must have a rank of at least 1, "
+                    f"got the shape {factor.shape}"
                 )
             factors.append(factor.reshape(shape))
         adapters[path] = lora_adapter(spec, *factors, alpha=alpha)

@@ -4,6 +4,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -79,7 +80,8 @@ def merge(
     Raises:
       TypeError: A leaf is not an array, or a kernel's dtype is not floating-point.
       ValueError: Adapters and params do not fit, an M holds NaN or infinity,
-        `rounding` is unknown, or a kernel is of another base.
+        `rounding` is unknown, a kernel is of another base, or a sum is beyond the range
+        of its dtype, such as float16.
 
     Example::
 
@@ -90,7 +92,10 @@ def merge(
       True
     """
     check_rounding(rounding)
-    return merged(params, checked_adapters(adapters), dtype, rounding, any_base)
+    found = checked_adapters(adapters)
+    new = merged(params, found, dtype, rounding, any_base)
+    _refuse_overflow(params, new, found)
+    return new
 
 
 def fold(params: Any, adapters: Any, dtype: DTypeLike | None = None) -> Any:
@@ -145,6 +150,19 @@ def unmerge(params: Any, adapters: Any) -> Any:
         delta = delta_of(found[path], kernel.dtype)
         kernels[place] = (kernel - delta).astype(kernel.dtype)
     return replace_leaves(params, kernels)
+
+
+def _refuse_overflow(params: Any, new: Any, found: Found) -> None:
+    """Raise if a merged array left the range of its dtype, as float16's."""
+    before = found.in_base(params)
+    for path, (_, array) in found.in_base(new).items():
+        traced = isinstance(array, Tracer) or isinstance(before[path][1], Tracer)
+        # bfloat16 has float32's range, which no merge leaves.
+        if traced or jnp.finfo(array.dtype).max >= jnp.finfo(jnp.bfloat16).max:
+            continue
+        if not jnp.isfinite(array).all() and jnp.isfinite(before[path][1]).all():
+            name = "/".join(path)
+            raise ValueError(f"{name!r} overflows {array.dtype} with its delta")
 
 
 def merged(

@@ -6,6 +6,7 @@ This library's format::
   load                  read them again, everything checked
   read_metadata         the metadata that `save` was given
   plan_to_json          a plan as text, for checkpoints that other libraries write
+  plan_arrays           the directions of a plan, which a text cannot hold
   plan_from_json        the plan again, compared with the model's
   AdapterFileError      raised for a file that is damaged or does not fit
 
@@ -31,6 +32,7 @@ from mora_jax.io.checkpoints._load_base import load_base as load_base
 from mora_jax.io.native._adapter import load as load
 from mora_jax.io.native._adapter import read_metadata as read_metadata
 from mora_jax.io.native._adapter import save as save
+from mora_jax.io.native._plan_json import plan_arrays as plan_arrays
 from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export

@@ -9,8 +9,10 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.axes import stack_places
+from mora_jax._common.checks import check_seed
 from mora_jax._flax.calls import Call, all_calls, errors_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.layers import NORMS
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.proofs import Proofs
 from mora_jax._flax.survey import Survey, check_call, program_of
@@ -64,7 +66,9 @@ def plan(
     survey = Survey(classes=classes, shared=_shared(model))
     for module, path, variable in _held.attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
-        if (rule := rules.get(path[-1])) is None:
+        if isinstance(module, NORMS) and path[-1] in ("scale", "bias"):
+            survey.non_kernels.add(name)
+        elif (rule := rules.get(path[-1])) is None:
             if rules and not folded_kernels(type(module)):  # or methods may do anything
                 survey.non_kernels.add(name)
         elif not isinstance(variable, nnx.Param):
@@ -174,6 +178,9 @@ def wrap(
       True
     """
     check_model(model)
+    check_seed(seed)
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise TypeError(f"rngs must be an nnx.Rngs, got {rngs!r:.80}")
     if not isinstance(chosen := config_or_plan, Plan):
         chosen = plan(model, chosen, *args, calls=calls)
     elif args or calls:
@@ -181,7 +188,7 @@ def wrap(
     # Names and shapes may have made the plan.
     refuse_shared(_shared(model), [*chosen, *chosen.trained])
     kinds = {spec.init for spec in chosen.values()}
-    key = rngs.params() if rngs and "gaussian" in kinds else None
+    key = rngs.params() if rngs is not None and "gaussian" in kinds else None
     new = init(chosen, key, params=_held.parameters(model) if chosen.trained else None)
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(_held.named_modules(model))

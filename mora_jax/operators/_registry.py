@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from mora_jax._common.checks import positive_integer
@@ -13,6 +13,12 @@ OPERATORS: dict[str, type[Operator]] = {}
 """Every operator class by its name; `mora_jax.operators` puts them here."""
 
 SHARING_FROM_RANK = 128  # from here on "auto" is sharing, the paper's best at r=256
+MADE_BY = {
+    "damped": "; mora_jax.input_damping(call, adapters) damps new adapters",
+    "subspace": "; mora_jax.directions(loss, plan, batches) makes a plan with it",
+}
+"""{operator that holds given arrays: the function that makes it, for messages}."""
+
 LANES = 128  # the width of a TPU's registers, in numbers
 
 OperatorSpec = str | Mapping[str, Any]
@@ -29,17 +35,22 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     name = settings.pop("name", None)
     if name == "auto" and not settings:
         return name, settings
-    if name not in OPERATORS:
+    if not isinstance(name, str) or name not in OPERATORS:
         known = ["auto", *OPERATORS]
-        hint = did_you_mean(str(name), known)
+        hint = MADE_BY.get(str(name)) or did_you_mean(str(name), known)
         raise ValueError(f"operator must be one of {known}, got {name!r}{hint}")
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
-    for setting in settings:
+    for setting, value in settings.items():
         if setting not in fields:
             rule = f"operator {name!r} has settings {sorted(fields)}"
             hint = did_you_mean(setting, sorted(fields))
             raise ValueError(f"{rule}, got {setting!r}{hint}")
+        if not isinstance(value, Hashable):  # as a config is
+            raise ValueError(
+                f"{setting!r} of the operator {name!r} must be a text, a number or a "
+                f"truth value, got {value!r}"
+            )
     return name, settings
 
 

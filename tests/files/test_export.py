@@ -164,4 +164,9 @@ def test_bad_input(tmp_path, base):
         io.export(out, {}, "vllm")
     with pytest.raises(TypeError, match="rank must be a positive integer"):
         io.export(out, adapters, "peft", rank="all")
+    for wrong in (None, 3, [base]):
+        with pytest.raises(TypeError, match="base_model must be .*, got"):
+            io.export(out, adapters, "peft", base_model=wrong)
+    with pytest.raises(TypeError, match="task_type must be .*, got 3"):
+        io.export(out, adapters, "peft", task_type=3)
     assert not out.exists()

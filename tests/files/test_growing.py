@@ -140,7 +140,7 @@ def test_a_value_of_another_type_is_refused(name):
 
 CHANGES = {
     "_plan/settings.py": [
-        ("DTypeLike = setting(jnp.float32, checks.check_dtype, compare=False)\n",
+        ("        jnp.float32, checks.check_param_dtype, compare=False\n    )\n",
          '    warmth: float = setting(0.5, _rate, since="9.0.0")\n'),
         ("    seed: int = setting(0, lambda _, value: checks.check_seed(value))\n",
          "    warmth: float = setting(0.5, _rate)\n"),

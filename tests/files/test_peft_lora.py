@@ -107,6 +107,17 @@ FACTORS = {
 }
 
 
+def test_names_that_say_which_kernel_a_module_is_are_obeyed(tmp_path):
+    """Although a kernel has the module's own name, another one was named."""
+    params, names = params_of(), {Q: "model/layers/0/self_attn/query/kernel"}
+    directory = write(tmp_path / "a", tensors_of({Q: SIZES[Q]}))
+    with pytest.raises(AdapterFileError, match="self_attn/query/kernel.* lacks this"):
+        io.load_peft(directory, params, names)
+    params["model"]["layers"]["0"]["self_attn"]["query"] = {"kernel": random(3, 8, 12)}
+    found = io.load_peft(directory, params, names)["model"]["layers"]["0"]["self_attn"]
+    assert list(found) == ["query"]
+
+
 @pytest.mark.parametrize("model", ["params", "plan", "shapes of the file"])
 @pytest.mark.parametrize("how", FACTORS)
 def test_the_delta_is_pefts(tmp_path, how, model):

@@ -4,12 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from adapter_files import signed, single
 from cases import by_case
 
-from mora_jax import MoRAConfig, io, plan
+from mora_jax import MoRAConfig, init, io, make_operator, plan
 from mora_jax.io import AdapterFileError
+from mora_jax.operators import Damped
 
 
 def shape(*sizes):
@@ -33,15 +35,76 @@ def planned(params=PARAMS, b=(), **settings):
 def test_round_trip(case):
     settings = {"dropout": 0.5, "init": "gaussian", "alpha": 0.3, "execution": "fold"}
     chosen = single(case.make(12, 20, 6, seed=3), param_dtype="bfloat16", **settings)
-    if case.given:
-        with pytest.raises(ValueError, match="JSON cannot hold .*mora_jax.save"):
-            io.plan_to_json(chosen)
+    text, arrays = io.plan_to_json(chosen), io.plan_arrays(chosen)
+    again = io.plan_from_json(text, arrays=arrays)
+    assert again == chosen == io.plan_from_json(text, like=chosen)
+    assert io.plan_to_json(again) == text == signed(json.loads(text))
+    assert bool(arrays) == bool(case.given)
+    if not case.given:
+        assert io.plan_from_json(text) == chosen
         return
-    text = io.plan_to_json(chosen)
-    assert io.plan_from_json(text) == chosen
-    assert io.plan_from_json(text, like=chosen) == chosen
-    assert io.plan_to_json(io.plan_from_json(text)) == text
-    assert signed(json.loads(text)) == text
+    # Other directions of the same shapes give an M another meaning.
+    other = single(case.make(12, 20, 6, seed=4), param_dtype="bfloat16", **settings)
+    others = io.plan_arrays(other)
+    renamed = {
+        kind: dict(zip(named, others[kind].values(), strict=True))
+        for kind, named in arrays.items()
+    }
+    known = {}, {"like": other}, {"arrays": others}, {"arrays": renamed}
+    for given in known:
+        with pytest.raises(
+            AdapterFileError, match="^a/kernel of the plan: .*direction"
+        ):
+            io.plan_from_json(text, **given)
+
+
+def test_a_plan_that_no_text_can_name_is_refused():
+    """Before a checkpoint has a text that nobody can read."""
+    for name in ("", ".."):
+        with pytest.raises(AdapterFileError, match="must have a path of names, got"):
+            io.plan_to_json(plan({name: {"kernel": shape(8, 8)}}))
+
+
+def test_adapters_are_a_plan_of_their_own():
+    """No plan knows of damped inputs, so their text is made of adapters."""
+    chosen = planned(train="a/bias")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), PARAMS)
+    adapters = init(chosen, params=params)
+    text = io.plan_to_json(adapters)
+    for like in (adapters, chosen):
+        assert io.plan_from_json(text, like=like).parts == chosen.parts
+
+
+INNER = make_operator("truncation", 12, 20, 6)
+DAMPED = single(Damped(12, 20, 6, inner=INNER, directions=np.eye(12, 2)))
+KIND = "damped"
+((NAME, EYE),) = io.plan_arrays(DAMPED)[KIND].items()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        3,
+        [EYE],
+        "text",
+        {NAME: EYE},
+        {KIND: {NAME: np.full((12, 2), np.nan)}},
+        {KIND: {NAME: np.eye(12, 2, dtype=int)}},
+        {KIND: {NAME: np.eye(11, 2)}},
+        {KIND: {NAME: "directions"}},
+        {KIND: {NAME: jax.ShapeDtypeStruct((12, 2), jnp.float32)}},
+    ],
+)
+def test_what_are_no_arrays_of_a_plan_is_told(wrong):
+    with pytest.raises((TypeError, ValueError), match="arrays|directions"):
+        io.plan_from_json(io.plan_to_json(DAMPED), arrays=wrong)
+
+
+def test_directions_that_a_trace_has_are_not_written():
+    for function in (io.plan_to_json, io.plan_arrays):
+        with pytest.raises(TypeError, match="directions .*must be a concrete array"):
+            jax.jit(function)(DAMPED)
 
 
 def test_how_adapters_are_trained_may_differ():

@@ -323,10 +323,14 @@ class Idle(nnx.Module):
 
 @pytest.mark.parametrize(("model", "name"), [(Partial, "fc"), (Idle, "idle")])
 def test_an_adapter_without_effect_is_a_warning(model, name):
-    with pytest.warns(MoRAWarning, match=f"without an effect: {name}/kernel"):
-        mora_nnx.plan(model(), CONFIG, X)
+    """Of a plan that traced nothing, at the first call."""
     with pytest.warns(MoRAWarning, match=f"{name}/kernel: the call .* does not use it"):
         mora_nnx.wrap(model(), CONFIG)(X)
+
+
+def test_a_layer_that_runs_only_through_a_partial_gets_no_adapter():
+    with pytest.raises(ValueError, match="fc/kernel: the call .* does not use it"):
+        mora_nnx.plan(Partial(), CONFIG, X)
 
 
 # --- Inputs that are not what they should be ---

@@ -703,6 +703,10 @@ def test_bad_input():
         "flax.nnx.Module, got <class .*Linear": lambda: mora.plan(nnx.Linear),
         "model must be a flax.nnx.Module, got 3": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
+        "rngs must be an nnx.Rngs, got 3": lambda: mora.wrap(model, gaussian, rngs=3),
+        "rngs must be an nnx.Rngs, got Array": lambda: mora.wrap(
+            model, gaussian, rngs=jax.random.key(0)
+        ),
         r"got ArrayImpl at .*plan.adapters\(tree\)": lambda: set_adapters(bare(tree)),
         "w: Named.* may use.*nothing is known": lambda: wrap(named, "w", "io"),
     }.items():
@@ -722,6 +726,7 @@ def test_bad_input():
         ("at 'layers/0/kernel', the model has N", lambda: mora.wrap(model, other)),
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be an", lambda: mora.wrap(model, DROPOUT, seed=-1)),
+        ("seed must be an", lambda: mora.wrap(model, CONFIG, seed=-1)),
         ("adapters hold no adapter", lambda: set_adapters({})),
         (square, lambda: set_adapters(jax.tree.map(lambda m: m[:2], tree))),
         ("holds NaN or infinity", lambda: mora.merge_adapters(broken)),

@@ -199,3 +199,5 @@ def test_what_cannot_start():
     for tree in (params_of(), {"a": {"kernel_mora": jnp.ones(1)}}):
         with pytest.raises(TypeError, match=r"plan\.adapters\(tree\) makes them"):
             gradient_start(lambda a: 0.0, tree)
+    with pytest.raises(TypeError, match="loss must be a function .*, got NoneType"):
+        gradient_start(None, mora_jax.init(planned("rotation")))

@@ -78,8 +78,11 @@ def test_effective_rank(unchecked):
     np.testing.assert_allclose(diagnostics.effective_rank(values), [3, 1, 0])
     assert diagnostics.effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
     cases = [([np.nan, 1], "finite"), ([-1.0, 2], "negative"), (2.0, "shape")]
+    cases += [
+        (bad, "values must be real") for bad in ("a", [1j], {"k": [1]}, [[1], []])
+    ]
     for bad, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             diagnostics.effective_rank(bad)
 
 
@@ -117,6 +120,16 @@ def test_bad_input():
     wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
     with pytest.raises(ValueError, match="enc/kernel in params must have shape"):
         diagnostics.relative_norm(wrong, adapters)
+    empty = jax.tree.map(lambda leaf: leaf * np.nan, PARAMS)
+    for measure in (diagnostics.relative_norm, diagnostics.merge_loss):
+        with pytest.raises(ValueError, match="/kernel.* holds NaN or infinity"):
+            measure(empty, adapters)
+        with pytest.raises(TypeError, match="kernel.* must be a concrete array"):
+            jax.jit(measure)(PARAMS, adapters)
+    with pytest.raises(TypeError, match="kernel_mora must be a concrete array"):
+        jax.jit(diagnostics.spectrum)(adapters)
+    with pytest.raises(TypeError, match="values must be concrete"):
+        jax.jit(diagnostics.effective_rank)(jnp.ones(3))
 
 
 def test_plot(tmp_path):

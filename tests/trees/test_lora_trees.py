@@ -117,6 +117,15 @@ def test_bad_trees():
     ]:
         with pytest.raises(ValueError, match=match):
             from_lora(tree, plan, alpha=1)
+    for wrong, match in [
+        (a.astype(int), "fc/kernel_lora_a must have a floating-point dtype, got int32"),
+        (a * np.nan, "fc/kernel_lora_a holds NaN"),
+        (jax.ShapeDtypeStruct(a.shape, a.dtype), "fc/kernel_lora_a must be an array"),
+        (a[:, :0], r"lora_a must have .*rank of at least 1.*\(8, 0\)"),
+    ]:
+        tree = {"fc": {"kernel_lora_a": wrong, "kernel_lora_b": b}}
+        with pytest.raises((TypeError, ValueError), match=match):
+            from_lora(tree, plan, alpha=1)
     tree = {"fc": {"kernel_lora_a": a, "kernel_lora_b": b}}
     with pytest.raises(TypeError, match="alpha"):
         from_lora(tree, plan, alpha="2")

@@ -9,9 +9,9 @@ from flax import nnx
 from helpers import bare, close, random, random_like, wide
 
 import mora_jax
-from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, delta_weight
+from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, delta_weight, serving
 from mora_jax.mixing import scaled, weighted_sum
-from mora_jax.operators import Truncation
+from mora_jax.operators import Damped, Truncation
 from mora_jax.operators._pytree import operator
 
 PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
@@ -71,6 +71,40 @@ def test_a_sum_is_that_of_the_deltas_where_they_are_linear(case):
     off, norm = (np.linalg.norm(a, axis=(1, 2)) for a in (whole - cut, whole))
     assert 0 < lost["kernel"] <= 0.3 and least["kernel_mora"].operator.rank < 7
     close(lost["kernel"], (off / norm).max(), 1e-3)
+
+
+def damped_lora(seed, directions):
+    """A LoRA of a stack of two kernels whose inputs are damped."""
+    inner = mora_jax.make_operator("low_rank", 13, 7, 3)
+    op = Damped(13, 7, 3, inner=inner, directions=directions)
+    spec = AdapterSpec(op, (2, 13, 7), "sio", alpha=0.5)
+    return {"kernel_mora": Adapter(random(seed, *spec.shape), spec)}
+
+
+V = np.linalg.qr(np.random.default_rng(3).standard_normal((2, 13, 3)))[0]
+
+
+@pytest.mark.parametrize("directions", [V, 0.6 * V[0]], ids=["of a layer", "of all"])
+def test_ranks_of_loras_on_the_same_damped_inputs_add_up(directions):
+    one, other = (damped_lora(seed, directions) for seed in (0, 1))
+    got = weighted_sum([one, other], [0.5, -2])
+    expected = 0.5 * deltas(one)["kernel"] - 2 * deltas(other)["kernel"]
+    close(deltas(got)["kernel"], expected, 1e-5)
+    adapter = got["kernel_mora"]
+    assert adapter.m.shape == (2, 20, 6) and adapter.operator.inner.rank == 6
+    assert adapter.operator.digests == one["kernel_mora"].operator.digests
+    again = weighted_sum([got, scaled(got, -1)], [1, 1])
+    close(deltas(again)["kernel"], np.zeros((2, 13, 7)))
+
+
+def test_adapters_on_other_damped_inputs_have_no_sum():
+    """Two P's make no P of the sum, so the error says how to have one."""
+    trees = [damped_lora(seed, V[seed]) for seed in (0, 1)]
+    remedy = "directions.*the same.*mora_jax.input_damping"
+    for call in (lambda: weighted_sum(trees, [1, 1]), lambda: serving.stack(trees)):
+        with pytest.raises(ValueError, match=f"^kernel_mora .*{remedy}") as caught:
+            call()
+        assert len(str(caught.value)) < 400  # and no hundreds of digits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -172,7 +206,17 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
         (lambda: weighted_sum(made(0), [1, 1]), "sequence of adapters.* got dict"),
         (lambda: weighted_sum([bare(made(0))], [1]), "'a/kernel_mora': plan.adapters"),
         (lambda: weighted_sum([(made(0), PLAN)], [1]), "must be a tree of arrays, got"),
-        (lambda: weighted_sum([made(0)], 1), "has no len"),
+        (lambda: weighted_sum([made(0)], 1), "weights must be a sequence.* got 1"),
+        (lambda: weighted_sum([made(0)], None), "weights must be .* got None"),
+        (lambda: weighted_sum([made(0)], {0: 1.0}), "weights must be .* got {0"),
+        (lambda: weighted_sum([made(0)], "1"), "weights must be .* got '1'"),
+        (
+            lambda: weighted_sum([made(0)], jnp.ones(())),
+            r"weights must be .* shape \(\)",
+        ),
+        (lambda: weighted_sum([made(0)], jnp.ones((1, 2))), "weights must be .*1, 2"),
+        (lambda: jax.jit(scaled)(made(0), 1j), "factor must be real, got complex64"),
+        (lambda: jax.jit(scaled)(made(0), True), "factor must be real, got bool"),
         (lambda: weighted_sum([made(0)], [1, 2]), "got 2 for 1"),
         (lambda: weighted_sum([made(0)], ["1"]), r"weights\[0\] must be a number"),
         (lambda: weighted_sum([made(0)], [np.nan]), r"weights\[0\] must be finite"),

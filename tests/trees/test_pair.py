@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import flax.linen as nn
 import flax.serialization
@@ -355,3 +356,19 @@ def test_adapters_of_other_kernels_are_refused_by_name():
         with pytest.raises((TypeError, ValueError), match=message):
             mora.set_adapters(model, given)
     assert_same(mora.adapters(model), before)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_m_that_does_not_fit_is_told_with_the_shape_it_should_have():
+    """Of fewer axes than an M has, and of a shape that stands for an array."""
+    adapter = NEW["a"]["kernel_mora"]
+    right, x = adapter.m.shape, jnp.ones((2, 12))
+    for wrong in (jnp.ones((3, 3)), jnp.ones(3), jnp.ones(())):
+        message = f"kernel_mora must have shape {right}, got {wrong.shape}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            adapter.replace(m=wrong)(x)
+    shape = adapter.replace(m=jax.ShapeDtypeStruct(right, jnp.float32))
+    for call in (lambda: shape(x), shape.delta):
+        with pytest.raises(TypeError, match="kernel_mora must be an array, got Shape"):
+            call()
+    assert jax.eval_shape(lambda one: one(x), shape).shape == (2, 8)

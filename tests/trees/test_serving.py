@@ -486,6 +486,7 @@ def test_adapters_of_two_bases_are_refused():
         ),
         (lambda s, a: serving.select(s, [0, 4]), ValueError, "from -1 to 3, got 4"),
         (lambda s, a: serving.select(s, 3), TypeError, "one for each row"),
+        (lambda s, a: serving.select(s, [[0], [0, 1]]), TypeError, "one for each row"),
         (lambda s, a: serving.select(a[0], [0]), ValueError, "stacked must be .*slots"),
         (lambda s, a: serving.select({**s, **a[0]}, [0]), ValueError, "slots"),
         (lambda s, a: serving.select(bare(s), [0]), TypeError, "stacked must be"),

@@ -186,6 +186,61 @@ def test_what_does_not_merge(model):
             merge(*trees)
 
 
+def test_a_merge_that_overflows_is_refused():
+    """In 16 bits without float32's range; as `io.merge_checkpoint` does."""
+    params = {"kernel": jnp.full((8, 8), 6e4, jnp.float16)}
+    plan = mora_jax.plan(params, MoRAConfig(operator="truncation", scale="paper"))
+    adapters = jax.tree.map(lambda m: m + 1e4, init(plan))
+    for dtype in (None, "float16"):
+        with pytest.raises(
+            ValueError, match="'kernel' overflows float16 with its delta"
+        ):
+            merge(params, adapters, dtype)
+    wide = merge(params, adapters, "float32")["kernel"]
+    assert wide[0, 0] == 7e4 and jnp.isinf(
+        mora_jax.fold(params, adapters)["kernel"][0, 0]
+    )
+
+
+def test_kernels_of_8_bits_are_merged():
+    """They have no promotion to the delta's float32, so JAX would refuse the sum."""
+    params = {"kernel": jnp.ones((8, 8), jnp.float8_e4m3fn)}
+    chosen = plan(params, MoRAConfig(operator="truncation", scale="paper"))
+    adapters = jax.tree.map(jnp.ones_like, init(chosen))
+    for function in (merge, mora_jax.fold):
+        new = function(params, adapters)["kernel"]
+        assert new.dtype == jnp.float8_e4m3fn and (new.astype("float32") == 2).all()
+    assert diagnostics.merge_loss(params, adapters) == {"kernel": 0}
+    with pytest.raises(TypeError, match="^kernel: param_dtype must .*16 bits"):
+        plan(params, MoRAConfig(param_dtype=None))
+    with pytest.raises(TypeError, match="^bias must .*16 bits, got float8"):
+        bias = jnp.ones(8, jnp.float8_e4m3fn)
+        plan({**params, "bias": bias}, MoRAConfig(train="bias"))
+
+
+def test_arrays_that_were_donated_are_told():
+    params = {"kernel": jnp.ones((8, 8))}
+    adapters = init(plan(params, MoRAConfig(rank=2)))
+    gone = jax.tree.map(jnp.copy, (params, adapters))
+    for leaf in jax.tree.leaves(gone):
+        leaf.delete()
+    for base, own, name in (
+        (params, gone[1], "kernel_mora"),
+        (gone[0], adapters, "kernel in params"),
+    ):
+        for function in (merge, mora_jax.fold):
+            with pytest.raises(ValueError, match=f"^{name} must .* was donated"):
+                function(base, own)
+    with pytest.raises(ValueError, match="kernel_mora must .* was donated"):
+        mora_jax.mixing.scaled(gone[1], 2)
+
+
+def test_keys_that_jax_cannot_sort_are_told():
+    params = {0: {"kernel": jnp.ones((8, 8))}, "a": {"kernel": jnp.ones((8, 8))}}
+    with pytest.raises(ValueError, match="params must .* keys of one type"):
+        plan(params)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_combine(model):
     params, adapters, _ = model
@@ -205,6 +260,11 @@ def test_what_does_not_combine(model):
         (adapters, params, rule),
         (params, {"fc": {"kernel": fc}}, "no kernel .* 'fc/kernel/kernel_mora'"),
         (params, jax.tree.map(lambda m: m[..., :2, :2], adapters), "must have shape"),
+        (
+            jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params),
+            adapters,
+            "in params must have shape",
+        ),
         ({"a": [params["fc"]]}, {"a": {"0": fc}}, "got a list at 'a': .* use fold"),
     ]
     for tree, other, message in cases:

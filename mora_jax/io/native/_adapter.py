@@ -205,11 +205,7 @@ def save(
         for path, adapter in found.items():
             name = "/".join(paths.place_of(path, adapter.spec))
             arrays[name] = to_numpy(name, adapter.m)
-            op = getattr(adapter.spec, "operator", None)
-            while op is not None and op.given:  # equal arrays are stored once
-                for key, digest in op.digests.items():
-                    arrays[f"{op.name}/{digest}"] = np.asarray(getattr(op, key))
-                op = getattr(op, "inner", None)
+        arrays |= _records.given_arrays(a.operator for a in found.kernels.values())
         alike.append(digest := _digest(arrays))
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
     with together("save"):

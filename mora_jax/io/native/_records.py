@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import features, sizes
-from mora_jax._common.checks import check_finite, check_leaf
+from mora_jax._common.checks import check_concrete, check_finite, check_leaf
 from mora_jax._common.types import FIRST, Path, Shape
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings
@@ -144,10 +144,14 @@ def parse_record(text: str, name: str, more: Fields, where: str, hint: str) -> R
 
 
 class Reading(NamedTuple):
-    """A file that is read: the most numbers in an array, its arrays, its writer."""
+    """A file that is read: the most numbers in an array, its arrays, its writer.
+
+    `given` are the arrays of operators, by their names in files.
+    """
 
     limit: int
     arrays: Arrays | None
+    given: Mapping[str, Any]
     writer: str
     taken: set[str]
 
@@ -163,22 +167,33 @@ class Reading(NamedTuple):
 
 
 def restore(
-    content: Record, where: str, shapes: Iterable[Shape], arrays: Arrays | None = None
+    content: Record,
+    where: str,
+    shapes: Iterable[Shape],
+    arrays: Arrays | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Found:
     """The adapters of a record, by the paths of the base's arrays, all checked.
 
     Messages call it `where`. The `shapes` of a model's arrays tell how large they may
-    be. `arrays` are the file's; without them adapters have None, as in a plan.
+    be. `arrays` are the file's; without them adapters have None, as in a plan, and the
+    arrays of operators are `given`.
     """
     # The kernels of a model are in memory, or could be.
     limit = max([LARGEST_ARRAY, *(4 * math.prod(shape) for shape in shapes)])
-    file = Reading(limit, arrays, content["library_version"], set())
+    file = Reading(
+        limit=limit,
+        arrays=arrays,
+        given=(arrays if given is None else given) or {},
+        writer=content["library_version"],
+        taken=set(),
+    )
     found = Found()
     for key, fields in ("layers", LAYER), ("trained", TRAINED):
         for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
             record = read_record(written, fields, here, file.writer)
-            path = _path(record["path"], here)
+            path = check_path(record["path"], here)
             name = "/".join(path)
             if path in found:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
@@ -206,7 +221,7 @@ def restore(
     return found
 
 
-def _path(names: list[Any], here: str) -> Path:
+def check_path(names: list[Any], here: str) -> Path:
     """A path, if a user may write the tree as directories, where ".." is above it."""
     right = 0 < len(names) <= DEEPEST and all(isinstance(name, str) for name in names)
     # A name may have slashes, as Haiku's have.
@@ -269,10 +284,14 @@ def _operator(record: Record, widths: Widths, file: Reading) -> Operator:
     """The operator of (in, out, q)."""
     settings = dict(record)
     if settings.get("name") == Subspace.name:
-        return Subspace(*widths, **_given(Subspace, record, file))
+        subspace = Subspace(*widths, **_given(Subspace, record, file))
+        _check_digests(subspace, record)
+        return subspace
     if settings.get("name") == Damped.name:
         inner = _operator(_inner(record), widths, file)
-        return Damped(*widths, inner=inner, **_given(Damped, record, file))
+        damped = Damped(*widths, inner=inner, **_given(Damped, record, file))
+        _check_digests(damped, record)
+        return damped
     try:
         return make_operator(settings, *widths, seed=settings.pop("seed", 0))
     except ValueError as error:
@@ -284,7 +303,44 @@ def _given(kind: type[Operator], record: Record, file: Reading) -> dict[str, Any
     """The arrays of an operator, which are stored by their digests."""
     if not isinstance(digests := record.get("digests"), dict):
         raise ValueError(f"{kind.name} must have digests, got {short(digests)}")
-    return {k: file.take(f"{kind.name}/{digests.get(k)}") for k in kind.arrays}
+    found = {}
+    for key in kind.arrays:
+        name = f"{kind.name}/{digests.get(key)}"
+        if name not in file.given:
+            raise ValueError(
+                f"the directions that M was trained with, {short(name)}, must be among "
+                f"the arrays of its {'plan' if file.arrays is None else 'file'}, got "
+                f"{short(sorted(n for n in file.given if n.startswith(kind.name)))}"
+            )
+        array = file.given[name]
+        check_concrete(array, f"the directions {name}", np.shape(array))
+        check_finite(array, f"the directions {name}")
+        file.taken.add(name)
+        found[key] = array
+    return found
+
+
+def _check_digests(op: Operator, record: Record) -> None:
+    """Raise unless the arrays of an operator are those that it was written with."""
+    if op.digests != record["digests"]:
+        raise ValueError(
+            f"the directions of the {op.name} operator must be those that M was "
+            "trained with, got others: their SHA-256 is not their name"
+        )
+
+
+def given_arrays(operators: Iterable[Operator]) -> dict[str, np.ndarray]:
+    """{name in a file: array} of what no settings of the operators determine."""
+    found: dict[str, np.ndarray] = {}
+    for op in operators:
+        while op is not None and op.given:  # equal arrays are stored once
+            for key in op.arrays:
+                array = getattr(op, key)
+                check_concrete(array, f"{key} of {op.name}", tuple(np.shape(array)))
+            for key, digest in op.digests.items():
+                found[f"{op.name}/{digest}"] = np.asarray(getattr(op, key))
+            op = getattr(op, "inner", None)
+    return found
 
 
 def _inner(record: Record) -> Record:

@@ -62,7 +62,7 @@ def export(
     *,
     rank: int | None = None,
     max_error: float | int = 0.1,
-    base_model: str = "",
+    base_model: PathLike = "",
     task_type: str | None = None,
     native: bool = False,
     force: bool = False,
@@ -119,6 +119,14 @@ def export(
         "max_error", max_error, lambda error: 0 <= error <= 1, "be from 0 to 1"
     )
     rank = None if rank is None else positive_integer("rank", rank)
+    if isinstance(base_model, os.PathLike):
+        base_model = os.fspath(base_model)
+    if not isinstance(base_model, str):
+        rule = "base_model must be a directory or a name on the Hub"
+        raise TypeError(f"{rule}, got {base_model!r:.80}")
+    if not isinstance(task_type, str | None):
+        rule = "task_type must be one of PEFT's, such as 'CAUSAL_LM'"
+        raise TypeError(f"{rule}, got {task_type!r:.80}")
     path = check_free("directory", directory, ADAPTER, force)
     whole = _trained(adapters, names, program)
     modules = _modules(adapters, names, base_model)

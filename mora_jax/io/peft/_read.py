@@ -112,9 +112,10 @@ def _kernels(modules: list[MatrixPair], leaves: Leaves, names: Names) -> Kernels
     missing = []
     for pair in modules:
         found = [split_index(p.kernel) for p in known.of_module(pair.module)]
-        # A port has PyTorch's names, with slashes.
-        own = (f"{pair.module.replace('.', '/')}/{leaf}" for leaf in KERNELS)
-        found += [(path, ()) for path in own if path in paths]
+        # A port has PyTorch's names, with slashes. Templates of the user's come first.
+        if not (found and isinstance(names, Mapping)):
+            own = (f"{pair.module.replace('.', '/')}/{leaf}" for leaf in KERNELS)
+            found += [(path, ()) for path in own if path in paths]
         if not found:
             missing.append(pair.module)
             continue
