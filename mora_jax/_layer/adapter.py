@@ -223,7 +223,7 @@ def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> Array:
 
 def wide(array: ArrayLike, *dtypes: DTypeLike) -> Array:
     """`array` in float32, or in float64 where it or any of `dtypes` is."""
-    # Others are not promoted, since JAX has no promotion of 8 bits.
+    # Others are not promoted, since JAX does not promote 8 bits.
     array = jnp.asarray(array)
     doubles = [dtype for dtype in (array.dtype, *dtypes) if dtype == jnp.float64]
     return array.astype(jnp.result_type(jnp.float32, *doubles))
