@@ -214,7 +214,7 @@ def renewing(
             if along == "gradient":
                 scale = gradients.scale_with(op, adapter.spec)
                 spec = dataclasses.replace(spec, scale=scale)
-            parts[path] = gradients.moved(spec, *jax.tree.leaves(spec)[-2:])
+            parts[path] = gradients.moved(spec, *gradients.bases_of(spec))
             shape = jax.eval_shape(lambda spec: spec, parts[path])
             shapes[path] = Adapter(adapter.m, shape)
         ms = jax.tree.map(jnp.copy, paths.replace_adapters(adapters, shapes))

@@ -42,6 +42,7 @@ class FrozenMapping(Mapping[Any, Any]):
 
 
 DEFAULT_RANK = 8
+"""The budget of a kernel for which neither a rank nor a square_rank is given."""
 
 Check = Callable[[str, Any], Any]
 """Function of a setting's name and value that raises, or returns what is stored."""
@@ -152,7 +153,7 @@ SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSet
 class KernelConfig:
     """Settings that a user chooses for a kernel; `MoRAConfig` explains them."""
 
-    rank: int = setting(DEFAULT_RANK, checks.positive_integer)
+    rank: int | None = setting(None, _optional(checks.positive_integer))
     operator: OperatorSpec = setting("auto", _operator)
     alpha: float = setting(1.0, checks.above_zero)
     scale: str = setting("fine-tuning", _one_of("paper", "fine-tuning"))
@@ -168,11 +169,16 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        # The default rank may be one that nobody chose, so it counts as none.
-        if self.square_rank is not None and self.rank != DEFAULT_RANK:
-            rule = "rank and square_rank exclude each other"
-            got = f"rank={self.rank} and square_rank={self.square_rank}"
-            raise ValueError(f"{rule}, got {got}: a budget for q, and q itself")
+        if self.rank is not None and self.square_rank is not None:
+            raise ValueError(
+                "give either rank (a budget) or square_rank (the width of M), "
+                f"not both, got rank={self.rank} and square_rank={self.square_rank}"
+            )
+
+    @property
+    def budget(self) -> int:
+        """The rank, or the default rank if none was given."""
+        return DEFAULT_RANK if self.rank is None else self.rank
 
 
 NEW_HEAD = r"((.*/)?((pre_)?classifier|qa_outputs|score)(_\d+)?)/(.*)"
@@ -232,8 +238,12 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
         if unknown := sorted(settings.keys() - allowed, key=str):
             hint = setting_hint(str(unknown[0]), allowed)
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
-        if "rank" in settings and settings.get("square_rank") is not None:
-            raise ValueError(f"{where} must hold rank or square_rank, got both")
+        rank, square_rank = settings.get("rank"), settings.get("square_rank")
+        if rank is not None and square_rank is not None:
+            raise ValueError(
+                f"{where} must give either rank or square_rank, not both, "
+                f"got rank={rank} and square_rank={square_rank}"
+            )
         axes = settings.get("axes")
         if axes is not None and not (isinstance(axes, str) and axes):
             raise ValueError(
@@ -250,8 +260,8 @@ class MoRAConfig(KernelConfig):
     r"""The settings of an adaptation; frozen and hashable.
 
     Attributes:
-      rank: The budget r. No M has more parameters than a LoRA of rank r would:
-        q <= sqrt((in + out) r).
+      rank: The budget r, 8 by default. No M has more parameters than a LoRA of rank r
+        would: q <= sqrt((in + out) r).
       operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
         "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
         "hadamard", "low_rank", or "auto"; or a mapping with further settings,
@@ -290,7 +300,8 @@ class MoRAConfig(KernelConfig):
         `param_dtype` or in the array's own dtype, whichever is wider.
 
     Raises:
-      TypeError, ValueError: A setting no kernel could have; `rank` and `square_rank`.
+      TypeError, ValueError: A setting that no kernel could have, or both `rank` and
+        `square_rank`.
 
     Example::
 
@@ -338,11 +349,11 @@ class MoRAConfig(KernelConfig):
     def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
         for settings in map(self.overrides.__getitem__, patterns):
-            # rank and square_rank exclude each other, and later patterns win.
-            if "rank" in settings:
+            # Either of the two replaces the other one, and later patterns win.
+            if settings.get("rank") is not None:
                 values["square_rank"] = None
             elif settings.get("square_rank") is not None:
-                values["rank"] = DEFAULT_RANK
+                values["rank"] = None
             values |= settings
         axes = values.pop("axes", None)
         return KernelConfig(**values), axes

@@ -125,11 +125,11 @@ class AdapterSpec(AdapterSettings):
         if config.param_dtype is None:
             what = f"{name}: param_dtype"
             own["param_dtype"] = check_param_dtype(what, kernel_dtype)
-        budget = config.rank if config.square_rank is None else None
+        budget = config.budget if config.square_rank is None else None
         spec = cls(operator, kernel_shape, axes, rank=budget, **own)
         q, asked = operator.square_rank, spec.asked_square_rank or 0
-        # Only min(in, out) cuts q to less than half. (Nobody may have chosen rank 8.)
-        if asked > 2 * q and budget != settings.DEFAULT_RANK:
+        # Only min(in, out) cuts q to less than half. The default rank asks for nothing.
+        if asked > 2 * q and config.rank is not None:
             alike = re.sub(r"\d+", "*", name)  # layers of a kind have one warning
             told = f"{alike}: rank={budget} asks for q = {asked}, and {q} is the widest"
             warn(f"{told} that fits; say square_rank={q} in overrides if it is meant")
@@ -282,8 +282,8 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     kind, *_ = _registry.parse_spec(name)
     if q is None:
         # "auto" goes by the budget, and not by the q that is left of it.
-        name = _registry.resolve_auto(name, config.rank)
-        q = _registry.square_rank(config.rank, ins, outs, name, config.multiple_of)
+        name = _registry.resolve_auto(name, config.budget)
+        q = _registry.square_rank(config.budget, ins, outs, name, config.multiple_of)
     elif q > min(ins, outs) and _registry.OPERATORS.get(kind, Operator).square:
         rule = "square_rank must be at most min(in_features, out_features)"
         raise ValueError(f"{rule} = {min(ins, outs)}, got {q}")

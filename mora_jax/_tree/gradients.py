@@ -262,9 +262,21 @@ def at_random(specs: Specs, key: Array) -> dict[Path, Any]:
     new = {}
     for path, spec in specs.items():
         key, *own = jax.random.split(key, 3)
-        shapes = (basis.shape for basis in jax.tree.leaves(spec)[-2:])
+        shapes = (basis.shape for basis in bases_of(spec))
         new[path] = moved(spec, *map(_span, map(jax.random.normal, own, shapes)))
     return new
+
+
+def bases_of(spec: AdapterSpec) -> tuple[Any, Any]:
+    """The directions of inputs and of outputs of a subspace, which may be damped."""
+    leaves = jax.tree_util.tree_leaves_with_path(spec)
+    by_name = {_last_name(path): leaf for path, leaf in leaves}
+    return by_name["in_basis"], by_name["out_basis"]
+
+
+def _last_name(path: tuple[Any, ...]) -> str | None:
+    """The name of the field at the end of a path in a pytree, or None."""
+    return getattr(path[-1], "name", None)
 
 
 def moved(spec: AdapterSpec, *bases: Array) -> AdapterSpec:
@@ -275,8 +287,10 @@ def moved(spec: AdapterSpec, *bases: Array) -> AdapterSpec:
     if spec.layout:
         places = spec.layout.of_directions(spec.axes, spec.kernel_shape)
         bases = tuple(map(jax.lax.with_sharding_constraint, bases, places))
-    leaves, tree = jax.tree.flatten(spec)  # they are the last arrays of the operator
-    return tree.unflatten([*leaves[:-2], *bases])
+    new: dict[Any, Array] = dict(zip(("in_basis", "out_basis"), bases, strict=True))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: new.get(_last_name(path), leaf), spec
+    )
 
 
 def _width(spec: AdapterSpec) -> int:

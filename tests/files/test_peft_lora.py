@@ -389,6 +389,11 @@ REFUSED = {
     "another r": ({"r": 5}, r"lora_B of .* must be of shape \(5, 16\)"),
     "alpha": ({"lora_alpha": "6"}, "lora_alpha .* must be a number"),
     "no alpha": ({"lora_alpha": "leave out"}, "lora_alpha .* must be a number"),
+    "alpha of zero": ({"lora_alpha": 0}, "lora_alpha .* other than 0, got 0"),
+    "alphas of zero": (
+        {"alpha_pattern": {"q_proj": 0.0}},
+        "alpha_pattern .*0.0",
+    ),
     "endless alpha": ({"lora_alpha": math.inf}, "number"),
     "patterns": ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern .* names of modules"),
     "biases": ({"bias": "vera_only"}, "bias .* must be one of"),

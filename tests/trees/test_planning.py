@@ -245,14 +245,16 @@ BAD_CONFIGS = {
         ({"overrides": {"a": {"ranks": 3}}}, "got .'ranks'"),
         ({"overrides": {"a": {"rank": 0}}}, "rank must be a positive"),
         ({"overrides": {"a": {"r": 3}}}, "got .'r'.: here that is rank"),
-        ({"overrides": {"a": BOTH}}, "must hold rank or square_rank, got both"),
+        ({"overrides": {"a": BOTH}}, "overrides.*'a'.*rank=4 and square_rank=16"),
+        ({"overrides": {"a": BOTH | {"rank": 8}}}, "rank=8 and square_rank=16"),
         ({"overrides": {"a": {"alpha": 0}}}, "alpha must be above 0, got 0"),
         ({"overrides": {"a": {"alpha": -8}}}, "alpha must be above 0, got -8"),
         ({"alpha": 0}, "alpha must be above 0, got 0"),
         ({"alpha": -0.5}, "alpha must be above 0, got -0.5"),
         ({"scale": "best"}, r"scale must be one of \('paper', 'fine-tuning'\), got"),
         ({"alpha": float("nan")}, "alpha must be finite"),
-        (BOTH, "exclude each other, got rank=4 and square_rank=16"),
+        (BOTH, "rank=4 and square_rank=16"),
+        (BOTH | {"rank": 8}, "rank=8 and square_rank=16"),
         ({"execution": "fast"}, "execution must be one of .* got 'fast'"),
         ({"operator": "damped"}, r"'damped'.* mora_jax.input_damping\("),
         ({"operator": {"name": "damped"}}, r"'damped'.* mora_jax.input_damping\("),
@@ -396,7 +398,12 @@ def test_of_rank_and_square_rank_the_nearer_one_is_taken():
     by_rank = MoRAConfig(rank=4, overrides=overrides)
     found = {path: by_rank.settings(path)[0] for path in "abcd"}
     assert [found[path].square_rank for path in "abcd"] == [8, None, 6, None]
-    assert [found[path].rank for path in "abcd"] == [8, 2, 8, 4]
+    assert [found[path].rank for path in "abcd"] == [None, 2, None, 4]
+    by_eight = MoRAConfig(rank=8, overrides={"a": {"square_rank": 6}})
+    assert by_eight.settings("a")[0].square_rank == 6
+    # None says nothing, as if it were left out.
+    by_q = MoRAConfig(square_rank=8, overrides={"a": {"rank": None}})
+    assert by_q.settings("a")[0].square_rank == 8
 
 
 def test_alphas_as_of_lora_warn_once():
@@ -427,6 +434,10 @@ def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
     thin = {".*/thin/kernel": {"square_rank": 4}}
     for quiet in (MoRAConfig(), MoRAConfig(rank=800, overrides=thin)):
         plan(params, quiet)
+    square = {"operator": "orthogonal"}
+    plan(params, MoRAConfig(**square))  # nobody asked for its rank of 8
+    with pytest.warns(MoRAWarning, match="rank=8 asks for q = 181, and 4"):
+        plan(params, MoRAConfig(rank=8, **square))
     config = MoRAConfig(rank=800)
     for make in (
         lambda: FrozenDense.from_config(K, config=config),

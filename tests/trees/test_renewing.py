@@ -17,7 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import mora_jax
 from mora_jax import MoRAConfig, directions, linen, remora
 from mora_jax._layer.rounding import share_lost
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree import gradients
 from mora_jax._tree.paths import adapters_in
+from mora_jax.operators import Damped, Subspace
+from mora_jax.operators._pytree import given, operator
 
 X, Y = random(0, 16, 24), random(1, 16, 12)
 # Between the first and the other directions of its own batch the gradient is zero: a
@@ -343,3 +347,32 @@ def test_bad_arguments():
     for args, error, message in cases:
         with pytest.raises(error, match=message):
             init(*args)
+
+
+@operator
+class Lengthened(Subspace):
+    """A subspace that has another array behind its directions."""
+
+    lengths: Any = given(lambda op: np.asarray(op.lengths))
+
+    name = "lengthened"
+
+
+@pytest.mark.parametrize("is_damped", [False, True])
+def test_directions_are_found_by_their_names(is_damped):
+    """Of operators with other arrays, too, which stay as they are."""
+    first, second = np.eye(8, 2), np.eye(8, 2, -2)
+    op = Lengthened(8, 8, 2, in_basis=first, out_basis=first, lengths=np.ones((8, 2)))
+    if is_damped:
+        op = Damped(8, 8, 2, inner=op, directions=np.eye(8, 1, -7))
+    spec = AdapterSpec(op, (8, 8))
+    bases = jnp.asarray(first), jnp.asarray(second)
+    moved = gradients.moved(spec, *bases).operator
+    inner = moved.inner if is_damped else moved
+    for basis, expected in zip((inner.in_basis, inner.out_basis), bases, strict=True):
+        np.testing.assert_array_equal(wide(basis), expected)
+    np.testing.assert_array_equal(inner.lengths, np.ones((8, 2)))
+    ((_, turned),) = gradients.at_random({("fc",): spec}, jax.random.key(0)).items()
+    inner = turned.operator.inner if is_damped else turned.operator
+    np.testing.assert_array_equal(inner.lengths, np.ones((8, 2)))
+    assert not np.allclose(wide(inner.in_basis), first, atol=0.1)

@@ -62,6 +62,7 @@ _UNSET: Rule = "unset, since it is not known here", lambda v: not v
 _RANK: Rule = "a positive integer", lambda v: type(v) is int and 0 < v < 2**31
 # JSON may hold integers that are too large for a float.
 _NUMBER: Rule = "a number", lambda v: type(v) in (int, float) and abs(v) < 2**99
+_FACTOR: Rule = "a number other than 0", lambda v: _NUMBER[1](v) and v != 0
 
 # Starts that change the base, to which such an adapter belongs and not to the model's.
 _OF_ANOTHER_BASE = re.compile("pissa.*|olora|corda|loftq|lora_ga")
@@ -74,8 +75,8 @@ _RULES: dict[str, Rule] = {
     "use_rslora": _BOOL,
     "r": _RANK,
     "rank_pattern": _by_name(*_RANK),
-    "lora_alpha": _NUMBER,
-    "alpha_pattern": _by_name(*_NUMBER),
+    "lora_alpha": _FACTOR,
+    "alpha_pattern": _by_name(*_FACTOR),
     "bias": (f"one of {_BIASES}", _BIASES.__contains__),
     "lora_dropout": ("in [0, 1)", lambda v: _NUMBER[1](v) and 0 <= v < 1),
     "init_lora_weights": (
@@ -88,6 +89,8 @@ _TYPES = *REFERENCE_GROUPS, 6
 _REFERENCE_RULES: dict[str, Rule] = {
     "bias": ("'none'", lambda v: v == "none"),
     "mora_type": ("1, 2, 3, 4 or 6", lambda v: type(v) is int and v in _TYPES),
+    "lora_alpha": _NUMBER,  # which it does not use
+    "alpha_pattern": _by_name(*_NUMBER),
 }
 _METHODS = "lora_bias", "layer_replication", "trainable_token_indices", "arrow_config"
 _METHODS += "target_parameters", "alora_invocation_tokens"
