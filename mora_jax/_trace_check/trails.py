@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
+from mora_jax._jax.primitives import OWN_DERIVATIVE
+from mora_jax._jax.walk import is_unseen
 from mora_jax._trace_check.marks import MarkedCall
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
@@ -77,7 +78,7 @@ def of_arrays(value: Value) -> dict[str, Trail]:
 def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
     value = joined(values)
-    if is_opaque(eqn):
+    if is_unseen(eqn):
         return changed(value, lambda trail: trail.hidden(eqn.primitive.name))
     value = {start: _step(eqn, start, t, values) for start, t in value.items()}
     return {start: t for start, t in value.items() if start is not None or t.numbers}
