@@ -161,6 +161,9 @@ class Kernels:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
             elif why := trail.unseen or _doubt(call, trail):
                 self.uses.unseen.setdefault(call.name, why)
+        if isinstance(call.scale, str) and call.scale in output:
+            # If it is a kernel of another rule as well, it is read outside of that.
+            self.uses.outside.setdefault(call.scale, "`mul`")
         ended = call, call.scale, call.name
         return {start: t for start, t in output.items() if start not in ended}
 

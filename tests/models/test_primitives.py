@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from deciding import CHOICES, CONTROL, HARMLESS, HIDDEN, MEMORY, WAYS
 from flax import nnx
-from helpers import random, random_like
+from helpers import made_for, random, random_like
 from jax.extend.core import Primitive
 
 import mora_jax
@@ -18,6 +18,7 @@ from mora_jax import nnx as mora_nnx
 from mora_jax._flax.proofs import unchecked
 from mora_jax._jax.primitives import KINDS, Kind, kind_of
 from mora_jax._jax.walk import inside
+from mora_jax.products import Claim, Product
 
 WIDTH = 8
 X = random(0, 2, 3, WIDTH)
@@ -158,6 +159,43 @@ def test_a_way_is_by_its_primitive(way):
 
 OTHER_NAMES = {"remat2": "checkpoint"}
 """{name of a primitive: its name in another version of JAX}."""
+
+
+def test_the_sizes_of_groups_count_as_well():
+    """A kernel that says which rows each group of a ragged product has."""
+
+    class Ragged(Product):
+        axes = "sio"
+
+        @property
+        def claim(self):
+            return Claim(primitive="ragged_dot_general")
+
+        def delta(self, delta, x):
+            raise NotImplementedError
+
+    def layer_by(sizes):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                w = self.param("w", nn.initializers.normal(), (2, WIDTH, WIDTH))
+                return jax.lax.ragged_dot(x, w, sizes(w))
+
+        register_layer(Layer, equation=Ragged(), kernel="w")
+        return Layer()
+
+    def by_kernel(w):
+        first = jnp.sum(w) > 0
+        return jnp.stack([1 + first, 2 - first]).astype(jnp.int32)
+
+    for sizes, is_right in ((lambda w: jnp.array([1, 2]), True), (by_kernel, False)):
+        model = layer_by(sizes)
+        variables = made_for(model, X[0])
+        if is_right:
+            assert not linen.plan(model, variables, CONFIG, X[0]).unproven
+        else:
+            with pytest.raises(ValueError, match="^w: Layer.__call__ "):
+                linen.plan(model, variables, CONFIG, X[0])
 
 
 @pytest.mark.slow

@@ -272,13 +272,15 @@ CHOICES: dict[str, Way] = {
     "reduce": by_reduce,
     "select_and_scatter_add": by_select_and_scatter,
     "ragged_dot_general": by_ragged_dot,
-    "triangular_solve": lambda a, x: x
-    + lax.linalg.triangular_solve(jnp.diag(1 + few(a) ** 2), few(x)),
+    "triangular_solve": lambda a, x: (
+        x + lax.linalg.triangular_solve(jnp.diag(1 + few(a) ** 2), few(x))
+    ),
     "fft": lambda a, x: x + jnp.fft.fft(few(a)).real,
     "random_seed": by_key,
     "random_bits": partial(by_key, use=jax.random.bits),
-    "random_fold_in": lambda a, x: x
-    + jax.random.normal(jax.random.fold_in(jax.random.key(0), count(a)), x.shape),
+    "random_fold_in": lambda a, x: (
+        x + jax.random.normal(jax.random.fold_in(jax.random.key(0), count(a)), x.shape)
+    ),
     "random_split": partial(
         by_key, use=lambda k, s: jax.random.normal(jax.random.split(k)[0], s)
     ),
