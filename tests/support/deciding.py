@@ -111,8 +111,8 @@ def by_while_in_cond(a, x):
 
 def by_cond_of_each(a, x):
     """Under vmap a predicate of each row becomes `select_n`."""
-    each = jax.vmap(lambda row, k: lax.cond(flag(a) & k, jnp.sin, jnp.cos, row))
-    return each(x, x[..., 0].reshape(len(x), -1)[:, 0] > 0)
+    each = jax.vmap(lambda k: lax.cond(flag(a) & (k > 0), jnp.sin, jnp.cos, k))
+    return each(x.ravel()).reshape(x.shape)
 
 
 CONTROL: dict[str, Way] = {
@@ -167,9 +167,13 @@ def by_ragged_dot(a, x):
     return lax.ragged_dot(rows, groups, sizes).reshape(x.shape)
 
 
+def bits(a):
+    """The bits of numbers as integers."""
+    return lax.bitcast_convert_type(a.astype(jnp.float32), jnp.int32)
+
+
 def by_key(a, x, use=jax.random.normal):
-    seed = lax.bitcast_convert_type(number(a, jnp.float32), jnp.int32)
-    return x + use(jax.random.key(seed), x.shape)
+    return x + use(jax.random.key(bits(number(a))), x.shape)
 
 
 def by_solve(a, x):
@@ -265,7 +269,7 @@ CHOICES: dict[str, Way] = {
     "sign": lambda a, x: x * jnp.sign(few(a)),
     "floor": lambda a, x: x * jnp.floor(few(a)),
     "convert_element_type": lambda a, x: x * few(a).astype(jnp.int32),
-    "bitcast_convert_type": lambda a, x: x * lax.bitcast_convert_type(few(a), "int32"),
+    "bitcast_convert_type": lambda a, x: x * (bits(few(a)) % 3),
     "reduce_precision": lambda a, x: x * lax.reduce_precision(few(a), 5, 2),
     "stop_gradient": lambda a, x: x * lax.stop_gradient(few(a)),
     "cumsum": lambda a, x: x * jnp.cumsum(few(a)),
@@ -277,7 +281,7 @@ CHOICES: dict[str, Way] = {
     ),
     "fft": lambda a, x: x + jnp.fft.fft(few(a)).real,
     "random_seed": by_key,
-    "random_bits": partial(by_key, use=jax.random.bits),
+    "random_bits": partial(by_key, use=lambda k, s: jax.random.bits(k, s) % 2),
     "random_fold_in": lambda a, x: (
         x + jax.random.normal(jax.random.fold_in(jax.random.key(0), count(a)), x.shape)
     ),
