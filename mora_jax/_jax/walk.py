@@ -2,7 +2,7 @@
 
 A walk goes through a program in order and keeps a value for each array. A `Domain` says
 what values are and what primitives make of them. The walk knows the rest: the programs
-inside of primitives, and how often they run.
+inside of primitives, how often they run, and which array decides that.
 """
 
 import functools
@@ -13,15 +13,9 @@ from typing import Any, Protocol, TypeVar
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
+from mora_jax._jax.primitives import Kind, kind_of
+
 T = TypeVar("T")
-
-IDENTITIES = frozenset(  # primitives that leave numbers as they are
-    "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
-    "pbroadcast pvary reshard sharding_constraint".split()
-)
-
-OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
-"""Primitives whose derivatives are not what their programs have."""
 
 
 class Domain(Protocol[T]):
@@ -38,6 +32,11 @@ class Domain(Protocol[T]):
     trial: Callable[[], Any]  # the same for a walk whose values alone are kept
     # The outputs of an equation whose program has a derivative of its own.
     bypassed: Callable[[Any, list[T]], list[T]]
+    # The same for a walk through a program that runs only if an array says so.
+    under: Callable[[T], Any]
+    # The outputs of a branch or a loop, given those of its programs and the array that
+    # chooses the branch or ends the loop.
+    chosen: Callable[[Any, T, list[T]], list[T]]
 
 
 def walk(domain: Domain[T], program: Jaxpr, inputs: Sequence[T]) -> list[T]:
@@ -56,14 +55,16 @@ def walk(domain: Domain[T], program: Jaxpr, inputs: Sequence[T]) -> list[T]:
 
 
 def _outputs(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
-    name = eqn.primitive.name
-    if name in IDENTITIES:
+    kind = kind_of(eqn.primitive.name)
+    if kind is Kind.IDENTITY:
         return values
-    if name in _CONTROL:
-        return _CONTROL[name](domain, eqn, values)
-    if inner := _called(eqn):
+    if kind is Kind.CONTROL:
+        return _CONTROL[eqn.primitive.name](domain, eqn, values)
+    if inner := called(eqn):
         outputs = walk(domain, inner, values)
-        return domain.bypassed(eqn, outputs) if name in OWN_DERIVATIVE else outputs
+        if kind is Kind.OWN_DERIVATIVE:
+            return domain.bypassed(eqn, outputs)
+        return outputs
     return domain.step(eqn, values)
 
 
@@ -77,8 +78,9 @@ def _scan(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
     )
     start = unstacked - carry
     layers = [domain.sliced(value) for value in values[unstacked:]]
-    state = values[start:unstacked]
-    state, results = _loop(domain, body, values[:start], state, layers)
+    fixed = values[:start]
+    state = _invariant(domain, body, fixed, values[start:unstacked], layers)
+    results = walk(domain, body, [*fixed, *state, *layers])
     return [*state, *(domain.stacked(value) for value in results[carry:])]
 
 
@@ -86,26 +88,41 @@ def _while(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
     start = eqn.params["cond_nconsts"]
     stop = start + eqn.params["body_nconsts"]
     body = opened(eqn.params["body_jaxpr"])
-    return _loop(domain, body, values[start:stop], values[stop:], [])[0]
+    fixed = values[start:stop]
+    state = _invariant(domain, body, fixed, values[stop:], [])
+    # The condition is evaluated before every round. It says which of the states that
+    # rounds leave is the output, and how often the body runs.
+    condition = opened(eqn.params["cond_jaxpr"])
+    seen = [*values[:start], *state]
+    (goes_on,) = walk(domain.trial(), condition, seen)
+    inside_loop = domain.under(goes_on)
+    walk(inside_loop, condition, seen)
+    walk(inside_loop, body, [*fixed, *state])
+    return domain.chosen(eqn, goes_on, state)
 
 
-def _loop(
+def _invariant(
     domain: Domain[T], body: Jaxpr, fixed: list[T], state: list[T], layers: list[T]
-) -> tuple[list[T], list[T]]:
-    """A state that holds before and after every round, and a round's outputs."""
+) -> list[T]:
+    """A state that holds before and after every round."""
     while True:  # until nothing more is lost
         # The state may not hold in every round.
         results = walk(domain.trial(), body, [*fixed, *state, *layers])
         weaker = list(map(domain.join, state, results))
         if weaker == state:
-            return state, walk(domain, body, [*fixed, *state, *layers])
+            return state
         state = weaker
 
 
 def _cond(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
+    index, *operands = values
     programs = map(opened, eqn.params["branches"])
-    branches = [walk(domain, program, values[1:]) for program in programs]
-    return [functools.reduce(domain.join, each) for each in zip(*branches, strict=True)]
+    inside_branch = domain.under(index)
+    branches = [walk(inside_branch, program, operands) for program in programs]
+    outputs = [
+        functools.reduce(domain.join, each) for each in zip(*branches, strict=True)
+    ]
+    return domain.chosen(eqn, index, outputs)
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
@@ -127,19 +144,26 @@ def inside(eqn: Any) -> list[Jaxpr]:
     return [program for program in programs if isinstance(program, Jaxpr)]
 
 
-def _called(eqn: Any) -> Jaxpr | None:
-    """The program that a step calls with its operands, if it does."""
-    if len(programs := inside(eqn)) != 1:
+def called(eqn: Any) -> Jaxpr | None:
+    """The program that a step runs with its operands and nothing else, if it does."""
+    if kind_of(eqn.primitive.name) not in (Kind.CALL, Kind.OWN_DERIVATIVE):
+        return None
+    programs = inside(eqn)
+    if len(programs) != 1:
         return None
     (inner,) = programs
-    pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
-    return inner if all(shapes(a) == shapes(b) for a, b in pairs) else None
+    # A `shard_map` over several devices gives each of them a part of an operand.
+    same_operands = shapes(inner.invars) == shapes(eqn.invars)
+    same_outputs = shapes(inner.outvars) == shapes(eqn.outvars)
+    return inner if same_operands and same_outputs else None
 
 
-def is_opaque(eqn: Any) -> bool:
+def is_unseen(eqn: Any) -> bool:
     """True if nothing is known of what a step does with whole arrays."""
-    # Such as a kernel of Pallas, a callback, or a program for each device of a mesh.
-    return eqn.primitive.name.endswith(("_call", "_callback")) or bool(inside(eqn))
+    kind = kind_of(eqn.primitive.name)
+    if kind in (Kind.CALL, Kind.OWN_DERIVATIVE):
+        return called(eqn) is None
+    return kind is Kind.UNSEEN
 
 
 def needed(program: Jaxpr, told: Sequence[Any]) -> tuple[Jaxpr, list[Any]]:

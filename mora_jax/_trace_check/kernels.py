@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-from mora_jax._jax.walk import OWN_DERIVATIVE, inside, needed, shapes, walk
+from mora_jax._jax.primitives import OWN_DERIVATIVE
+from mora_jax._jax.walk import inside, is_unseen, needed, shapes, walk
 from mora_jax._trace_check import trails
 from mora_jax._trace_check.marks import MarkedCall, calls_in, mark_p
 from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
@@ -69,10 +70,21 @@ class Kernels:
     """The `Domain` of trails. It adds to `uses` what it finds."""
 
     uses: Uses
+    # What the conditions depend on under which this part of the program runs.
+    condition: Value = dataclasses.field(default_factory=dict)
     nothing: Value = dataclasses.field(default_factory=dict)
 
     def trial(self) -> "Kernels":
-        return Kernels(Uses())
+        return Kernels(Uses(), condition=self.condition)
+
+    def under(self, condition: Value) -> "Kernels":
+        return Kernels(self.uses, condition=trails.joined([self.condition, condition]))
+
+    def chosen(self, eqn: Any, by: Value, outputs: list[Value]) -> list[Value]:
+        what = "a loop" if eqn.primitive.name == "while" else "a branch"
+        by = {start: trail for start, trail in by.items() if start is not None}
+        by = changed(by, lambda trail: trail.passed(f"the condition of {what}"))
+        return [trails.joined([output, by]) for output in outputs]
 
     def constant(self, literal: Literal) -> Value:
         number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]
@@ -82,9 +94,20 @@ class Kernels:
         if eqn.primitive is mark_p:
             ends = eqn.params["end"]
             return [self._end(eqn, *values) if ends else _begin(eqn, *values)]
+        if is_unseen(eqn) and eqn.effects:
+            self._keep_for_later(eqn, values)
         if eqn.primitive.name in PRODUCTS:
             return [self._product(eqn, values)]
         return [trails.after(eqn, values)] * len(eqn.outvars)
+
+    def _keep_for_later(self, eqn: Any, values: list[Value]) -> None:
+        """Note that the host or a mutable array may keep what `eqn` was given.
+
+        Another step may read it there, and depends on it by none of its operands.
+        """
+        for name, trail in of_arrays(trails.joined([*values, self.condition])).items():
+            hidden = trail.hidden(eqn.primitive.name)
+            self.uses.unseen.setdefault(name, hidden.unseen)
 
     def join(self, left: Value, right: Value) -> Value:
         both = trails.joined([left, right]).items()
@@ -113,12 +136,13 @@ class Kernels:
 
     def _product(self, eqn: Any, values: list[Value]) -> Value:
         name, result = eqn.primitive.name, dict(trails.after(eqn, values))
-        left, right, *_ = values
+        left, right, *sizes = values  # of the groups of `ragged_dot_general`
         for first, value, other in ((True, left, right), (False, right, left)):
             for kernel, trail in of_arrays(value).items():
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
-                if not trail.by and kernel not in other:
+                elsewhere = any(kernel in operand for operand in [other, *sizes])
+                if not trail.by and not elsewhere:
                     result[kernel] = trails.multiplied(eqn, kernel, trail, other, first)
         return result
 
@@ -137,6 +161,9 @@ class Kernels:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
             elif why := trail.unseen or _doubt(call, trail):
                 self.uses.unseen.setdefault(call.name, why)
+        if isinstance(call.scale, str) and call.scale in output:
+            # If it is a kernel of another rule as well, it is read outside of that.
+            self.uses.outside.setdefault(call.scale, "`mul`")
         ended = call, call.scale, call.name
         return {start: t for start, t in output.items() if start not in ended}
 

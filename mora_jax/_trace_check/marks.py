@@ -6,10 +6,11 @@ delta then. Without what is done to these alone, it must be the same program as 
 """
 
 import dataclasses
+import enum
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,37 +123,92 @@ batching.primitive_batchers[mark_p] = _batch_mark
 mlir.register_lowering(mark_p, lambda context, x, *_, **__: [x])
 
 
+class Step(NamedTuple):
+    """A step of a program, as two programs are compared by it."""
+
+    primitive: str
+    arrays: str  # shapes and dtypes of operands and outputs; numbers themselves
+    settings: str  # such as the axes of a sum
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self))
+
+
 def difference(base: Jaxpr, other: Jaxpr, added: Sequence[bool]) -> str:
     """The first step in which two programs differ, or "".
 
     `added` says which of the other program's first inputs the base lacks.
     """
-    steps = _steps(*needed(base, [])), _steps(*needed(other, added))
-    for before, after in itertools.zip_longest(*steps):
-        if before != after:
-            told = (" ".join(map(str, step or ["the end"])) for step in (after, before))
-            return " instead of ".join(told)
+    before, _ = _steps(*needed(base, []))
+    after, _ = _steps(*needed(other, added))
+    for pair in itertools.zip_longest(after, before, fillvalue="the end"):
+        if pair[0] != pair[1]:
+            return " instead of ".join(map(str, pair))
     return ""
 
 
-def _steps(program: Jaxpr, added: Sequence[bool]) -> Generator[Any, None, list[bool]]:
-    """Yield the steps that depend on nothing `added`; return which outputs do."""
+def _steps(program: Jaxpr, added: Sequence[bool]) -> tuple[list[Step], list[bool]]:
+    """The steps that depend on nothing `added`, and which outputs depend on it."""
+    steps: list[Step] = []
     new = set(itertools.compress(program.invars, added))
     for eqn in program.eqns:
         flags = [not isinstance(v, Literal) and v in new for v in eqn.invars]
         results = [any(flags)] * len(eqn.outvars)
+        programs = inside(eqn)
         if eqn.primitive is mark_p:
             results = flags[:1]
-        elif programs := inside(eqn):
-            results = [False] * len(eqn.outvars)
-            for inner in programs:
-                last = yield from _steps(inner, _operands(eqn, inner, flags))
-                if len(last) == len(results):
-                    results = [a or b for a, b in zip(results, last, strict=True)]
+        elif programs:
+            inner_steps, results = _steps_inside(eqn, programs, flags)
+            if inner_steps:
+                steps += [_step_around(eqn), *inner_steps]
         elif not any(flags):
-            yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
+            arrays = " ".join(map(_shown, eqn.invars + eqn.outvars))
+            steps.append(Step(eqn.primitive.name, arrays, _settings(eqn.params)))
         new |= set(itertools.compress(eqn.outvars, results))
-    return [not isinstance(v, Literal) and v in new for v in program.outvars]
+    last = [not isinstance(v, Literal) and v in new for v in program.outvars]
+    return steps, last
+
+
+def _steps_inside(
+    eqn: Any, programs: Sequence[Jaxpr], flags: list[bool]
+) -> tuple[list[Step], list[bool]]:
+    """The same of the programs inside of a step whose operands have `flags`."""
+    steps: list[Step] = []
+    results = [False] * len(eqn.outvars)
+    for inner in programs:
+        inner_steps, last = _steps(inner, _operands(eqn, inner, flags))
+        steps += inner_steps
+        if len(last) == len(results):
+            results = [a or b for a, b in zip(results, last, strict=True)]
+    return steps, results
+
+
+def _step_around(eqn: Any) -> Step:
+    """A step with programs inside, without what is counted or named in it.
+
+    An M is one more operand of a loop or a call. Numbers among the operands, such as
+    the index of a branch, and the length of a scan stay the same beside it.
+    """
+    numbers = [_shown(atom) for atom in eqn.invars if isinstance(atom, Literal)]
+    own = {k: v for k, v in eqn.params.items() if k in ("length", "reverse")}
+    return Step(eqn.primitive.name, " ".join(numbers), _settings(own))
+
+
+def _settings(params: Mapping[str, Any]) -> str:
+    """The parameters of a primitive, as far as they are numbers, texts and dtypes."""
+    pairs = sorted((name, _plain(value)) for name, value in params.items())
+    return " ".join(f"{name}={value}" for name, value in pairs if value)
+
+
+def _plain(value: Any) -> str:
+    """A value as a text that is the same in two traces; "" for other objects."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_plain, value))})"
+    if dataclasses.is_dataclass(value):
+        return _plain([getattr(value, f.name) for f in dataclasses.fields(value)])
+    if isinstance(value, bool | int | float | complex | str | np.dtype | enum.Enum):
+        return str(value)
+    return ""
 
 
 def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:

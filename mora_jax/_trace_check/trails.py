@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
+from mora_jax._jax.primitives import OWN_DERIVATIVE
+from mora_jax._jax.walk import is_unseen
 from mora_jax._trace_check.marks import MarkedCall
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
@@ -77,7 +78,7 @@ def of_arrays(value: Value) -> dict[str, Trail]:
 def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
     value = joined(values)
-    if is_opaque(eqn):
+    if is_unseen(eqn):
         return changed(value, lambda trail: trail.hidden(eqn.primitive.name))
     value = {start: _step(eqn, start, t, values) for start, t in value.items()}
     return {start: t for start, t in value.items() if start is not None or t.numbers}
@@ -207,9 +208,7 @@ def _fault_of_rows(eqn: Any, call: MarkedCall, function: Any) -> str:
     if function is None:
         return "looks up rows by other numbers than its input"
     size, fill = eqn.invars[0].aval.shape[0], eqn.params["fill_value"]
-    inside = 0, 1, size // 2, size - 1
-    indices = np.add.outer(size * np.arange(-2, 3), inside).ravel()
-    indices = indices[indices.astype(call.dtype) == indices]  # the others wrap around
+    indices = _indices(size, call.dtype)
     places = function(indices.astype(call.dtype))
     if eqn.params["mode"].name in ("CLIP", "PROMISE_IN_BOUNDS"):
         places = places.clip(0, size - 1)
@@ -221,6 +220,23 @@ def _fault_of_rows(eqn: Any, call: MarkedCall, function: Any) -> str:
         return ""
     mend = f"; say equation={fits[0]}" if fits else ""
     return f"takes other rows than {claimed}{mend}"
+
+
+def _indices(size: int, dtype: Any) -> np.ndarray:
+    """Indices of a table of `size` rows by which two lookups are compared.
+
+    These are all rows, up to 65536 places beyond either end of the table, and the least
+    and the largest number of a signed `dtype`.
+    """
+    beyond = min(2 * size, 2**16)
+    near = np.arange(-beyond, size + beyond)
+    places = 0, 1, size // 2, size - 1
+    far = np.add.outer(size * np.arange(-2, 3), places).ravel()
+    limits: list[int] = []
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        limits = [jnp.iinfo(dtype).min, jnp.iinfo(dtype).max]
+    indices = np.concatenate([near, far, np.asarray(limits, near.dtype)])
+    return indices[indices.astype(dtype) == indices]  # the others wrap around
 
 
 def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:

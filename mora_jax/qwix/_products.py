@@ -8,7 +8,7 @@ import jax
 import qwix
 from jax.core import Tracer
 
-from mora_jax._jax.walk import IDENTITIES
+from mora_jax._jax.primitives import IDENTITIES
 from mora_jax.products import Contraction, Product
 from mora_jax.products.contraction import dot_general_equation
 from mora_jax.qwix import _private

@@ -254,6 +254,40 @@ def test_code_that_sees_an_m_is_refused():
         adapted(X)
 
 
+NUMBERS_OF_STEPS = {
+    "slice": lambda x, n: x[:, n : n + 4],
+    "integer_pow": lambda x, n: x**n,
+    "reduce_sum": lambda x, n: jnp.sum(x[:8, :8], axis=n % 2),
+    "scan": lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x),
+    "while": lambda x, n: jax.lax.while_loop(
+        lambda s: s[0] < 5, lambda s: (s[0] + 1, jnp.sin(s[1])), (n, x)
+    )[1],
+    "clamp": lambda x, n: jax.lax.switch(
+        jnp.int32(n), [jnp.sin, jnp.cos, jnp.tanh, jnp.exp], x
+    ),
+    "gather": lambda x, n: x.at[:, jnp.arange(2)].get(mode="fill", fill_value=float(n)),
+}
+
+
+@pytest.mark.parametrize("primitive", NUMBERS_OF_STEPS)
+def test_a_number_of_arrays_in_a_step_is_seen(primitive):
+    """Shapes are the same: the number is a part of the step itself."""
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(8, name="fc")(x)
+            n = len(jax.tree.leaves(self.variables["params"]))
+            return NUMBERS_OF_STEPS[primitive](y, n)
+
+    model, x = Counting(), random(0, 8, 8)
+    variables = made_for(model, x)
+    apply = linen.wrap(model, CONFIG, variables, x)
+    told = f"computes something else with an M .*: {primitive} .*3.* instead of"
+    with pytest.raises(ValueError, match=told):
+        apply(mora_jax.init(apply.plan), variables, x)
+
+
 class Mapped(nn.Module):
     """A layer under vmap along an axis of its input, or one layer for each index."""
 

@@ -364,6 +364,18 @@ OTHER_ROWS = {
         "takes other rows than products.Lookup",
         lambda t, ids: t[jnp.minimum(ids, 3)],
     ),
+    "but one": (
+        "takes other rows than products.Lookup",
+        lambda t, ids: t[jnp.where(ids == 2, 0, ids)],
+    ),
+    "but one beyond": (
+        "takes other rows than products.Lookup",
+        lambda t, ids: t[jnp.where(ids == -5, 0, ids)],
+    ),
+    "but the largest": (
+        "takes other rows than products.Lookup",
+        lambda t, ids: t[jnp.where(ids == 2**31 - 1, 0, ids)],
+    ),
     "mirrored": ("by other numbers than its input", lambda t, ids: t[ids[::-1]]),
     "reordered": ("does not compute 'kernel.input.'", lambda t, ids: t[ids.T]),
     "masked": (
@@ -626,6 +638,30 @@ def test_rows_of_a_table_of_three_axes_are_no_kernel():
     plan = linen.plan(model, variables, MoRAConfig(rank=2), ids)
     assert list(plan) == ["Dense_0/kernel"]
     assert "  table: not multiplied with an input as it is" in str(plan)
+
+
+def test_a_kernel_that_scales_another_one_is_refused():
+    class Both(nn.Module):
+        def setup(self):
+            shape = WIDTH, WIDTH
+            self.w = self.param("w", nn.initializers.normal(), shape)
+            self.s = self.param("s", nn.initializers.normal(), shape)
+
+        def __call__(self, x):
+            return self.scaled(self.plain(x))
+
+        def plain(self, x):
+            return x @ self.s
+
+        def scaled(self, x):
+            return x @ (self.w * self.s)
+
+    register_layer(Both, equation=DENSE, kernel="s", method="plain")
+    register_layer(Both, equation=DENSE, kernel="w", method="scaled", scale="s")
+    variables = variables_of(Both())
+    config = MoRAConfig(square_rank=4, operator="rotation", targets="w|s")
+    with pytest.raises(ValueError, match="^s: the model also reads this kernel"):
+        linen.plan(Both(), variables, config, X)
 
 
 def test_scales_that_do_not_factor_are_refused(unchecked):

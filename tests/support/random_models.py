@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from deciding import CHOICES, CONTROL, WAYS
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random, random_like
@@ -1136,8 +1137,42 @@ def lifted_derivative(draw):
     return dataclasses.replace(block, lifts=(lift,), **settings)
 
 
+RUNNING = ("pure_callback", "pallas_call", "custom_vmap_call", "custom_linear_solve")
+RUNNING += ("swap", "addupdate", "swap, in a branch", "swap, in a loop")
+"""Ways of `deciding.HIDDEN` and `deciding.MEMORY` that compute the same each time."""
+
+
+def deciding(draw):
+    """Numbers that decide: those of a kernel or of a product, or of an output."""
+    ways = {**CONTROL, **CHOICES, **{name: WAYS[name] for name in RUNNING}}
+    coarse = draw.precision == "coarse"  # where rounding would move a step
+    name = draw.choice([*CONTROL] if coarse else [*ways])
+    place = draw.choice(["kernel outside", "kernel", "product", "input", "output"])
+
+    def decided(a, x):
+        return ways[name](stop_gradient(a), stop_gradient(x)).astype(x.dtype)
+
+    def of_kernel(c):
+        return c.a(c.x) + decided(c.kernel(), c.x)
+
+    def of_output(c):
+        return c.a(c.x) + decided(c.a(c.x), c.x)
+
+    def compute(x, w, s):
+        y = x @ w
+        return y + decided({"kernel": w, "product": y, "input": x}[place], x)
+
+    runs = {"kernel outside": of_kernel, "output": of_output}
+    layers = {"a": dense() if place in runs else own(compute)}
+    settings = {"steps": True, "liftable": name in CONTROL}
+    right = place in ("input", "output")
+    run = runs.get(place, of_first)
+    return Block(f"by {name} of its {place}", run, layers, right, **settings)
+
+
 FEATURES = {
     simple: 6,
+    deciding: 4,
     converted: 4,
     lookup: 3,
     scaled: 3,
