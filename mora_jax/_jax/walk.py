@@ -34,8 +34,8 @@ class Domain(Protocol[T]):
     bypassed: Callable[[Any, list[T]], list[T]]
     # The same for a walk through a program that runs only if an array says so.
     under: Callable[[T], Any]
-    # The outputs of a branch or a loop, given those of its programs and the array that
-    # chooses the branch or ends the loop.
+    # The outputs of a branch or a loop: its programs' outputs, and what depends on the
+    # array that chooses the branch or ends the loop.
     chosen: Callable[[Any, T, list[T]], list[T]]
 
 
