@@ -4,16 +4,20 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.core import Tracer
 
+from mora_jax._common import trees
+from mora_jax._common.messages import warn
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.optim import check_transformation, restarted_state
+from mora_jax._tree.optim import restarted_state, transformation
 from mora_jax.operators import Damped, Operator, Sharing, sharing
+from mora_jax.remora._due import accumulation
 from mora_jax.remora._merging import merged_deltas, respecified
 
 
@@ -37,7 +41,7 @@ def restart(
     params: Any,
     adapters: Any,
     opt_state: Any,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     any_base: bool = False,
 ) -> Restarted:
@@ -63,8 +67,13 @@ def restart(
     Raises:
       TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
         would not grow; `tx` is not a transformation, or `opt_state` not its state here.
+
+    Warns:
+      MoRAWarning: `optax.MultiSteps` holds an unfinished sum of gradients, which is
+        lost.
     """
-    check_transformation(tx)
+    tx = transformation(tx)
+    _warn_of_unfinished_sums(opt_state)
     found = paths.checked_adapters(adapters)
     merged, new = merged_deltas(params, adapters, any_base=any_base), {}
     for path, adapter in found.kernels.items():
@@ -73,6 +82,18 @@ def restart(
         new[path] = Adapter(_started(path, spec, adapter.m), spec)
     adapters = paths.replace_adapters(adapters, new)
     return Restarted(merged, adapters, restarted_state(opt_state, tx, merged, adapters))
+
+
+def _warn_of_unfinished_sums(opt_state: Any) -> None:
+    """Warn if a restart drops gradients that `optax.MultiSteps` has summed."""
+    # Counts of an nnx.Optimizer are in variables.
+    plain = jax.tree.map(trees.unboxed, opt_state, is_leaf=trees.is_end)
+    _, is_complete = accumulation(plain, jnp.zeros((), jnp.int32))
+    if not isinstance(is_complete, Tracer) and not is_complete:
+        warn(
+            "the optimizer has summed gradients that it has not applied yet, and the "
+            "restart drops them: restart where its mini_step is 0"
+        )
 
 
 def _started(path: Path, spec: AdapterSpec, old: Array) -> Array:
