@@ -186,8 +186,8 @@ def _steps_inside(
 def _step_around(eqn: Any) -> Step:
     """A step with programs inside, without what is counted or named in it.
 
-    A companion is one more operand of a loop or a call. Numbers among the operands, such as
-    the index of a branch, and the length of a scan stay the same beside it.
+    A companion is one more operand of a loop or a call. Numbers among the operands,
+    such as the index of a branch, and the length of a scan stay the same beside it.
     """
     numbers = [_shown(atom) for atom in eqn.invars if isinstance(atom, Literal)]
     own = {k: v for k, v in eqn.params.items() if k in ("length", "reverse")}

@@ -59,7 +59,9 @@ def trainable_labels(params: Any) -> Any:
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
-def optimizer(tx: GradientTransformation, params: Any) -> GradientTransformation:
+def optimizer(
+    tx: GradientTransformation | optax.MultiSteps, params: Any
+) -> GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
@@ -67,7 +69,7 @@ def optimizer(tx: GradientTransformation, params: Any) -> GradientTransformation
     tree of adapters needs `tx` itself, and no gradient of the base is computed then.
 
     Args:
-      tx: Any optax transformation.
+      tx: Any optax transformation, or an `optax.MultiSteps`.
       params: As in `trainable_mask`, or a tree of adapters alone.
 
     Raises:
@@ -81,18 +83,23 @@ def optimizer(tx: GradientTransformation, params: Any) -> GradientTransformation
       >>> bool(updates["kernel"].any()), bool(updates["kernel_mora"].all())
       (False, True)
     """
-    check_transformation(tx)
+    tx = transformation(tx)
     labels = trainable_labels(params)
     # Updates of -0.0 keep leaves to the bit: x + -0.0 is x, while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
     return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
 
 
-def check_transformation(tx: Any) -> None:
-    """Raise unless `tx` is a transformation of optax."""
+def transformation(tx: Any) -> GradientTransformation:
+    """`tx` as a transformation of optax, also if it is an `optax.MultiSteps`."""
+    if isinstance(tx, optax.MultiSteps):
+        return tx.gradient_transformation()
     if not isinstance(tx, GradientTransformation):
-        rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
-        raise TypeError(f"{rule}, got {type(tx).__name__}")
+        raise TypeError(
+            "tx must be an optax transformation, such as optax.adamw(1e-3), got "
+            f"{type(tx).__name__}"
+        )
+    return tx
 
 
 def restarted_state(

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from mora_jax._common.trees import located_leaves
-from mora_jax._tree.optim import check_transformation
+from mora_jax._tree.optim import transformation
 from mora_jax.nnx._held import MoRAParam, attributes, held_adapters, named_sharding
 
 
@@ -66,7 +66,7 @@ def adapter_optimizer(
       TypeError: `tx` is not a transformation.
       ValueError: The model lacks adapters.
     """
-    check_transformation(tx)
+    tx = transformation(tx)
     held_adapters(model)
     shardings = (named_sharding(m) for *_, m in attributes(model, MoRAParam))
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
