@@ -376,3 +376,142 @@ def test_directions_are_found_by_their_names(is_damped):
     inner = turned.operator.inner if is_damped else turned.operator
     np.testing.assert_array_equal(inner.lengths, np.ones((8, 2)))
     assert not np.allclose(wide(inner.in_basis), first, atol=0.1)
+
+
+# --- Accumulated gradients, broken batches, and which base an adapter belongs to ---
+
+
+def small_task(**settings):
+    """One kernel between random maps, and the squares of its output."""
+    params = {"fc": {"kernel": random(2, 24, 12)}}
+    config = MoRAConfig(square_rank=4, operator="orthogonal", **settings)
+    adapters = mora_jax.init(mora_jax.plan(params, config))
+
+    def loss(adapters, params, x):
+        return jnp.mean((x @ mora_jax.fold(params, adapters)["fc"]["kernel"]) ** 2)
+
+    return loss, params, adapters
+
+
+def run(step, state, batches):
+    for batch in batches:
+        state, _ = step(state, batch)
+    return state
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_accumulated_gradients_arrive_whatever_the_period(wrapped):
+    """Two halves of a batch are one step, with a renewal at each step."""
+    loss, params, adapters = small_task()
+    tx = optax.MultiSteps(optax.sgd(0.1), 2)
+    accumulated = tx if wrapped else tx.gradient_transformation()
+    init, step, _ = remora.renewing(loss, accumulated, every=1, along="random")
+    got = run(jax.jit(step), init(params, adapters), [X[:8], X[8:]] * 2)
+    init, step, _ = remora.renewing(loss, optax.sgd(0.1), every=1, along="random")
+    first = run(jax.jit(step), init(params, adapters), [X])
+    assert int(got.renewals) == 2
+    moved = mora_jax.merge(got.params, got.adapters)["fc"]["kernel"]
+    assert float(jnp.abs(moved - params["fc"]["kernel"]).max()) > 0
+    init, step, _ = remora.renewing(loss, accumulated, every=1, along="random")
+    halves = run(jax.jit(step), init(params, adapters), [X[:8], X[8:]])
+    close(
+        mora_jax.merge(halves.params, halves.adapters),
+        mora_jax.merge(first.params, first.adapters),
+    )
+
+
+def test_a_renewal_waits_for_a_complete_sum():
+    loss, params, adapters = small_task()
+    tx = optax.MultiSteps(optax.sgd(0.1), 2)
+    init, step, renew = remora.renewing(loss, tx, lambda k: k < 0, along="random")
+    state = run(jax.jit(step), init(params, adapters), [X[:8]])
+    after = jax.jit(renew)(state, X[:8])
+    assert int(after.renewals) == 0 and bool(after.pending)
+    close(after.opt_state.acc_grads, state.opt_state.acc_grads)
+    done = run(jax.jit(step), after, [X[8:], X[:8]])
+    assert int(done.renewals) == 1 and not bool(done.pending)
+
+
+@pytest.mark.parametrize("along", ["gradient", "random"])
+def test_a_broken_batch_does_not_reach_the_params(along):
+    loss, params, adapters = small_task()
+    tx = optax.apply_if_finite(optax.sgd(0.1), 5)
+    init, step, _ = remora.renewing(loss, tx, every=2, along=along)
+    step = jax.jit(step)
+    state = run(step, init(params, adapters), [X, X])
+    renewals = int(state.renewals)
+    broken = run(step, state, [jnp.full_like(X, jnp.nan)])
+    arrays = jax.tree.leaves((broken.params, broken.ms, broken.plan))
+    assert all(bool(jnp.isfinite(array).all()) for array in arrays)
+    if along == "gradient":  # the renewal was due, and comes with the next good batch
+        assert int(broken.renewals) == renewals and bool(broken.pending)
+        close(broken.params, state.params)
+    after = run(step, broken, [X])
+    assert int(after.renewals) == renewals + 1 and not bool(after.pending)
+    assert bool(jnp.isfinite(loss(after.adapters, after.params, X)))
+
+
+def test_a_broken_m_is_not_merged():
+    loss, params, adapters = small_task()
+    init, step, _ = remora.renewing(loss, optax.sgd(0.1), every=2, along="random")
+    state = run(jax.jit(step), init(params, adapters), [X, jnp.full_like(X, jnp.nan)])
+    after = run(jax.jit(step), state, [X])
+    close(after.params, state.params)
+    assert bool(after.pending)
+
+
+def test_adapters_of_a_run_belong_to_its_base():
+    loss, params, adapters = small_task()
+    init, step, _ = remora.renewing(loss, optax.sgd(0.1), every=2, along="random")
+    step = jax.jit(step)
+    before = run(step, init(params, adapters), [X, X])
+    after = run(step, before, [X])
+    merged = mora_jax.merge(after.params, after.adapters)
+    assert bool(jnp.isfinite(merged["fc"]["kernel"]).all())
+    for state, others in ((before, after.params), (after, before.params)):
+        with pytest.raises(ValueError, match="fc/kernel.*any_base"):
+            mora_jax.merge(others, state.adapters)
+
+
+def test_states_across_a_renewal_are_not_averaged():
+    loss, params, adapters = small_task()
+    init, step, _ = remora.renewing(loss, optax.sgd(0.1), every=2, along="random")
+    before = run(jax.jit(step), init(params, adapters), [X, X])
+    after = run(jax.jit(step), before, [X])
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, before, after)
+    cast = jax.tree.map(lambda m, a: m.astype(a.dtype), mean, after)
+    for state in (mean, cast):
+        with pytest.raises((TypeError, ValueError), match="state must be as init"):
+            _ = state.adapters
+        with pytest.raises((TypeError, ValueError), match="state must be as init"):
+            step(state, X)
+
+
+@pytest.mark.parametrize("operator", ["orthogonal", "hadamard"])
+def test_the_shapes_of_a_state_are_known_without_making_it(operator):
+    loss, params, adapters = small_task()
+    config = MoRAConfig(square_rank=4, operator=operator)
+    adapters = mora_jax.init(mora_jax.plan(params, config))
+    init, _, _ = remora.renewing(loss, TX, every=2)
+    shapes = jax.eval_shape(init, params, adapters)
+    state = init(params, adapters)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("every", "error", "match"),
+    [
+        (0, ValueError, "every must be a positive integer, got 0"),
+        (-2, ValueError, "every must be a positive integer, got -2"),
+        (2.0, TypeError, "every must be a positive integer, got 2.0"),
+        (True, TypeError, "every must be a positive integer, got True"),
+        (lambda k: k, TypeError, "every must return True or False"),
+        (lambda k: k % 2 == 0 and k > 2, TypeError, "every must be .* jit can trace"),
+        (lambda: True, TypeError, "every must be"),
+    ],
+)
+def test_periods_that_are_none(every, error, match):
+    loss, _, _ = small_task()
+    with pytest.raises(error, match=match):
+        remora.renewing(loss, TX, every)
