@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -86,17 +87,22 @@ Files = Iterable[tuple[str, Iterable[bytes]]]  # names, and contents in pieces
 
 
 @contextlib.contextmanager
-def together(call: str, shared: bool = True) -> Iterator[list[Any]]:
-    """A step of `call`, which raises on all processes if it raises on one."""
-    # It yields a list for what must be alike on all of them before they go on.
-    alike, own = [], None
+def together(call: str, shared: bool = True) -> Iterator[dict[str, Any]]:
+    """A step of `call`, which raises on all processes if it raises on one.
+
+    It yields a dictionary {what it is: value}, to be filled with values that must be
+    the same on all processes before they go on.
+    """
+    alike: dict[str, Any] = {}
+    own = None
     if not shared or jax.process_count() == 1:
         return (yield alike)
     try:
         yield alike
-        said = hashlib.sha256(repr(alike).encode()).hexdigest()
+        said = json.dumps({name: _digest(value) for name, value in alike.items()})
     except Exception as error:
-        own, said = error, f"{type(error).__name__}: {error}"
+        own = error
+        said = f"{type(error).__name__}: {error}"
     # Private to JAX, and used by Orbax: what is public runs on devices, so it carries
     # no error, and waits for ever for a process that died.
     from jax._src.distributed import global_state
@@ -115,8 +121,16 @@ def together(call: str, shared: bool = True) -> Iterator[list[Any]]:
         raise own
     for number, (_, other) in enumerate(answers):
         if other != said:
-            got = other if ":" in other else "other arguments than here"
+            got = other
+            if other.startswith("{"):
+                mine, theirs = json.loads(said), json.loads(other)
+                names = [name for name in mine if mine[name] != theirs.get(name)]
+                got = f"other arguments than here: {', '.join(names)}"
             raise RuntimeError(f"{call} failed on process {number}, so on all: {got}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 @contextlib.contextmanager

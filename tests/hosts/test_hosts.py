@@ -242,6 +242,10 @@ def an_error_of_one_is_one_of_all(folder):
     one = changed(local, lambda tree: tree.update(wrong))
     check(None, RuntimeError, other, plain, one)
     check(last, TypeError, "params must hold arrays", plain, changed(local, no_array))
+    mine = METADATA | {"step": 1 if me == last else 2}
+    error = raised(mora_jax.save, folder, adapters, mine, params=params)
+    assert isinstance(error, RuntimeError) and "metadata" in str(error), error
+    assert tensors(folder) == old
 
     def full(path, chunks):
         write(path, [b"half"])

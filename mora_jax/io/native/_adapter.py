@@ -71,7 +71,7 @@ def load(
             found = _restored(config, arrays, (a.shape for _, a in leaves.values()))
             for place, spec in found.specs.items() if leaves else ():
                 paths.find_array(leaves, place, spec)
-            alike.append(config["sha256"])
+            alike["the file"] = config["sha256"]
         with together("load", shared):
             if not any_base:
                 base_digest.check_base(found.specs, leaves)
@@ -193,11 +193,14 @@ def save(
             kernels[path] = kernel = paths.find_array(leaves, path, spec)[1]
             check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
         used = [*kernels.values(), *(adapter.m for adapter in found.values())]
-        alike += [found.keys(), *map(base_digest.shared_place, used)]
+        alike["metadata"] = kept
+        alike["the paths of adapters"] = [*found]
+        alike["where arrays are"] = [*map(base_digest.shared_place, used)]
     with together("save") as alike:
         # What all compute together comes before the checks, at which one may stop.
         for path, kernel in kernels.items():
-            alike.append(rows := base_digest.kernel_digests(found[path].spec, kernel))
+            rows = base_digest.kernel_digests(found[path].spec, kernel)
+            alike[f"the kernel {'/'.join(path)}"] = rows
             spec = dataclasses.replace(found[path].spec, base_digest=rows)
             found[path] = found[path].replace(spec=spec)
         found |= {p: a.replace(m=base_digest.gathered(a.m)) for p, a in found.items()}
@@ -206,7 +209,8 @@ def save(
             name = "/".join(paths.place_of(path, adapter.spec))
             arrays[name] = to_numpy(name, adapter.m)
         arrays |= _records.given_arrays(a.operator for a in found.kernels.values())
-        alike.append(digest := _digest(arrays))
+        digest = _digest(arrays)
+        alike["the M's"] = digest
     more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
     with together("save"):
         if chief:
