@@ -221,6 +221,35 @@ def test_numbers_show_that_a_refusal_is_needed(way):
     assert max(differences) > 0.1
 
 
+def test_an_m_that_decides_is_seen():
+    """Code that maps all arrays but kernels gets the M's too, in the adapted model."""
+
+    def change(params):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        others = [a for path, a in leaves if "'kernel'" not in str(path[-1])]
+        is_positive = sum(jnp.sum(a) for a in others) > 0
+
+        def changed(path, a):
+            if "bias" not in str(path[-1]):
+                return a
+            return jax.lax.cond(is_positive, lambda a: a, lambda a: -a, a)
+
+        return jax.tree_util.tree_map_with_path(changed, params)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.map_variables(nn.Dense, "params", change)(WIDTH, name="layer")(x)
+
+    model = Model()
+    variables = {"params": {"layer": made_for(nn.Dense(WIDTH), X)["params"]}}
+    apply = linen.wrap(model, CONFIG, variables, X)
+    assert not apply.plan.unproven
+    told = "layer/kernel: the model reads the M beside this kernel"
+    with pytest.raises(ValueError, match=told):
+        apply(mora_jax.init(apply.plan), variables, X)
+
+
 # --- The table ---
 
 MODULES = (

@@ -173,7 +173,8 @@ def bits(a):
 
 
 def by_key(a, x, use=jax.random.normal):
-    return x + use(jax.random.key(bits(number(a))), x.shape)
+    # By a count, which rounding does not change: any other seed gives other numbers.
+    return x + use(jax.random.key(count(a)), x.shape)
 
 
 def by_solve(a, x):

@@ -1138,8 +1138,11 @@ def lifted_derivative(draw):
 
 
 RUNNING = ("pure_callback", "pallas_call", "custom_vmap_call", "custom_linear_solve")
-RUNNING += ("swap", "addupdate", "swap, in a branch", "swap, in a loop")
-"""Ways of `deciding.HIDDEN` and `deciding.MEMORY` that compute the same each time."""
+RUNNING += ("swap", "addupdate")
+"""Ways of `deciding.HIDDEN` and `deciding.MEMORY` that compute the same each time.
+
+JAX takes no gradient through a mutable array that a branch or a loop writes to.
+"""
 
 
 def deciding(draw):
@@ -1248,6 +1251,8 @@ def _lifted(draw: Draw, block: Block) -> Block:
     derived = {"energy", "tangent"} & {*outer}
     if block.steps or block.reverse or "while" in outer or len(derived) > 1:
         outer = [lift for lift in outer if lift not in derived]
+    if "mutable" in block.calls:  # Flax wants of both branches what one of them sows
+        outer = [lift for lift in outer if lift != "one branch"]
     if not block.liftable:
         return block
     if draw.api == "nnx" and {*outer[:1]} & CLOSURES:
