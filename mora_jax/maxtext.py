@@ -33,7 +33,7 @@ from mora_jax._flax.layer_rules import register_layer
 from mora_jax._plan.settings import HEAD, MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, Specs
 from mora_jax._tree.plan import Plan
-from mora_jax.io._files import Location, together
+from mora_jax.io._files import Location, as_path, together
 from mora_jax.io.native import _run
 from mora_jax.nnx import MoRAParam, plan, plan_of, wrap
 from mora_jax.products import Folded, Lookup
@@ -209,7 +209,7 @@ def _(
     adapted = _adaptation is not None and config.lora.enable_lora and is_training
     if checkpoint_manager is None or not adapted:
         return begin()
-    directory = checkpoint_manager.directory
+    directory = as_path("checkpoint_dir", checkpoint_manager.directory)
     goes_on = checkpointing.latest_step(checkpoint_manager) is not None
     with logical_axis_rules(config.logical_axis_rules):
         specs = plan_of(nnx.eval_shape(init_state_fn).model).parts

@@ -140,7 +140,7 @@ def write_run(directory: Location, specs: Specs, digests: Digests) -> None:
 
 
 def read_run(directory: Location) -> Record | None:
-    """The record of the run in a directory; None if there is no such file."""
+    """The record of the run in a directory; None without one."""
     file = directory / FILE
     if not file.exists():
         return None
@@ -262,7 +262,7 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         differ.remove("square_rank")
     else:
         differ = [name for name in differ if name != "rank"]
-    # What follows from another operator or another q is no choice of its own.
+    # The user did not choose what follows from another operator or another q.
     if "operator" in differ:
         kept = [name for name in ("rank", "square_rank", "alpha") if name in differ]
         if "seed" in differ and "seed" in then and "seed" in now:
