@@ -65,7 +65,7 @@ for _name in ("wi_0", "wi_1", "wi", "wo"):
 
 @dataclasses.dataclass(frozen=True)
 class _Adaptation:
-    """What `adapt` was told, and the plans that it has made for MaxText's settings."""
+    """The arguments of `adapt`, and its plans by the settings of MaxText."""
 
     config: MoRAConfig
     random_base: bool
@@ -231,7 +231,7 @@ def _(
 
 
 def _stored_run(directory: Location, specs: Specs) -> Any:
-    """The record of the run that goes on, whose settings are those of this one."""
+    """The record of the run that goes on, if its settings are the same as here."""
     if jax.process_index() != 0:
         return None
     stored = _run.read_run(directory)
