@@ -183,7 +183,7 @@ class KernelConfig:
 
 NEW_HEAD = r"((.*/)?((pre_)?classifier|qa_outputs|score)(_\d+)?)/(.*)"
 """Heads that a base lacks, whose kernels and biases are trained from their start."""
-HEAD = r"((.*/)?(([^/]*_)?(head|router)|(router_)?logits|cls)(_\d+)?)/(.*)"
+HEAD = r"((.*/)?(([^/]*_)?(head|router)|(router_)?logits(_dense)?|cls)(_\d+)?)/(.*)"
 """Heads that belong to the base; their last group is the path inside them."""
 
 DEFAULT_TARGETS = (rf"(?i)(?!{NEW_HEAD}|{HEAD}|.*(embed|conv)[^/]*/)(.*/)?kernel",)

@@ -8,6 +8,7 @@ This library's format::
   plan_to_json          a plan as text, for checkpoints that other libraries write
   plan_arrays           the directions of a plan, which a text cannot hold
   plan_from_json        the plan again, compared with the model's
+  check_run             compare a model with the run whose checkpoints are there
   AdapterFileError      raised for a file that is damaged or does not fit
 
 PEFT's formats::
@@ -35,6 +36,7 @@ from mora_jax.io.native._adapter import save as save
 from mora_jax.io.native._plan_json import plan_arrays as plan_arrays
 from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
+from mora_jax.io.native._run import check_run as check_run
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
 from mora_jax.io.peft._read import load_peft as load_peft

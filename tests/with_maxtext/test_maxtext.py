@@ -4,6 +4,7 @@ Run by `make test-maxtext`, in an environment of its own, on one device and on e
 """
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import mora_jax
 from models import smollm2
 from mora_jax import MoRAConfig
 from mora_jax import nnx as mora
+from mora_jax.io import AdapterFileError
 from mora_jax.qwix import MoRAProvider, merge_adapters
 
 from .conftest import EXPERTS, TINY
@@ -35,30 +37,49 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::mora_jax.MoRAWarning"),
 ]
-CONFIG = MoRAConfig(rank=4, exclude=".*/logits_dense/kernel")
+CONFIG = MoRAConfig(rank=4)
 PAGE = ROOT / "docs/maxtext-and-keras.md"
 IDS = np.arange(128, dtype=np.int32).reshape(8, 16) * 7 % 128
 POSITIONS = np.tile(np.arange(16, dtype=np.int32), (8, 1))
 
 
 @pytest.fixture(scope="module")
-def adapt(maxtext):
+def ours(maxtext):
     from mora_jax import maxtext as ours
 
+    yield ours
+    ours.unadapt()
+
+
+@pytest.fixture(scope="module")
+def adapt(ours):
     ours.adapt(CONFIG)
     return ours.adapt
 
 
+@contextlib.contextmanager
+def adapted(ours, config=CONFIG, **settings):
+    """Another adaptation than that of the fixture; none if config is None."""
+    ours.unadapt()
+    if config is not None:
+        ours.adapt(config, **settings)
+    try:
+        yield
+    finally:
+        ours.adapt(CONFIG)
+
+
 @pytest.fixture(scope="module")
-def base(runs):
+def base(runs, ours):
     """The checkpoint of a model that MaxText has trained a little, and its arrays."""
-    _, state = runs.train(
-        lora=False,
-        run_name="base",
-        steps=2,
-        init_weights_seed=7,
-        enable_checkpointing=True,
-    )
+    with adapted(ours, None):
+        _, state = runs.train(
+            lora=False,
+            run_name="base",
+            steps=2,
+            init_weights_seed=7,
+            enable_checkpointing=True,
+        )
     path = runs.folder / "base/checkpoints/1/items"
     return str(path), jax.device_get(nnx.to_pure_dict(state["model"]))
 
@@ -84,9 +105,13 @@ def test_it_trains_ms_alone(whole, base):
 
 
 @pytest.mark.parametrize("ragged", [True, False])
-def test_routed_experts_have_an_m_each(runs, adapt, ragged, tmp_path):
+def test_routed_experts_have_an_m_each(runs, ours, ragged):
     """In ragged products under shard_map, and in dense ones of all experts."""
-    settings = EXPERTS | {"sparse_matmul": ragged, "steps": 3}
+    with adapted(ours, CONFIG, random_base=True):
+        check_experts(runs, EXPERTS | {"sparse_matmul": ragged, "steps": 3})
+
+
+def check_experts(runs, settings):
     losses, state = runs.train(**settings)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
     model = runs.model(state, **settings)
@@ -184,7 +209,9 @@ def test_a_killed_run_resumes_where_it_was(runs, whole, base, monkeypatch):
     assert kinds.count("['kernel_mora']") == 3 * 7 and "['kernel']" not in kinds
 
 
-def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, base):
+def test_the_merged_model_is_a_plain_one_that_computes_the_same(
+    runs, whole, base, ours
+):
     model = runs.model(whole[1])
     merged = mora.merge_adapters(model)
     expected, got = logits(runs, model), logits(runs, merged)
@@ -198,7 +225,8 @@ def test_the_merged_model_is_a_plain_one_that_computes_the_same(runs, whole, bas
     save = runs.maxtext.checkpointing.save_params_to_path
     save(str(path), {"params": nnx.to_pure_dict(params)})
     loaded = {"lora": False, "load_parameters_path": f"{path}/items"}
-    np.testing.assert_array_equal(logits(runs, runs.start(**loaded)[1]), got)
+    with adapted(ours, None):
+        np.testing.assert_array_equal(logits(runs, runs.start(**loaded)[1]), got)
 
 
 def test_the_merged_model_is_exported_to_hugging_face(
@@ -281,9 +309,111 @@ def test_what_its_checkpoints_and_evaluation_do_not_know_is_refused(adapt, setti
         adapt(4)
 
 
-def test_without_lora_models_stay_as_they_are(runs, adapt):
-    model = runs.start(lora=False)[1]
-    assert not nnx.state(model, mora.MoRAParam)
+# --- What is refused when a run begins or goes on ---
+
+SEEDED = MoRAConfig(rank=4, operator="orthogonal", seed=1)
+
+
+@pytest.fixture(scope="module")
+def kept(runs, ours, base):
+    """The settings of a run that has left a checkpoint."""
+    settings = {"run_name": "kept", "load_parameters_path": base[0]}
+    settings["enable_checkpointing"] = True
+    with adapted(ours, SEEDED):
+        runs.train(steps=2, **settings)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "then", "now"),
+    [
+        ("alpha", 1.0, 2.0),
+        ("seed", 1, 2),
+        ("rank", 4, 8),
+        ("operator", "orthogonal", "sharing"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_alone(
+    runs, ours, kept, setting, then, now
+):
+    other = dataclasses.replace(SEEDED, **{setting: now})
+    with adapted(ours, other), pytest.raises(AdapterFileError) as caught:
+        runs.start(**kept)
+    told = f"{setting}={then!r} there and {setting}={now!r} here"
+    remedy = f"MoRAConfig({setting}={then!r})"
+    assert all(part in str(caught.value) for part in (told, remedy, "kept/checkpoints"))
+    with adapted(ours, SEEDED):
+        runs.start(**kept)
+
+
+def test_a_run_goes_on_with_its_own_kernels_alone(runs, ours, kept):
+    fewer = dataclasses.replace(SEEDED, exclude=".*/wo/kernel")
+    with adapted(ours, fewer), pytest.raises(AdapterFileError, match="wo/kernel.*targ"):
+        runs.start(**kept)
+
+
+def test_a_run_goes_on_with_its_own_base_alone(runs, ours, kept, base):
+    flat = nnx.traversals.flatten_mapping(base[1])
+    flat = {k: v for k, v in flat.items() if k[-1] in ("kernel", "scale", "embedding")}
+    place = ("decoder", "layers", "mlp", "wo", "kernel")
+    flat[place] = flat[place] + 1
+    params = nnx.traversals.unflatten_mapping(flat)
+    save = runs.maxtext.checkpointing.save_params_to_path
+    save(str(runs.folder / "other"), {"params": params})
+    other = kept | {"load_parameters_path": str(runs.folder / "other/items")}
+    with adapted(ours, SEEDED):
+        with pytest.raises(AdapterFileError, match="another base.*mlp/wo/kernel") as e:
+            runs.start(**other)
+        assert "load_parameters_path" in str(e.value)
+        runs.start(**kept)
+
+
+def test_checkpoints_of_an_earlier_version_warn_and_go_on(runs, ours, kept):
+    file = runs.folder / "kept/checkpoints/mora_jax_run.json"
+    text = file.read_text()
+    file.unlink()
+    with adapted(ours, SEEDED):
+        with pytest.warns(mora_jax.MoRAWarning, match="cannot be compared"):
+            runs.start(**kept)
+        assert file.read_text() == text
+        runs.start(**kept)  # where a warning would be an error
+
+
+def test_a_run_needs_a_base(runs, ours, kept):
+    """The first one, and one that goes on: its checkpoint has M's alone."""
+    with adapted(ours, SEEDED):
+        for settings in ({}, kept | {"load_parameters_path": ""}):
+            with pytest.raises(ValueError, match="load_parameters_path must .*got ''"):
+                runs.start(**settings)
+    with adapted(ours, SEEDED, random_base=True):
+        runs.start()
+        # It may be meant, and still is not the base of that run.
+        with pytest.raises(AdapterFileError, match="another base"):
+            runs.start(**kept | {"load_parameters_path": ""})
+
+
+def test_what_would_train_nothing_or_the_base_is_refused(runs, ours, base):
+    path = {"load_parameters_path": base[0]}
+    with adapted(ours, CONFIG):
+        with pytest.raises(ValueError, match="enable_lora must be True.*got False"):
+            runs.start(lora=False, **path)
+    with adapted(ours, None):
+        with pytest.raises(ValueError, match="train nothing: call mora_jax.maxtext.ad"):
+            runs.start(**path)
+        assert not nnx.state(runs.start(lora=False)[1], mora.MoRAParam)
+
+
+def test_heads_are_adapted_if_targets_name_them(runs, ours):
+    paths = "decoder/logits_dense/kernel", "decoder/layers/mlp/wo/kernel"
+    make = runs.maxtext.creation.create_nnx_abstract_model
+    for config in (MoRAConfig(rank=4), MoRAConfig(rank=4, exclude=paths[0])):
+        with adapted(ours, config):
+            plan = mora.plan_of(make(runs.config())[1])
+        assert [path in plan for path in paths] == [False, True]
+    with adapted(ours, MoRAConfig(rank=4, targets=".*kernel")):
+        with pytest.warns(mora_jax.MoRAWarning, match=f"head.*{paths[0]}"):
+            plan = mora.plan_of(make(runs.config())[1])
+    assert [path in plan for path in paths] == [True, True]
 
 
 def test_the_page_runs(maxtext, adapt, tmp_path, monkeypatch):

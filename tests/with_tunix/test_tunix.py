@@ -402,7 +402,7 @@ def test_models_with_dropout_share_their_backbone_and_sample():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:orbax")
 def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
-    """The page's trainer, which stores the plan and compares it."""
+    """By the page's line before the trainer, which restores while it is made."""
     import orbax.checkpoint as ocp
     from tunix.sft import peft_trainer  # pyright: ignore
 
@@ -417,24 +417,41 @@ def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
             checkpoint_root_directory=str(tmp_path),
             checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
         )
-        made = scope["Trainer"](model, optax.sgd(0.1), config)
+        made = scope["trainer_of"](model, optax.sgd(0.1), config)
         made = made.with_gen_model_input_fn(lambda batch: {"x": batch.input_tokens})
         return made.with_loss_fn(lambda model, x: jnp.mean(model(x) ** 2))
 
-    def wrapped(seed):
-        model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-        return mora.wrap(model, MoRAConfig(rank=2, operator="orthogonal", seed=seed))
+    def net(base_seed=0):
+        return nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(base_seed)))
+
+    def wrapped(base_seed=0, **settings):
+        settings = {"rank": 2, "operator": "orthogonal", "seed": 1} | settings
+        return mora.wrap(net(base_seed), MoRAConfig(**settings))
 
     x = np.asarray(random(0, 2, 16))
     batch = peft_trainer.TrainingInput(input_tokens=x, input_mask=x)
-    model, again = wrapped(seed=1), wrapped(seed=1)
+    model, again = wrapped(), wrapped()
     first = trainer(model)
     first.train([batch, batch])
     first.close()
     assert trainer(again).train_steps == 2
     np.testing.assert_array_equal(again(x), model(x))
-    with pytest.raises(io.AdapterFileError, match="made for operator.seed 1, not 2"):
-        trainer(wrapped(seed=2))
+    for name, then, now in (
+        ("seed", 1, 2),
+        ("alpha", 1.0, 2.0),
+        ("rank", 2, 4),  # of which Orbax would say that shapes differ
+        ("operator", "orthogonal", "sharing"),
+    ):
+        told = f"{name}={then!r} there and {name}={now!r} here"
+        with pytest.raises(io.AdapterFileError, match=re.escape(told)):
+            trainer(wrapped(**{name: now}))
+    with pytest.raises(io.AdapterFileError, match="another base.*kernel"):
+        trainer(wrapped(base_seed=1))
+    with pytest.raises(ValueError, match="model has no adapters"):
+        trainer(net())
+    (tmp_path / "mora_jax_run.json").unlink()
+    with pytest.warns(mora_jax.MoRAWarning, match="cannot be compared"):
+        trainer(wrapped())
 
 
 # --- Files ---
