@@ -204,7 +204,7 @@ def _why_not(manager: Any, name: str, layer: Any) -> str | None:
 
 
 def is_served(cls: type) -> bool:
-    """Whether layers of this class add M's, by the code that they would run.
+    """Return True if layers of this class add M's, by the code that they would run.
 
     The method that adds LoRAs must be one that `register` has wrapped, and `forward`
     must lead to it. A subclass that overrides the one, or that no longer calls it, is

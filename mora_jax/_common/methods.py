@@ -1,4 +1,4 @@
-"""Which methods of a class lead to which others, by their code."""
+"""The ways from one method of a class to another, by their code."""
 
 import inspect
 

@@ -193,7 +193,7 @@ def test_tensors_of_another_export_are_refused(two_modules, tmp_path):
 
 
 def test_only_vllm_reads_it(two_modules):
-    """What was cut into C, M and D cannot be trained on."""
+    """Maps and M's of a server are no adapter that can be trained."""
     plan = mora_jax.plan({"q": {"kernel": jnp.zeros((24, 24))}}, mora_jax.MoRAConfig())
     with pytest.raises(io.AdapterFileError, match="peft_type .*'MORA'"):
         io.load_peft(two_modules, plan, {"q_proj": "q/kernel"})
