@@ -1,5 +1,7 @@
 """Adapters as vLLM has them, in torch, against the oracle in NumPy."""
 
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import subprocess
