@@ -10,10 +10,9 @@ LoRA. Its C and D are maps of numbers, so that nothing here needs operators or J
 # pyright: reportMissingImports=false
 
 import functools
-import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from safetensors.torch import load
 from torch.nn.functional import linear
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.lora.layers import base_linear, column_parallel_linear
+from vllm.lora.layers import base_linear, classifier, column_parallel_linear
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
@@ -30,9 +29,13 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
-from mora_jax._common.squares import KEY, VERSION
+from mora_jax._common.methods import leads_to
+from mora_jax._common.squares import KEY, VERSION, read_checked
 
 Layer = base_linear.BaseLinearLayerWithLoRA
+Head = classifier.ClassificationHeadWithLoRA
+APPLY = "_apply_lora_to_output"  # the method of layers that adds LoRAs, and M's
+INSTEAD = "merge the adapter, or export it as a LoRA (without native=True)"
 
 
 class Map(NamedTuple):
@@ -102,16 +105,12 @@ class Squares(LoRAModel):
 def read(
     directory: str, named: Callable[[str], str], dtype: torch.dtype
 ) -> dict[str, Square]:
-    """Read adapters by their modules, as `named` calls them."""
-    folder = pathlib.Path(directory)
-    record = json.loads((folder / "adapter_config.json").read_bytes())[KEY]
-    if record.get("version") != VERSION:
-        rule = f"{directory} must have version {VERSION} of the format"
-        got = f"got {record.get('version')!r}: export it again, or update mora_jax"
-        raise ValueError(f"{rule}, {got}")
-    data = (folder / "adapter_model.safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise ValueError(f"{directory} is damaged: export it again")
+    """Read adapters by their modules, as `named` calls them.
+
+    Raises:
+      ValueError: the files are not as they were exported, or do not fit each other.
+    """
+    modules, data = read_checked(directory)
     device, found = current_platform.device_type, {}
     tensors = {name: array.to(device) for name, array in load(data).items()}
     if not all(array.isfinite().all() for array in tensors.values()):
@@ -127,7 +126,7 @@ def read(
         _check(0 <= indices.min() and indices.max() < ins, name, indices)
         return Map(weight.to(dtype), indices.long())
 
-    for module, entry in record["modules"].items():
+    for module, entry in modules.items():
         try:
             ins, outs, m = entry["in"], entry["out"], tensors[f"{module}.m"]
             n, p, s = m.shape
@@ -159,12 +158,17 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
         raise ValueError("M's are served without fully sharded LoRAs or dual streams")
     if manager.device.type not in ("cpu", "cuda"):
         raise ValueError(f"M's are served on CPUs and GPUs, got {manager.device.type}")
-    language = manager.mm_mapping.language_model[0] if manager.supports_mm else ""
     for name, layer in manager.modules.items():
         modules = manager.packed_modules.get(name, [name])
         own = {k: m for k, m in enumerate(modules) if m in left}
-        if own and not (isinstance(layer, Layer) and name.startswith(language)):
-            raise ValueError(f"{own[min(own)]} must be a linear layer of a text model")
+        if own:
+            reason = _why_not(manager, name, layer)
+            if reason is not None:
+                raise ValueError(
+                    f"{own[min(own)]} must be a linear layer of a text model whose "
+                    f"outputs vLLM adds LoRAs to by the usual method, got a "
+                    f"{type(layer).__name__}, which {reason}: {INSTEAD}"
+                )
         for k, m in own.items():
             part = _part(layer, k, len(modules), m, left.pop(m))
             placed.setdefault(name, []).append(part)
@@ -175,13 +179,69 @@ def place(manager: Any, squares: Mapping[str, Square]) -> dict[str, list[Part]]:
     return placed
 
 
+def _why_not(manager: Any, name: str, layer: Any) -> str | None:
+    """The reason why M's of a layer would not be added, or None if they are."""
+    language = manager.mm_mapping.language_model[0] if manager.supports_mm else ""
+    if not isinstance(layer, Layer):
+        return "is not of a linear layer"
+    if not name.startswith(language):
+        return "is of another part of the model"
+    if not is_served(type(layer)):
+        return f"adds LoRAs by a method of its own and not by {Layer.__name__}.{APPLY}"
+    if isinstance(layer, Head):
+        if manager._pooling_task != "classify":
+            return f"vLLM leaves out of the task {manager._pooling_task!r}"
+        return None
+    packed = manager.packed_modules.get(name, [name])
+    if len(packed) > 1 and len(packed) != len(layer.output_slices):
+        return f"has {len(layer.output_slices)} slices for {len(packed)} modules"
+    for holder, held in _modules_in(manager.model):
+        if held is layer.base_layer and holder is not layer:
+            return f"{type(holder).__name__} calls without LoRAs"
+        if held is layer and hasattr(holder, "process_weights_after_loading"):
+            return f"{type(holder).__name__} may use by its kernel, without LoRAs"
+    return None
+
+
+def is_served(cls: type) -> bool:
+    """Return True if layers of this class add M's, by the code that they would run.
+
+    The method that adds LoRAs must be one that `register` has wrapped, and `forward`
+    must lead to it. A subclass that overrides the one, or that no longer calls it, is
+    found so, whatever its name.
+    """
+    return hasattr(getattr(cls, APPLY, None), KEY) and leads_to(cls, "forward", APPLY)
+
+
+def _modules_in(root: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Any]]:
+    """Pairs of a module and one that it holds, in dicts and lists as well.
+
+    Torch registers no module that stands in a plain dict, as vLLM's poolers do.
+    """
+    left, seen = [root], {id(root)}
+    while left:
+        holder = left.pop()
+        own = [*holder._modules.values()]
+        for value in vars(holder).values():
+            if isinstance(value, Mapping):
+                own.extend(value.values())
+            elif isinstance(value, list | tuple):
+                own.extend(value)
+        for held in own:
+            if isinstance(held, torch.nn.Module):
+                yield holder, held
+                if id(held) not in seen:
+                    seen.add(id(held))
+                    left.append(held)
+
+
 def _part(layer: Any, k: int, count: int, name: str, square: Square) -> Part:
     """The part of the k-th of `count` modules that are one layer."""
     columns = isinstance(layer, column_parallel_linear.ColumnParallelLinearWithLoRA)
     devices, base = layer.tp_size, layer.base_layer
     copies = getattr(base, "num_kv_head_replicas", 1)
     widths = layer.output_slices if count > 1 else (sum(layer.output_slices),)
-    inputs = layer.input_size * (1 if columns else base.tp_size)
+    inputs = base.input_size  # of all devices together
     shards = (devices, devices // copies) if columns else (1,)
     sizes = {(inputs, widths[k] * n) for n in shards}
     if square.shape not in sizes:
@@ -210,7 +270,18 @@ def add_squares(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
         raise RuntimeError("a recorded graph cannot follow M's: use --enforce-eager")
     known: Any = get_forward_context().no_compile_layers
     manager, module = known[name]
-    for lora_id, rows in manager.modules[module].punica_wrapper.rows.items():
+    _add(x, y, manager, module, manager.modules[module].punica_wrapper.rows)
+
+
+def _add(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    manager: Any,
+    module: str,
+    rows_of: Mapping[int, torch.Tensor],
+) -> None:
+    """Add the parts of one layer, given the rows of each adapter."""
+    for lora_id, rows in rows_of.items():
         for part in getattr(manager.get_adapter(lora_id), "placed", {}).get(module, ()):
             added = part(x[rows].to(part.square.m.dtype))
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
@@ -231,16 +302,25 @@ def _started(old: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     for name, layer in self.modules.items():
         layer.mora_name = f"{KEY}.{name}"
         compiled.static_forward_context[layer.mora_name] = self, name
+        if isinstance(layer, Head):  # it runs after the model, without its context
+            layer.mora_manager = self
+            layer.mora_module = name
 
 
 def _mapped(old: Any, self: Any, mapping: Any, *args: Any) -> None:
     """After `PunicaWrapperBase._update_base_metadata`: the rows of each adapter."""
     # Once in a step and on the host, since to look for them on a GPU makes it wait.
     old(self, mapping, *args)
-    ids = np.array(mapping.index_mapping)
-    self.rows = {
-        lora_id: torch.from_numpy((ids == lora_id).nonzero()[0]).to(self.device)
-        for lora_id in {*mapping.index_mapping}
+    self.rows = _rows(mapping.index_mapping, self.device)
+    self.prompt_rows = _rows(mapping.prompt_mapping, self.device)
+
+
+def _rows(mapping: Any, device: Any) -> dict[int, torch.Tensor]:
+    """{adapter: its rows}, given the adapter of each row."""
+    ids = np.array(mapping)
+    return {
+        lora_id: torch.from_numpy((ids == lora_id).nonzero()[0]).to(device)
+        for lora_id in {*mapping}
     }
 
 
@@ -257,6 +337,19 @@ def _applied(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> Any:
     y = old(self, x, output)
     rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     torch.ops.mora_jax.add_squares(*rows, self.mora_name)
+    return y
+
+
+def _classified(old: Any, self: Any, x: torch.Tensor, output: torch.Tensor) -> Any:
+    """Scores of a classifier's head, which has one row for each prompt of the batch."""
+    y = old(self, x, output)
+    _add(
+        x.view(-1, x.shape[-1]),
+        y.view(-1, y.shape[-1]),
+        manager=self.mora_manager,
+        module=self.mora_module,
+        rows_of=self.punica_wrapper.prompt_rows,
+    )
     return y
 
 
@@ -281,13 +374,19 @@ def register() -> None:
         return
 
     def around(old: Any, new: Callable[..., Any]) -> Any:
-        return functools.wraps(old)(lambda *args, **kwargs: new(old, *args, **kwargs))
+        @functools.wraps(old)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return new(old, *args, **kwargs)
+
+        setattr(wrapped, KEY, VERSION)  # `is_served` looks for it
+        return wrapped
 
     for cls, name, new in (
         (LoRAModelManager, "__init__", _started),
         (PunicaWrapperBase, "_update_base_metadata", _mapped),
         (LoRAModelManager, "_add_adapter", _added),
-        (Layer, "_apply_lora_to_output", _applied),
+        (Layer, APPLY, _applied),
+        (Head, APPLY, _classified),
     ):
         setattr(cls, name, around(getattr(cls, name), new))
     # At last: a vLLM that lacks one of the methods above loads no M.

@@ -1,5 +1,7 @@
 """Adapters as they are, for vLLM's plug-in: the file, read by NumPy."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 import mora_jax
 from mora_jax import io
+from mora_jax._common.squares import read_checked
 
 
 def dense(tensors, name, ins):
@@ -89,3 +92,110 @@ def test_what_has_no_square_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="must be a linear layer"):
         io.export(out, adapters, "vllm", {"wte": "fc/kernel"}, native=True)
     assert not out.exists()
+
+
+def _take_out(config):
+    del config["mora_jax"]["modules"]["q_proj"]
+
+
+def _add(config):
+    modules = config["mora_jax"]["modules"]
+    modules["o_proj"] = modules["q_proj"]
+
+
+def _change(config):
+    modules = config["mora_jax"]["modules"]
+    modules["q_proj"]["compress"] = modules["q_proj"]["decompress"]
+
+
+def _rename(config):
+    modules = config["mora_jax"]["modules"]
+    modules["o_proj"] = modules.pop("q_proj")
+
+
+def _exchange(config):
+    modules = config["mora_jax"]["modules"]
+    modules["q_proj"], modules["k_proj"] = modules["k_proj"], modules["q_proj"]
+
+
+def _change_size(config):
+    config["mora_jax"]["modules"]["q_proj"]["out"] = 12
+
+
+def _target_fewer(config):
+    config["target_modules"].remove("q_proj")
+
+
+def _drop_digest(config):
+    del config["mora_jax"]["sha256"]
+
+
+def _older(config):
+    config["mora_jax"]["version"] = 1
+
+
+CHANGES = {
+    _take_out: "damaged",
+    _add: "damaged",
+    _change: "damaged",
+    _rename: "damaged",
+    _exchange: "damaged",
+    _change_size: "damaged",
+    _target_fewer: "damaged",
+    _drop_digest: "damaged",
+    _older: "version 2",
+}
+
+
+@pytest.fixture(scope="module")
+def two_modules(tmp_path_factory):
+    kernels = {
+        "q": {"kernel": jnp.zeros((24, 24))},
+        "k": {"kernel": jnp.zeros((24, 12))},
+    }
+    adapters = mora_jax.init(mora_jax.plan(kernels, mora_jax.MoRAConfig(rank=2)))
+    directory = tmp_path_factory.mktemp("squares") / "one"
+    names = {"{name}_proj": "{name}/kernel"}
+    io.export(directory, adapters, "vllm", names, native=True)
+    return directory
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_a_config_that_was_changed_is_refused(change, two_modules, tmp_path):
+    """A server that took it would serve a part of an adapter, or another one."""
+    content = config_of(two_modules)
+    change(content)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    tensors = (two_modules / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
+    with pytest.raises(ValueError, match=CHANGES[change]) as caught:
+        read_checked(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_config_may_be_written_anew_with_the_same_content(two_modules, tmp_path):
+    """Tools sort and indent JSON, and users move bases."""
+    content = config_of(two_modules)
+    content["base_model_name_or_path"] = "elsewhere"
+    text = json.dumps(content, indent=4, sort_keys=True)
+    (tmp_path / "adapter_config.json").write_text(text)
+    tensors = (two_modules / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
+    modules, found = read_checked(str(tmp_path))
+    assert modules.keys() == {"q_proj", "k_proj"} and found == tensors
+
+
+def test_tensors_of_another_export_are_refused(two_modules, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config_of(two_modules)))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="damaged"):
+        read_checked(str(tmp_path))
+
+
+def test_only_vllm_reads_it(two_modules):
+    """Maps and M's of a server are no adapter that can be trained."""
+    plan = mora_jax.plan({"q": {"kernel": jnp.zeros((24, 24))}}, mora_jax.MoRAConfig())
+    with pytest.raises(io.AdapterFileError, match="peft_type .*'MORA'"):
+        io.load_peft(two_modules, plan, {"q_proj": "q/kernel"})
+    with pytest.raises(io.AdapterFileError, match="not of mora_jax"):
+        mora_jax.load(two_modules)

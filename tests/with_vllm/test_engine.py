@@ -178,7 +178,12 @@ def test_all_operators_in_one_batch(eager, base, exported, merged, tmp_path):
     paths = {name: folder / name for name in trees}
     paths |= bad_ones(folder / "block_diagonal", tmp_path)
     said = served(base, paths, tmp_path / "out", enforce_eager=eager, max_loras=32)
-    reasons = {"damaged": "damaged", "wider": "of another base", "newer": "version 1"}
+    reasons = {
+        "damaged": "damaged",
+        "fewer": "damaged",
+        "wider": "of another base",
+        "newer": "version 2",
+    }
     assert said["refused"].keys() == reasons.keys() | {"head"}
     assert all(text in said["refused"][name] for name, text in reasons.items())
     assert "lm_head" in said["refused"]["head"]
@@ -243,10 +248,12 @@ def bad_ones(good, folder):
     with (copy("damaged") / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"1234")
-    copy("newer", lambda record: record.update(version=2))
+    copy("fewer", lambda record: record["modules"].popitem())
+    copy("newer", lambda record: record.update(version=3))
     for name, module in ("wider", "model.layers.0.mlp.up_proj"), ("head", "lm_head"):
         kernel = {"fc": {"kernel": jnp.zeros((WIDTH, WIDTH))}}
         adapters = mora_jax.init(mora_jax.plan(kernel, mora_jax.MoRAConfig(rank=1)))
         names = {module: "fc/kernel"}
         io.export(folder / name, adapters, "vllm", names, native=True)
-    return {name: folder / name for name in ("damaged", "newer", "wider", "head")}
+    bad = "damaged", "fewer", "newer", "wider", "head"
+    return {name: folder / name for name in bad}

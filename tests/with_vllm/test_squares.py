@@ -1,6 +1,7 @@
 """Adapters as vLLM has them, in torch, against the oracle in NumPy."""
 
-import hashlib
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import mora_jax
 from mora_jax import io
+from mora_jax._common.squares import digest
 
 torch = pytest.importorskip("torch")
 if importlib.util.find_spec("vllm") is None:
@@ -69,12 +71,138 @@ def test_what_would_be_passed_by_is_refused(fault):
     asked = "text.other" if fault == "unknown" else name
     reasons = {
         "tpu": "CPUs and GPUs, got tpu",
-        "tower": "vision.fc must be a linear layer of a text model",
+        "tower": "vision.fc must be .* of another part of the model: merge",
         "sharded": "without fully sharded LoRAs",
         "unknown": "no linear layer for text.other",
     }
     with pytest.raises(ValueError, match=reasons[fault]):
         vllm.place(manager, {asked: None})
+
+
+def all_subclasses(cls):
+    found = set(cls.__subclasses__())
+    return found.union(*map(all_subclasses, found))
+
+
+SERVED = {
+    "ReplicatedLinearWithLoRA",
+    "ClassificationHeadWithLoRA",
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearVariableSliceWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "MergedQKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+}
+
+
+def test_layer_classes_of_vllm_are_told_apart_by_their_code():
+    """Sharded ones, embeddings, heads of language models and experts are refused."""
+    from vllm.lora import layers
+
+    vllm.register()
+    found = all_subclasses(layers.BaseLayerWithLoRA) - {vllm.Layer}
+    own = {cls for cls in found if cls.__module__.startswith("vllm.")}
+    assert len(own) >= 17
+    assert {cls.__name__ for cls in own if vllm.is_served(cls)} == SERVED
+
+
+def a_manager(cls, **settings):
+    """A manager of one layer, `fc`, of a class."""
+    layer = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer = torch.nn.Linear(4, 4)
+    layer.output_slices = (4,)
+    model = torch.nn.Module()
+    model.fc = layer
+    usual = {
+        "lora_config": SimpleNamespace(fully_sharded_loras=False),
+        "device": SimpleNamespace(type="cpu"),
+        "supports_mm": False,
+        "modules": {"fc": layer},
+        "packed_modules": {},
+        "model": model,
+    }
+    return SimpleNamespace(**usual | settings)
+
+
+class OfAnotherMethod(vllm.Layer):
+    def forward(self, x):
+        return self.apply(x)
+
+    def _apply_lora_to_output(self, x, output):
+        return output
+
+
+class OfAnotherWay(vllm.Layer):
+    def forward(self, x):
+        return self.apply(x)
+
+    def apply(self, x, bias=None):
+        return self._get_quant_method().apply(self.base_layer, x, bias)
+
+
+@pytest.mark.parametrize("cls", [OfAnotherMethod, OfAnotherWay])
+def test_a_class_that_goes_its_own_way_is_refused(cls):
+    vllm.register()
+    with pytest.raises(ValueError, match="^fc .*a OfAnother.*merge the adapter"):
+        vllm.place(a_manager(cls), {"fc": None})
+
+
+def test_embeddings_experts_and_heads_of_language_models_are_refused():
+    from vllm.lora import layers
+
+    vllm.register()
+    for name in (
+        "VocabParallelEmbeddingWithLoRA",
+        "LogitsProcessorWithLoRA",
+        "FusedMoEWithLoRA",
+    ):
+        with pytest.raises(ValueError, match=f"^fc .*a {name}.*merge the adapter"):
+            vllm.place(a_manager(getattr(layers, name)), {"fc": None})
+
+
+@pytest.mark.parametrize("fault", ["base in a dict", "kernel in attention"])
+def test_a_layer_that_others_use_without_its_lora_is_refused(fault):
+    """A pooler with the base's head, and attention that has taken the kernel over."""
+    from vllm.lora import layers
+
+    vllm.register()
+    manager = a_manager(layers.ReplicatedLinearWithLoRA)
+    layer = manager.modules["fc"]
+    other = torch.nn.Module()
+    if fault == "base in a dict":
+        other.heads = {"classify": layer.base_layer}
+    else:
+        other.fc = layer
+        other.process_weights_after_loading = None
+    manager.model.other = other
+    with pytest.raises(ValueError, match="^fc .*Module .*without LoRAs: merge"):
+        vllm.place(manager, {"fc": None})
+
+
+def test_modules_that_are_packed_in_other_slices_are_refused():
+    """Their outputs are not where the slices are."""
+    from vllm.lora import layers
+
+    vllm.register()
+    packed = {"fc": ["qkv", "z"]}
+    manager = a_manager(
+        layers.MergedColumnParallelLinearWithLoRA, packed_modules=packed
+    )
+    manager.modules["fc"].output_slices = (1, 1, 1, 1)
+    with pytest.raises(ValueError, match="^z .*4 slices for 2 modules"):
+        vllm.place(manager, {"z": None})
+
+
+def test_a_head_that_scores_tokens_is_refused():
+    from vllm.lora import layers
+
+    vllm.register()
+    cls = layers.ClassificationHeadWithLoRA
+    manager = a_manager(cls, _pooling_task="token_classify")
+    with pytest.raises(ValueError, match="^fc .*'token_classify'.*merge"):
+        vllm.place(manager, {"fc": None})
 
 
 def test_no_jax_is_imported():
@@ -100,8 +228,8 @@ def test_a_file_whose_numbers_do_not_fit_is_refused(fault, tmp_path):
         del tensors["shared.1.weight"]
     save_file(tensors, path)
     config = directory / "adapter_config.json"
-    record = json.loads(config.read_text())
-    record["mora_jax"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    config.write_text(json.dumps(record))
+    content = json.loads(config.read_text())
+    content["mora_jax"]["sha256"] = digest(path.read_bytes(), content)
+    config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=str(directory)):
         vllm.read(directory, lambda name: name, torch.float32)

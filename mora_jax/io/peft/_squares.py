@@ -1,6 +1,5 @@
 """Adapters as they are, for vLLM with the plug-in `mora_jax.vllm`."""
 
-import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.squares import KEY, VERSION
+from mora_jax._common.squares import KEY, VERSION, digest
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._files import CONFIG, TENSORS, Location, write_directory
@@ -54,15 +53,15 @@ def write_squares(path: Location, modules: Iterable[Module], base_model: str) ->
             v = {"v": np.asarray(op.columns("float32"))}
             entries[pair.module]["damped"] = once(str(op.digests), partial(dict, v))
     data = encode(tensors, {})
-    record = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest()}
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "MORA",
         "base_model_name_or_path": base_model,
         "target_modules": sorted(entries),
         "r": 1,
         "lora_alpha": 1,
-        KEY: record | {"modules": entries},
+        KEY: {"version": VERSION, "modules": entries},
     }
+    config[KEY]["sha256"] = digest(data, config)
     write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
 
 
