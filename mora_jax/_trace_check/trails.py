@@ -233,6 +233,7 @@ def _indices(size: int, dtype: Any) -> np.ndarray:
     places = 0, 1, size // 2, size - 1
     far = np.add.outer(size * np.arange(-2, 3), places).ravel()
     limits: list[int] = []
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # JAX makes int32 of NumPy's int64
     if jnp.issubdtype(dtype, jnp.signedinteger):
         limits = [jnp.iinfo(dtype).min, jnp.iinfo(dtype).max]
     indices = np.concatenate([near, far, np.asarray(limits, near.dtype)])

@@ -17,7 +17,7 @@ from mora_jax._common.types import Shape
 from mora_jax._tree import base_digest, paths
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, together
-from mora_jax.io._json import Field, plain, short
+from mora_jax.io._json import Field, dump, plain, short
 from mora_jax.io._tensors import Arrays, TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 from mora_jax.io.native._records import Record
@@ -193,7 +193,7 @@ def save(
             kernels[path] = kernel = paths.find_array(leaves, path, spec)[1]
             check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
         used = [*kernels.values(), *(adapter.m for adapter in found.values())]
-        alike["metadata"] = kept
+        alike["metadata"] = dump(kept)
         alike["the paths of adapters"] = [*found]
         alike["where arrays are"] = [*map(base_digest.shared_place, used)]
     with together("save") as alike:
@@ -211,10 +211,11 @@ def save(
         arrays |= _records.given_arrays(a.operator for a in found.kernels.values())
         digest = _digest(arrays)
         alike["the M's"] = digest
-    more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
+        more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}
+        text = _records.text_of(paths.Found(sorted(found.items())), more)
+        alike["the meaning of the M's"] = text
     with together("save"):
         if chief:
-            text = _records.text_of(paths.Found(sorted(found.items())), more)
             data = encode(arrays, {KEY: text})
             # Nothing is written that cannot be read.
             shapes = (a.spec.kernel_shape for a in found.values() if a.of_kernel)

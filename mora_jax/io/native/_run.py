@@ -82,7 +82,7 @@ def check_run(directory: _files.PathLike, model: nnx.Module) -> None:
     digests = base_digests(specs, parameters(model))
     remedy = "put the weights of that base into the model before this call"
     with together("check_run") as alike:
-        alike.append(run_text(specs, digests))
+        alike["the adapters and their base"] = run_text(specs, digests)
         if jax.process_index() == 0:
             stored = read_run(path) if _holds_steps(path) else None
             if stored is not None:
