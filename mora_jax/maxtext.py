@@ -215,13 +215,13 @@ def _(
         specs = plan_of(nnx.eval_shape(init_state_fn).model).parts
     # MaxText's error about another rank would speak of handlers.
     with together("resuming a run") as alike:
-        alike.append(_run.run_text(specs, {}))
+        alike["the adapters"] = _run.run_text(specs, {})
         stored = _stored_run(directory, specs) if goes_on else None
     begun = begin()
     base = nnx.filter_state(begun[0]["model"], nnx.All(nnx.Param, nnx.Not(MoRAParam)))
     digests = _run.base_digests(specs, nnx.to_pure_dict(base))
     with together("resuming a run") as alike:
-        alike.append(digests)
+        alike["the base"] = digests
         if jax.process_index() == 0:  # which writes the checkpoints, too
             if stored is not None:
                 remedy = "set load_parameters_path to the base of that run"
