@@ -20,7 +20,7 @@ def schedule(every: Any) -> Callable[[Array], Array]:
     def is_due(count: Array) -> Array:
         try:
             due = jnp.asarray(every(count))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise TypeError(
                 "every must be a positive integer, or a function of the number of "
                 "steps that jit can trace, such as lambda step: step % 6 == 0: "

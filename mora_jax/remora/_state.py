@@ -88,9 +88,8 @@ def check_state(state: State) -> None:
     leaves = jax.tree.leaves((state.mark, state.plan))
     if not all(map(_readable, leaves)):
         return
-    with (
-        jax.ensure_compile_time_eval()
-    ):  # also where a compiled function closes over it
+    # Also where a compiled function closes over the state.
+    with jax.ensure_compile_time_eval():
         mark = int(mark_of(state.plan))
     if mark != int(state.mark):
         raise ValueError(

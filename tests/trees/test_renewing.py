@@ -509,6 +509,7 @@ def test_the_shapes_of_a_state_are_known_without_making_it(operator):
         (lambda k: k, TypeError, "every must return True or False"),
         (lambda k: k % 2 == 0 and k > 2, TypeError, "every must be .* jit can trace"),
         (lambda: True, TypeError, "every must be"),
+        (lambda k: None, TypeError, "every must be"),
     ],
 )
 def test_periods_that_are_none(every, error, match):
