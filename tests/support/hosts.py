@@ -60,7 +60,12 @@ def run(
     # XLA's CPU compiler would let sums that need not wait for each other begin in
     # another order on each process, and gloo would wait for ever.
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    # Each sum that a device of a process has begun keeps a thread until the others have
+    # begun it as well. By default a process has as many threads as cores: on two cores
+    # two sums of one device would keep the other device from ever beginning them.
     env = environment(
+        PJRT_NPROC="16",
+        NPROC="16",
         XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}",
         JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
