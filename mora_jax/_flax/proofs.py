@@ -1,20 +1,25 @@
 """Proofs of calls: which calls of a model were checked, and which others are like them.
 
 A trace shows one way of Python through a model. Another call may take another way where
-the two differ in anything that Python sees, which is all but the numbers in arrays. So
-calls are alike if JAX would not trace the second one again: if structures, shapes,
-dtypes, and the values of all but arrays, are equal.
+the two differ in anything that Python sees, which is all but the numbers in JAX's
+arrays. So calls are alike if structures, shapes, dtypes, and the values of all but
+arrays, are equal.
+
+The numbers in NumPy's arrays count as well, where Python reads them. Of an input, such
+as token ids, a second trace with hidden numbers tells if it does. Those inside of an
+object or of a function always count.
 """
 
 import contextlib
 import dataclasses
 import enum
 import functools
+import hashlib
 import re
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -52,21 +57,42 @@ class Proofs:
 
     @contextlib.contextmanager
     def proving(
-        self, model: Any, call: Any, check: Callable[..., str], *args: Any
+        self,
+        model: Any,
+        call: Any,
+        check: Callable[[], str],
+        reads_numbers: Callable[[], bool],
     ) -> Iterator[None]:
-        """Before a call that runs inside, `check(*args)`, unless it is like another."""
-        # All that Python sees in it is in `model` and `call`.
+        """Check a call that runs inside, unless one like it was checked.
+
+        Args:
+          model: The model, as far as Python sees it.
+          call: Its inputs and the rest that Python sees.
+          check: A function that raises, or returns "" or a warning.
+          reads_numbers: A function that says whether the call reads numbers of NumPy
+            arrays among its inputs.
+        """
         if _inside.get() or intercepted():
             yield
             return
         try:
-            known, like = self.found.setdefault(content(model), {}), content(call)
+            known = self.found.setdefault(content(model), {})
+            like = content(call)
             why = known.get(like)
+            if why is BY_NUMBERS:
+                like = content(call, numbers=True)
+                why = known.get(like)
         except (TypeError, ValueError):  # no hash, no copy, or an empty cell
-            known, like, why = {}, None, None
-        if is_new := why is None:
+            known = {}
+            like = None
+            why = None
+        is_new = why is None
+        if why is None:
             with jax.transfer_guard("allow"):  # the check computes with a few numbers
-                why = check(*args)
+                why = check()
+                if like is not None and _has_numpy(call) and reads_numbers():
+                    known[like] = BY_NUMBERS
+                    like = content(call, numbers=True)
             self.number += 1
         # Methods that it calls itself are parts of the same program.
         with unchecked(not why):
@@ -74,6 +100,15 @@ class Proofs:
         known[like] = why
         if is_new and why:  # and not for a call that fails
             warn(why)
+
+
+BY_NUMBERS = "by numbers"
+"""The entry of calls that read numbers of NumPy arrays: others may differ in them."""
+
+
+def _has_numpy(call: Any) -> bool:
+    """True if a call has NumPy arrays among its inputs."""
+    return any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(call))
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
@@ -89,29 +124,64 @@ def unchecked(value: bool = True) -> Iterator[None]:
         _inside.reset(token)
 
 
-def content(value: Any) -> Hashable:
-    """All that Python sees in a value, equal for values that it cannot tell apart."""
-    # It raises a TypeError if not all of it can be read, as copies and pickles read it.
-    # Types, numbers of parts and values, as a walk meets them: one flat tuple.
-    found, left, met = [], [value], {}
-    while left:
-        value = left.pop()
-        kind = type(value)
-        if kind in _VALUES:  # most are, and calls wait for this
-            found += kind, value
-            continue
-        whole, parts = _readers(kind)
-        if whole is not None:
-            found.append(whole(value))
-        elif id(value) in met:  # at two places, or in itself
-            found += "met", met[id(value)][0]
-        else:
-            # It is kept, or another object could get its number.
-            met[id(value)] = len(met), value
-            own = [*parts(value)]
-            found += kind, len(own)
-            left += own
+def content(value: Any, numbers: bool = False) -> Hashable:
+    """All that Python sees in a value, equal for values that it cannot tell apart.
+
+    Args:
+      value: The inputs of a call, or a model.
+      numbers: True to tell apart inputs that differ in the numbers of NumPy arrays.
+
+    Raises:
+      TypeError: Not all of it can be read, as copies and pickles read it.
+    """
+    # Types, numbers of parts and values, as a walk meets them: one flat tuple. First come
+    # the inputs, which are leaves of trees, then what objects and functions hold.
+    found: list[Any] = []
+    met: dict[int, tuple[int, Any]] = {}
+    held: list[Any] = []
+    for left, is_input in (([value], True), (held, False)):
+        while left:
+            value = left.pop()
+            kind = type(value)
+            if kind in _VALUES:  # most are, and calls wait for this
+                found += kind, value
+                continue
+            whole, parts, is_tree = _reader(kind)
+            if whole is not None:
+                found.append(whole(value))
+                if whole is _form and (numbers or not is_input):
+                    found.append(_digest(value))
+            elif id(value) in met:  # at two places, or in itself
+                found += "met", met[id(value)][0]
+            else:
+                # It is kept, or another object could get its number.
+                met[id(value)] = len(met), value
+                own = [*parts(value)]
+                found += kind, len(own)
+                stays = is_tree or not is_input or _is_node(value)
+                (left if stays else held).extend(own)
     return tuple(found)
+
+
+def _form(array: np.ndarray) -> Hashable:
+    """All of a NumPy array but its numbers."""
+    return type(array), array.shape, array.dtype
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """The bytes of a small array, or the SHA-256 of a large one's."""
+    if array.dtype.hasobject:
+        raise TypeError("the numbers of an array of objects cannot be compared")
+    data = array.tobytes()
+    return data if len(data) <= SMALL else hashlib.sha256(data).digest()
+
+
+def _is_node(value: Any) -> bool:
+    """True for a node of a pytree, whose leaves are inputs as well."""
+    return not jax.tree_util.all_leaves([value])
+
+
+SMALL = 1024  # bytes
 
 
 _VALUES = {bool, int, str, bytes, type(None), type, types.CodeType, type(jnp.int8)}
@@ -120,30 +190,41 @@ _ALONE = type, types.ModuleType, types.CodeType, enum.Enum, np.dtype, np.ufunc, 
 Parts: TypeAlias = Callable[[Any], Iterable[Any]]
 
 
+class _Reader(NamedTuple):
+    """A way to read values of one type: as a whole, or by their parts."""
+
+    whole: Callable[[Any], Hashable] | None = None
+    parts: Parts = iter
+    is_tree: bool = False  # True if the parts of an input are inputs for sure
+
+
 @functools.cache
-def _readers(kind: type) -> tuple[Callable[[Any], Hashable] | None, Parts]:
-    """Functions of a value of a type: its content, or None and the parts of that."""
+def _reader(kind: type) -> _Reader:
+    """The way to read values of a type."""
     if issubclass(kind, _ALONE):
-        return lambda value: (kind, value), iter
+        return _Reader(lambda value: (kind, value))
     # NaN is not equal to itself, and -0.0 is equal to 0.0.
     if issubclass(kind, float | complex | np.generic):
-        return lambda value: (kind, repr(value)), iter
-    if issubclass(kind, jax.Array | Tracer | jax.ShapeDtypeStruct | np.ndarray):
-        own = kind if issubclass(kind, np.ndarray) else jax.Array
-        return lambda x: (own, x.shape, x.dtype, getattr(x, "weak_type", None)), iter
+        return _Reader(lambda value: (kind, repr(value)))
+    if issubclass(kind, np.ndarray):
+        return _Reader(_form)
+    if issubclass(kind, jax.Array | Tracer | jax.ShapeDtypeStruct):
+        return _Reader(
+            lambda x: (jax.Array, x.shape, x.dtype, getattr(x, "weak_type", None))
+        )
     if issubclass(kind, set | frozenset):
-        return lambda values: (kind, frozenset(map(content, values))), iter
+        return _Reader(lambda values: (kind, frozenset(map(content, values))))
     for known, parts in _PARTS.items():
         if issubclass(kind, known):
-            return None, parts
+            return _Reader(parts=parts, is_tree=known in _TREES)
     if issubclass(kind, nn.Module):  # frozen; what else it holds is of the running call
         names = [f.name for f in dataclasses.fields(kind) if f.name != "parent"]
-        return None, lambda module: [getattr(module, name) for name in names]
+        return _Reader(parts=lambda module: [getattr(module, name) for name in names])
     if dataclasses.is_dataclass(kind):
-        return None, lambda value: value.__reduce_ex__(4)
+        return _Reader(parts=lambda value: value.__reduce_ex__(4))
     if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
-        return lambda value: (kind, value), iter
-    return None, _parts_of_object
+        return _Reader(lambda value: (kind, value))
+    return _Reader(parts=_parts_of_object)
 
 
 @functools.cache  # models have few classes, and calls wait for this
@@ -179,8 +260,9 @@ def _parts_of_object(value: Any) -> Iterable[Any]:
     return value.__reduce_ex__(4)
 
 
+_SEQUENCE = tuple | list
 _PARTS: dict[Any, Parts] = {
-    tuple | list: iter,
+    _SEQUENCE: iter,
     Mapping: lambda mapping: [*mapping, *mapping.values()],
     types.FunctionType: _parts_of_function,
     types.MethodType: lambda method: (method.__func__, method.__self__),
@@ -189,3 +271,5 @@ _PARTS: dict[Any, Parts] = {
     nnx.Variable: _parts_of_variable,
     nnx.Pytree: _parts_of_nnx,
 }
+_TREES = (_SEQUENCE, Mapping, nnx.Variable, nnx.Pytree)
+"""Kinds of `_PARTS` that JAX and Flax take apart as well."""

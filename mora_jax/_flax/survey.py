@@ -18,6 +18,7 @@ from mora_jax._common.types import Shape
 from mora_jax._flax.calls import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, rules_of
 from mora_jax._jax.tracing import intercepted
+from mora_jax._jax.walk import primitive_names
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._trace_check import MarkedCall, Uses, difference, follow, mark
 from mora_jax._tree.plan import Plan
@@ -235,6 +236,26 @@ class Survey:
             if cls := self.classes.get(name):
                 return f" {cls.__name__}", bool(rules_of(cls))
         return "", False
+
+
+def reads_numbers(trace: Callable[..., Jaxpr], *given: Any) -> bool:
+    """True if a call may read numbers of NumPy arrays among its inputs.
+
+    `trace(*given)` is its program. The same program with the numbers hidden has the
+    same primitives, or Python saw them.
+    """
+
+    def hidden(leaf: Any) -> Any:
+        is_numpy = isinstance(leaf, np.ndarray)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_numpy else leaf
+
+    try:
+        without = trace(*jax.tree.map(hidden, given))
+    except (
+        Exception
+    ):  # of JAX, where Python asks a tracer for a number; or of the model
+        return True
+    return primitive_names(trace(*given)) != primitive_names(without)
 
 
 def check_call(plan_of: Callable[[], Plan], programs: Programs, main: bool) -> str:

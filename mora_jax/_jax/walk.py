@@ -144,6 +144,16 @@ def inside(eqn: Any) -> list[Jaxpr]:
     return [program for program in programs if isinstance(program, Jaxpr)]
 
 
+def primitive_names(program: Jaxpr) -> list[str]:
+    """The names of a program's primitives in order, with those inside of its steps."""
+    names = []
+    for eqn in program.eqns:
+        names.append(eqn.primitive.name)
+        for inner in inside(eqn):
+            names += primitive_names(inner)
+    return names
+
+
 def called(eqn: Any) -> Jaxpr | None:
     """The program that a step runs with its operands and nothing else, if it does."""
     if kind_of(eqn.primitive.name) not in (Kind.CALL, Kind.OWN_DERIVATIVE):

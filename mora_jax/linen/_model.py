@@ -17,7 +17,7 @@ from mora_jax._common.types import Path
 from mora_jax._flax.calls import Call, LayerCall, adapt_call, all_calls
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.proofs import Proofs
-from mora_jax._flax.survey import Survey, check_call, program_of
+from mora_jax._flax.survey import Survey, check_call, program_of, reads_numbers
 from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_alike
@@ -168,14 +168,25 @@ class AdaptedApply:
             raise ValueError(f"the adapters have dropout: {rule}, got None")
         base = params_of(variables)
         params = merged(base, found.trained) if found.trained else base
-        given = {**variables, "params": params}, Call(*args, **kwargs), self.plan.specs
-        programs = functools.partial(program, self.model, *given)
-        check = check_call, lambda: self.plan, programs, "method" not in kwargs
-        call = variables, args, kwargs
+        given = {**variables, "params": params}
+
+        def trace(variables: Any, args: Any, kwargs: Any, survey: Any = None) -> Jaxpr:
+            call = Call(*args, **kwargs)
+            return program(self.model, variables, call, self.plan.specs, survey)
+
+        programs = functools.partial(trace, given, args, kwargs)
+        proving = self.proofs.proving(
+            model=self.model,
+            call=(variables, args, kwargs),
+            check=lambda: check_call(
+                lambda: self.plan, programs, "method" not in kwargs
+            ),
+            reads_numbers=lambda: reads_numbers(trace, given, args, kwargs),
+        )
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (
-            self.proofs.proving(self.model, call, *check),
+            proving,
             nn.intercept_methods(layer_calls(adapt)),
         ):
             result = self.model.apply(variables, *args, **kwargs)

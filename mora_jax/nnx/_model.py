@@ -15,7 +15,7 @@ from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_u
 from mora_jax._flax.layers import NORMS
 from mora_jax._flax.planning import plan_surveyed, refuse_shared
 from mora_jax._flax.proofs import Proofs
-from mora_jax._flax.survey import Survey, check_call, program_of
+from mora_jax._flax.survey import Survey, check_call, program_of, reads_numbers
 from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
@@ -281,10 +281,19 @@ def _checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            programs = functools.partial(program, self, name, Call(*args, **kwargs))
-            check = check_call, lambda: _held.plan_of(self), programs, is_main
+            def trace(args: Any, kwargs: Any, survey: Any = None) -> Jaxpr:
+                return program(self, name, Call(*args, **kwargs), survey)
+
+            programs = functools.partial(trace, args, kwargs)
             proofs = vars(self).get(_held.PROOFS) or Proofs()
-            with proofs.proving(self, (name, args, kwargs), *check):
+            with proofs.proving(
+                model=self,
+                call=(name, args, kwargs),
+                check=lambda: check_call(
+                    lambda: _held.plan_of(self), programs, is_main
+                ),
+                reads_numbers=lambda: reads_numbers(trace, args, kwargs),
+            ):
                 return method(self, *args, **kwargs)
 
         return call

@@ -103,6 +103,8 @@ def is_true(flag):
 
 
 SMALL, LARGE = np.zeros(2, np.float32), np.zeros(3, np.float32)
+MANY = np.zeros(1000, np.float32)
+MANY_BUT_ONE = np.append(MANY[1:], np.float32(1))
 KINDS = {
     "bool": ((False, True), is_true),
     "an int": ((0, 1), bool),
@@ -154,6 +156,12 @@ KINDS = {
     "NumPy's dtype": ((SMALL, SMALL.astype(np.float16)), lambda x: x.itemsize == 2),
     "a NumPy number": ((np.int32(0), np.int32(1)), bool),
     "NumPy's -0.0": ((np.float32(0.0), np.float32(-0.0)), np.signbit),
+    "NumPy's numbers": ((SMALL, SMALL + 1), lambda x: x[0] > 0),
+    "a number far inside": ((MANY, MANY_BUT_ONE), lambda x: x[-1] > 0),
+    "numbers in a tuple": (((SMALL, 1), (SMALL + 1, 1)), lambda x: x[0][0] > 0),
+    "numbers in an object": ((Plain(MANY), Plain(MANY_BUT_ONE)), lambda r: r.flag[-1]),
+    "numbers in a record": ((Record(SMALL), Record(SMALL + 1)), lambda r: r.flag[0]),
+    "numbers in a closure": ((closure(SMALL), closure(SMALL + 1)), lambda f: f()[0]),
     "an array's shape": ((jnp.zeros(2), jnp.zeros(3)), lambda x: x.size == 3),
     "an array's axes": ((jnp.zeros(2), jnp.zeros((2, 1))), lambda x: x.ndim == 2),
     "an array's dtype": (
@@ -221,6 +229,29 @@ def test_another_value_is_another_call(api, kind, jitted):
     for _ in range(2):
         with pytest.raises(ValueError, match=OUTSIDE):
             run(second)
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_numbers_that_python_does_not_read_are_one_call(api):
+    """Token ids, say, of which each batch has others."""
+
+    def decides(x):
+        return jnp.take(jnp.zeros(4), x).shape == (1,)
+
+    ids = np.arange(3)
+    call = adapted(api, decides, ids)
+    model = call.func
+    proofs = model.proofs if api == "linen" else model.proofs_mora
+    call(ids)
+    number = proofs.number
+    for k in range(3):
+        call(ids + k)
+    assert proofs.number == number
+
+
+def test_arrays_of_objects_are_checked_each_time():
+    with pytest.raises(TypeError):
+        content((np.array([None, 1]), Plain(np.array([None, 1]))))
 
 
 PARAMS = {
