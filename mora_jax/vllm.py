@@ -21,6 +21,7 @@ from safetensors.torch import load
 from torch.nn.functional import linear
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.lora.layers import base_linear, classifier, column_parallel_linear
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
@@ -31,6 +32,8 @@ from vllm.platforms import current_platform
 
 from mora_jax._common.methods import leads_to
 from mora_jax._common.squares import KEY, VERSION, read_checked
+
+logger = init_logger("vllm.mora_jax")  # vLLM shows what loggers below its own say
 
 Layer = base_linear.BaseLinearLayerWithLoRA
 Head = classifier.ClassificationHeadWithLoRA
@@ -96,10 +99,17 @@ class Part(NamedTuple):
 
 
 class Squares(LoRAModel):
-    """An adapter without LoRAs: {module: its adapter}, and by layers where it runs."""
+    """An adapter without LoRAs.
+
+    `squares` has the adapters of modules, and `placed` their parts by vLLM's layers.
+    `ran` names the layers whose outputs they were added to, and `told` is True once the
+    others were reported.
+    """
 
     squares: dict[str, Square]
     placed: dict[str, list[Part]]
+    ran: set[str]
+    told: bool
 
 
 def read(
@@ -282,7 +292,11 @@ def _add(
 ) -> None:
     """Add the parts of one layer, given the rows of each adapter."""
     for lora_id, rows in rows_of.items():
-        for part in getattr(manager.get_adapter(lora_id), "placed", {}).get(module, ()):
+        adapter = manager.get_adapter(lora_id)
+        if not isinstance(adapter, Squares) or module not in adapter.placed:
+            continue
+        adapter.ran.add(module)
+        for part in adapter.placed[module]:
             added = part(x[rows].to(part.square.m.dtype))
             y[rows, part.start : part.start + added.shape[1]] += added.to(y.dtype)
 
@@ -322,6 +336,33 @@ def _rows(mapping: Any, device: Any) -> dict[int, torch.Tensor]:
         lora_id: torch.from_numpy((ids == lora_id).nonzero()[0]).to(device)
         for lora_id in {*mapping}
     }
+
+
+def _changed(old: Any, self: Any, mapping: Any) -> None:
+    """Before `LoRAModelManager.set_adapter_mapping`: a look at the batch that ran."""
+    last = self._last_mapping
+    for lora_id in {*last.index_mapping} if last is not None else ():
+        adapter = self.get_adapter(lora_id)
+        if isinstance(adapter, Squares):
+            _report_idle(adapter)
+    old(self, mapping)
+
+
+def _report_idle(adapter: Squares) -> None:
+    """Log the layers that were not called, so that their M's were not added.
+
+    A module may compute with the kernel of a layer and never call it, as Mamba's does
+    with `conv1d`.
+    """
+    idle = sorted(adapter.placed.keys() - adapter.ran)
+    if adapter.ran and idle and not adapter.told:
+        adapter.told = True
+        logger.warning(
+            "vLLM added the M's of %s to no output, since it does not call these "
+            "layers: the answers are not those of the merged model. To use them, %s",
+            ", ".join(idle[:3]) + ", ..." * (len(idle) > 3),
+            INSTEAD,
+        )
 
 
 def _added(old: Any, self: Any, lora: LoRAModel) -> None:
@@ -365,6 +406,8 @@ def _loaded(old: Any, cls: Any, lora_dir: str, *args: Any, **kwargs: Any) -> Any
 
     model = Squares(kwargs["lora_model_id"], config["r"], {})
     model.squares = read(lora_dir, named, kwargs["dtype"])
+    model.ran = set()
+    model.told = False
     return model
 
 
@@ -385,6 +428,7 @@ def register() -> None:
         (LoRAModelManager, "__init__", _started),
         (PunicaWrapperBase, "_update_base_metadata", _mapped),
         (LoRAModelManager, "_add_adapter", _added),
+        (LoRAModelManager, "set_adapter_mapping", _changed),
         (Layer, APPLY, _applied),
         (Head, APPLY, _classified),
     ):

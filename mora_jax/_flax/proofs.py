@@ -134,8 +134,8 @@ def content(value: Any, numbers: bool = False) -> Hashable:
     Raises:
       TypeError: Not all of it can be read, as copies and pickles read it.
     """
-    # Types, numbers of parts and values, as a walk meets them: one flat tuple. First come
-    # the inputs, which are leaves of trees, then what objects and functions hold.
+    # Types, numbers of parts and values, as a walk meets them: one flat tuple. First
+    # come the inputs, which are leaves of trees, then what objects and functions hold.
     found: list[Any] = []
     met: dict[int, tuple[int, Any]] = {}
     held: list[Any] = []

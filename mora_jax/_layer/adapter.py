@@ -75,7 +75,8 @@ class Adapter:
         """True for adapters of one delta: equal specs, and equal numbers in M.
 
         Raises:
-          TypeError: An M is traced, so that its numbers are not known.
+          TypeError: An M is traced, or a part of it is on another host, so that its
+            numbers are not known here.
         """
         if not isinstance(other, Adapter):
             return NotImplemented
@@ -107,7 +108,8 @@ class Adapter:
         self._kernel_spec("a product")
         x = as_jax_array("x", x)
         spec = check_adapter(f"kernel{SUFFIX}", self).spec
-        as_jax_array(f"kernel{SUFFIX}", self.m)  # a shape fits as well
+        # check_adapter also lets an M without numbers pass, a shape and a dtype.
+        as_jax_array(f"kernel{SUFFIX}", self.m)
         contraction = Contraction.from_axes(spec.axes, x.ndim)
         contraction.check_input(tuple(x.shape), spec.kernel_shape)
         dtype = jnp.result_type(x, self.m)
@@ -124,7 +126,8 @@ class Adapter:
         """
         self._kernel_spec("a delta")
         checked = check_adapter(f"kernel{SUFFIX}", self)
-        as_jax_array(f"kernel{SUFFIX}", self.m)  # a shape fits as well
+        # check_adapter also lets an M without numbers pass, a shape and a dtype.
+        as_jax_array(f"kernel{SUFFIX}", self.m)
         return delta_of(checked)
 
     def in_model(self) -> Any:
@@ -165,10 +168,19 @@ def _same_m(one: Any, other: Any) -> bool:
             "Adapter == Adapter needs the numbers of both M's, which are not known "
             "under jit; compare them outside, or their arrays by jnp.array_equal"
         )
-    both = jax.Array | np.ndarray | np.generic
-    if isinstance(one, both) and isinstance(other, both):
+    for m in (one, other):
+        if isinstance(m, jax.Array) and not (
+            m.is_fully_addressable or m.is_fully_replicated
+        ):
+            raise TypeError(
+                "Adapter == Adapter needs the numbers of both M's, and this process "
+                f"holds only parts of {m.dtype}{[*m.shape]}; compare the arrays by "
+                "jnp.array_equal under jit"
+            )
+    arrays = jax.Array | np.ndarray | np.generic
+    if isinstance(one, arrays) and isinstance(other, arrays):
         return one.dtype == other.dtype and bool(np.array_equal(one, other))
-    if isinstance(one, both) or isinstance(other, both):
+    if isinstance(one, arrays) or isinstance(other, arrays):
         return False
     return bool(one == other)
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from adapter_files import assert_same, made, slow, without_digests
+from flax import nnx
 from jax._src import compiler
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -162,6 +163,9 @@ def split_ms_are_saved_and_loaded(folder):
     adapters, gather = shared_adapters(params), multihost_utils.process_allgather
     split = [m for m in jax.tree.leaves(adapters) if not m.is_fully_replicated]
     assert len(split) > 2
+    stack = adapters["stack"]["kernel_mora"]
+    error = raised(lambda: stack == stack.replace(m=stack.m))
+    assert isinstance(error, TypeError) and "parts" in str(error), error
 
     def counted(array, tiled):
         gathered.append(array.shape)
@@ -397,6 +401,38 @@ def directions_are_those_of_one_process(folder):
         assert basis.sharding.is_equivalent_to(there, basis.ndim), name
 
 
+def a_run_is_compared_on_all_processes(folder):
+    """With the run whose checkpoints are there, and with the others' model."""
+    me, last = jax.process_index(), jax.process_count() - 1
+
+    def model(alpha=2.0, bias=0.0):
+        base = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0))
+        kernel = np.asarray(base.kernel[...]) + np.float32(bias)
+        everywhere = NamedSharding(Mesh(jax.devices(), ("d",)), P("d"))
+        base.kernel[...] = placed(kernel, everywhere)
+        return mora_jax.nnx.wrap(base, MoRAConfig(rank=2, alpha=alpha))
+
+    def error_of(mine):
+        return raised(mora_jax.io.check_run, folder, mine)
+
+    mora_jax.io.check_run(folder, model())
+    if me == 0:
+        (folder / "1").mkdir()  # as a trainer does with its first checkpoint
+    hosts.barrier("a checkpoint")
+    mora_jax.io.check_run(folder, model())
+    for other, words in (
+        (model(alpha=3.0), "alpha"),
+        (model(bias=1.0), "another base"),
+    ):
+        assert_error_of_all(error_of(other), 0, AdapterFileError, words)
+    error = error_of(model(alpha=3.0 if me == last else 2.0))
+    assert isinstance(error, RuntimeError), error
+    assert "other arguments than here: the adapters" in str(error), error
+    error = error_of(model(bias=float(me == last)))  # a part of the kernel differs
+    assert_error_of_all(error, 0, AdapterFileError, "another base")
+    mora_jax.io.check_run(folder, model())
+
+
 def saves_once_more(folder, number, module, name):
     """Adapters are saved; while they are saved again, a process calls `name` and dies.
 
@@ -427,6 +463,7 @@ CASES = [
     a_process_that_is_late_is_not_waited_for,
     another_base_is_refused_alike,
     a_file_that_one_lacks_is_an_error_of_all,
+    a_run_is_compared_on_all_processes,
     a_merge_keeps_shardings_and_moves_no_kernel,
     directions_are_those_of_one_process,
     the_death_of_one_is_an_error_of_all,

@@ -9,6 +9,7 @@ import pickle
 import threading
 import types
 import weakref
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -240,7 +241,7 @@ def test_numbers_that_python_does_not_read_are_one_call(api):
 
     ids = np.arange(3)
     call = adapted(api, decides, ids)
-    model = call.func
+    model: Any = call.func
     proofs = model.proofs if api == "linen" else model.proofs_mora
     call(ids)
     number = proofs.number

@@ -7,6 +7,7 @@ writes {name: scores of each prompt}, where "" is the base, to the file it is gi
 # pyright: reportMissingImports=false
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def main():
     for (name, _), output in zip(rows, outputs, strict=True):
         scores[name].append(list(output.outputs.probs))
     Path(sys.argv[1]).write_text(json.dumps(scores))
+    # vLLM leaves a thread of its renderer behind, and C++ ends a process that still has
+    # one by an abort, at times. The scores are written, so end without its destructors.
+    engine.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -233,3 +233,38 @@ def test_a_file_whose_numbers_do_not_fit_is_refused(fault, tmp_path):
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=str(directory)):
         vllm.read(directory, lambda name: name, torch.float32)
+
+
+def test_layers_that_are_not_called_are_told_once(caplog):
+    """As Mamba's `conv1d`, whose kernel vLLM uses without its layer."""
+    adapter = vllm.Squares(1, 1, {})
+    square = vllm.Square(
+        shape=(4, 4),
+        m=torch.eye(4)[None],
+        compress=vllm.Map(torch.eye(4), None),
+        decompress=vllm.Map(torch.eye(4), None),
+    )
+    part = vllm.Part(0, square, None, None)
+    adapter.placed = {"mixer.in_proj": [part], "mixer.conv1d": [part]}
+    adapter.ran, adapter.told = set(), False
+    last = SimpleNamespace(index_mapping=(1, 1, 0))
+    manager = SimpleNamespace(_last_mapping=None, get_adapter={1: adapter}.get)
+
+    def next_batch():
+        vllm._changed(lambda *_: None, manager, last)
+        manager._last_mapping = last
+
+    with caplog.at_level("WARNING", logger="vllm.mora_jax"):
+        vllm.logger.propagate = True
+        next_batch()
+        next_batch()  # a batch of which nothing has run
+        assert not caplog.records
+        x, y = torch.ones(3, 4), torch.zeros(3, 4)
+        rows = {1: torch.tensor([0, 1])}
+        vllm._add(x, y, manager, "mixer.in_proj", rows)
+        assert (y == torch.tensor([[1.0], [1.0], [0.0]])).all()
+        next_batch()
+        next_batch()
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert "mixer.conv1d" in told and "in_proj" not in told and "merge" in told
