@@ -246,14 +246,16 @@ def reads_numbers(trace: Callable[..., Jaxpr], *given: Any) -> bool:
     """
 
     def hidden(leaf: Any) -> Any:
-        is_numpy = isinstance(leaf, np.ndarray)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_numpy else leaf
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        # As JAX itself takes the array: int64 as int32, unless 64 bits are enabled.
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     try:
         without = trace(*jax.tree.map(hidden, given))
-    except (
-        Exception
-    ):  # of JAX, where Python asks a tracer for a number; or of the model
+    except Exception:
+        # JAX raises where Python asks a tracer for a number, and the model may raise.
         return True
     return primitive_names(trace(*given)) != primitive_names(without)
 

@@ -16,6 +16,7 @@ from jax.interpreters import partial_eval
 from mora_jax._jax.primitives import Kind, kind_of
 
 T = TypeVar("T")
+CALLS = Kind.CALL, Kind.OWN_DERIVATIVE
 
 
 class Domain(Protocol[T]):
@@ -60,7 +61,7 @@ def _outputs(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
         return values
     if kind is Kind.CONTROL:
         return _CONTROL[eqn.primitive.name](domain, eqn, values)
-    if inner := called(eqn):
+    if kind in CALLS and (inner := called(eqn)):
         outputs = walk(domain, inner, values)
         if kind is Kind.OWN_DERIVATIVE:
             return domain.bypassed(eqn, outputs)
@@ -155,9 +156,10 @@ def primitive_names(program: Jaxpr) -> list[str]:
 
 
 def called(eqn: Any) -> Jaxpr | None:
-    """The program that a step runs with its operands and nothing else, if it does."""
-    if kind_of(eqn.primitive.name) not in (Kind.CALL, Kind.OWN_DERIVATIVE):
-        return None
+    """The program that a step of `CALLS` runs with its operands and nothing else.
+
+    None if it has other programs, or gives them something else.
+    """
     programs = inside(eqn)
     if len(programs) != 1:
         return None
@@ -171,7 +173,7 @@ def called(eqn: Any) -> Jaxpr | None:
 def is_unseen(eqn: Any) -> bool:
     """True if nothing is known of what a step does with whole arrays."""
     kind = kind_of(eqn.primitive.name)
-    if kind in (Kind.CALL, Kind.OWN_DERIVATIVE):
+    if kind in CALLS:
         return called(eqn) is None
     return kind is Kind.UNSEEN
 

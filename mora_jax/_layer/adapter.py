@@ -189,11 +189,11 @@ def _unflatten(static: Any, children: Any) -> Adapter:
     adapter = object.__new__(Adapter)
     (adapter.m,) = children
     adapter._static = static
-    if isinstance(adapter.m, Tracer) and isinstance(adapter.spec, AdapterSpec):
-        # The program also serves adapters of another base, and would say of its results
-        # that they are of this one.
-        spec = adapter.spec.without_base()
-        adapter._static = static if spec is adapter.spec else (spec,)
+    (spec,) = static
+    # A traced program also serves adapters of another base. Its results must not say
+    # that they are of this one.
+    if isinstance(adapter.m, Tracer) and getattr(spec, "base_digest", None):
+        adapter._static = (spec.without_base(),)
     return adapter
 
 

@@ -94,7 +94,7 @@ class Kernels:
         if eqn.primitive is mark_p:
             ends = eqn.params["end"]
             return [self._end(eqn, *values) if ends else _begin(eqn, *values)]
-        if is_unseen(eqn) and eqn.effects:
+        if eqn.effects and is_unseen(eqn):
             self._keep_for_later(eqn, values)
         if eqn.primitive.name in PRODUCTS:
             return [self._product(eqn, values)]

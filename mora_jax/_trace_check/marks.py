@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,15 +123,27 @@ batching.primitive_batchers[mark_p] = _batch_mark
 mlir.register_lowering(mark_p, lambda context, x, *_, **__: [x])
 
 
+class Settings(NamedTuple):
+    """The parameters of a primitive, as two traces are compared by them."""
+
+    structure: Any  # of a tree
+    leaves: tuple[Hashable, ...]  # numbers and texts; None for other objects
+
+    def __repr__(self) -> str:
+        params = jax.tree.unflatten(self.structure, self.leaves)
+        known = {name: value for name, value in params.items() if value is not None}
+        return " ".join(f"{name}={value}" for name, value in known.items())
+
+
 class Step(NamedTuple):
     """A step of a program, as two programs are compared by it."""
 
     primitive: str
     arrays: str  # shapes and dtypes of operands and outputs; numbers themselves
-    settings: str  # such as the axes of a sum
+    settings: Settings  # such as the axes of a sum
 
     def __str__(self) -> str:
-        return " ".join(filter(None, self))
+        return " ".join(filter(None, map(str, self)))
 
 
 def difference(base: Jaxpr, other: Jaxpr, added: Sequence[bool]) -> str:
@@ -194,21 +206,24 @@ def _step_around(eqn: Any) -> Step:
     return Step(eqn.primitive.name, " ".join(numbers), _settings(own))
 
 
-def _settings(params: Mapping[str, Any]) -> str:
-    """The parameters of a primitive, as far as they are numbers, texts and dtypes."""
-    pairs = sorted((name, _plain(value)) for name, value in params.items())
-    return " ".join(f"{name}={value}" for name, value in pairs if value)
+def _settings(params: Mapping[str, Any]) -> Settings:
+    """The numbers, texts and dtypes among the parameters of a primitive.
+
+    Other objects are left out, since each trace may make them again.
+    """
+    leaves, structure = jax.tree.flatten(dict(params))
+    known = [x if isinstance(x, bool | int | str) else _other(x) for x in leaves]
+    return Settings(structure, tuple(known))
 
 
-def _plain(value: Any) -> str:
-    """A value as a text that is the same in two traces; "" for other objects."""
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_plain, value))})"
-    if dataclasses.is_dataclass(value):
-        return _plain([getattr(value, f.name) for f in dataclasses.fields(value)])
-    if isinstance(value, bool | int | float | complex | str | np.dtype | enum.Enum):
-        return str(value)
-    return ""
+def _other(leaf: Any) -> Hashable:
+    """What is compared of a leaf of parameters that is no whole number and no text."""
+    if isinstance(leaf, float | complex | np.dtype | enum.Enum):
+        return str(leaf)  # NaN is not equal to itself
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        fields = dataclasses.fields(leaf)
+        return _settings({field.name: getattr(leaf, field.name) for field in fields})
+    return None
 
 
 def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:

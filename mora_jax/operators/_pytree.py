@@ -91,7 +91,7 @@ def register_pytree(cls: type, children: Sequence[str]) -> None:
     def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
         pairs = [(GetAttrKey(name), getattr(record, name)) for name in children]
         values = [getattr(record, name) for name in compared]
-        return pairs, (*values, Carried(getattr(record, name) for name in carried))
+        return pairs, (*values, Carried([getattr(record, name) for name in carried]))
 
     def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
