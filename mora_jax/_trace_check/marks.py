@@ -217,7 +217,7 @@ def _settings(params: Mapping[str, Any]) -> Settings:
 
 
 def _other(leaf: Any) -> Hashable:
-    """What is compared of a leaf of parameters that is no whole number and no text."""
+    """A leaf of parameters other than whole numbers and texts, as it is compared."""
     if isinstance(leaf, float | complex | np.dtype | enum.Enum):
         return str(leaf)  # NaN is not equal to itself
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):

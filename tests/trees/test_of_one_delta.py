@@ -1,6 +1,7 @@
 """Adapters of one delta mix, wherever each of them comes from."""
 
 import dataclasses
+from typing import Any
 
 import flax.serialization
 import jax
@@ -230,3 +231,77 @@ def test_tracers_cannot_be_compared():
     adapter = planned(rank=2)["up"]["kernel_mora"]
     with pytest.raises(TypeError, match="Adapter.* under jit"):
         jax.jit(lambda one: one == adapter)(adapter)
+
+
+def held_by_a_model(params, adapters=None):
+    """A model of these kernels, with adapters that know them as their base."""
+    model = nnx.Sequential(
+        nnx.Linear(16, 24, use_bias=False, rngs=nnx.Rngs(0)),
+        nnx.Linear(24, 16, use_bias=False, rngs=nnx.Rngs(0)),
+    )
+    layers: Any = model.layers
+    for layer, name in zip(layers, PARAMS, strict=True):
+        layer.kernel[...] = params[name]["kernel"]
+    wrapped = mora.wrap(model, MoRAConfig(rank=2))
+    if adapters is not None:
+        mora.set_adapters(wrapped, adapters)
+    return wrapped
+
+
+def saved_of(model, directory):
+    """Adapters of a file, which knows the model's base."""
+    params = nnx.state(model, nnx.All(nnx.Param, nnx.Not(mora.MoRAParam)))
+    mora_jax.save(directory, mora.adapters(model), params=params)
+    return mora_jax.load(directory)
+
+
+def bases(model):
+    """The digest of each kernel that the M's in a model are of."""
+    state = nnx.state(model, mora.MoRAParam)
+    return [
+        variable.spec.base_digest
+        for variable in jax.tree.leaves(
+            state, is_leaf=lambda leaf: isinstance(leaf, mora.MoRAParam)
+        )
+    ]
+
+
+def models_of_two_bases(directory):
+    others = jax.tree.map(lambda w: w + 1, PARAMS)
+    models = []
+    for name, params in {"one": PARAMS, "other": others}.items():
+        adapters = saved_of(held_by_a_model(params), directory / name)
+        models.append(held_by_a_model(params, adapters))
+    assert None not in bases(models[0]) and None not in bases(models[1])
+    assert bases(models[0]) != bases(models[1])
+    return models
+
+
+def test_nnx_update_brings_the_base_of_the_numbers(tmp_path):
+    one, other = models_of_two_bases(tmp_path)
+    nnx.update(one, nnx.state(other, mora.MoRAParam))
+    assert bases(one) == bases(other)
+
+
+@pytest.mark.parametrize("way", ["a model", "a state", "gradients"])
+def test_a_jitted_program_leaves_each_model_its_base(tmp_path, way):
+    models = models_of_two_bases(tmp_path)
+    known = [bases(model) for model in models]
+    x = random(0, 3, 16)
+
+    @nnx.jit
+    def step(model):
+        if way == "gradients":
+            trained = nnx.DiffState(0, mora.MoRAParam)
+            state = nnx.grad(lambda model: model(x).sum(), argnums=trained)(model)
+        else:
+            state = nnx.state(model, mora.MoRAParam)
+        state = jax.tree.map(lambda m: m + 1, state)
+        if way == "a model":
+            nnx.update(model, state)
+        return state
+
+    for model, own in zip(models, known, strict=True):
+        state = step(model)
+        nnx.update(model, state)
+        assert bases(model) == own
