@@ -5,7 +5,7 @@ Linen twins have the same tree. `qwix`, which changes no class, knows nothing el
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -53,7 +53,7 @@ class MoRAParam(nnx.LoRAParam[Any]):
     spec: AdapterSpec
 
     @classmethod
-    def from_metadata(cls, value: Any, attributes: Mapping[str, Any]) -> Any:
+    def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Any:
         # A traced program serves models of other bases too, as in `Adapter`.
         spec = attributes.get("spec")
         if isinstance(value, Tracer) and isinstance(spec, AdapterSpec):
