@@ -30,6 +30,11 @@ def positive_integer(name: str, value: Any) -> int:
     return _integer(f"{name} must be a positive integer", value, 1)
 
 
+def natural_number(name: str, value: Any) -> int:
+    """Return `value` as an int, if it is an integer (not a bool) of at least 0."""
+    return _integer(f"{name} must be a natural number, 0 or more", value, 0)
+
+
 def check_seed(seed: Any) -> int:
     """Return `seed` as an int, if it is an integer that `RandomState` takes."""
     return _integer("seed must be an integer in [0, 2**32)", seed, 0, 2**32)

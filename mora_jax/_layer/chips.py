@@ -65,7 +65,7 @@ def map_of(op: Any) -> Any:
 def matrix_of(op: Any, m: Array) -> Array:
     """`op.matrix(m)`."""
     if isinstance(op, Damped):
-        return matrix_of(op.inner, m) - matmul(op.columns(m.dtype), op.outputs(m))
+        return op.matrix_by(matrix_of(op.inner, m), m)
     if current_chip() == "gpu" and isinstance(op, LowRank) and op.rank <= THIN:
         # A sum of outer products, which XLA fuses with all that follows.
         a, b = op.factors(m)

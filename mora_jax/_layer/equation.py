@@ -98,11 +98,12 @@ class Delta(KernelDelta):
         if (got := jnp.shape(m)) != spec.shape:
             many = many_if(got, spec.shape)
             raise ValueError(f"M must have shape {spec.shape}, got {got}{many}")
-        op, layout, m = spec.operator, spec.layout, jnp.asarray(m)
+        layout, m = spec.layout, jnp.asarray(m)
         dtype = m.dtype if dtype is None else dtype
         # The factor is not rounded where the layer is wider than M.
         wide = m.astype(jnp.promote_types(m.dtype, dtype))
-        scaled: Array = op.scaled(wide, spec.factor).astype(dtype)
+        op, scaled = spec.operator.absorbed(wide, spec.factor)
+        scaled = scaled.astype(dtype)
         if x is not None:
             features = layout and layout.for_activations(spec.axes, spec.kernel_shape)
             split = OnMesh(op, features).m_spec if features else ()

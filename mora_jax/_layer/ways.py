@@ -266,7 +266,7 @@ def adapted_product(
     settings = spec.axes, precision, spec.layout, spec.execution
     layer = Layer(product, multiply, *settings, tuple(x.shape), x.dtype)
     delta = Delta.of(spec, m, dtype=jnp.promote_types(jnp.result_type(m), x.dtype), x=x)
-    return Adapted(layer)((spec.operator, delta.m, kernel), x)
+    return Adapted(layer)((delta.operator, delta.m, kernel), x)
 
 
 def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:

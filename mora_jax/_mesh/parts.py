@@ -201,10 +201,15 @@ class DampedPart(OperatorPart):
     def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
         op, here = self.operator, (self.in_features, self.out_features)
         inner = part_of(op.inner, self.in_start, self.out_start, *here)
-        columns = op.columns(x.dtype)
-        outputs = self.take_outputs(op.inner.rows(columns.T, m, precision))
-        less = matmul(matmul(x, self.take_inputs(columns)), outputs)
-        return inner.rows(x, m, precision) - less
+        scaled = x
+        if op.diagonal is not None:
+            diagonal = self.take_inputs(jnp.asarray(op.diagonal).astype(x.dtype))
+            scaled = x * diagonal[:, 0]
+        y = inner.rows(scaled, m, precision)
+        if op.directions is None:
+            return y
+        outputs = self.take_outputs(op.outputs(m, precision))
+        return y - matmul(matmul(x, self.take_inputs(op.columns(x.dtype))), outputs)
 
 
 def _whole_blocks_or_all(op: BlockDiagonal, *place: Any) -> OperatorPart:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.checks import check_concrete, positive_integer
+from mora_jax._common.checks import check_concrete, natural_number
 from mora_jax._common.messages import patterns, warn
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter
@@ -20,6 +20,7 @@ from mora_jax._tree.moments import Moments
 from mora_jax.operators import Damped
 
 FLOOR = 0.03  # the part of the mean second moment that each is raised by
+DIAGONAL = True
 SAME = 0.01  # the relative difference up to which two readings of inputs are the same
 
 
@@ -80,7 +81,7 @@ def input_damping(
       >>> mora_jax.input_damping(call, adapters, directions=2)["fc"]["kernel_mora"]
       Adapter(block_diagonal, damped (2), float32[2, 4, 4])
     """
-    positive_integer("directions", directions)
+    natural_number("directions", directions)
     if not callable(call):
         raise TypeError(
             "call must be a function from adapters to outputs, got "
@@ -94,26 +95,33 @@ def input_damping(
         if isinstance(adapter.operator, Damped):
             raise ValueError(f"{name} has damped inputs already: damp new adapters")
         check_new(name, adapter)
-        shape = width, min(width, 2 * directions + 8)
-        columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], shape)
+        count = min(width, 2 * directions + 8) if directions else 1
+        columns[path] = np.random.RandomState(0).choice([-1.0, 1.0], (width, count))
     # Randomised (Halko, Martinsson and Tropp 2011): the span of S Z, with a random Z,
     # holds the leading directions of S, and within it they are Q^T S Q's.
     first = moments.measured(call, adapters, found, columns, counted)
     seen = _with_rows(first, found)
-    for path in seen:
-        columns[path] = np.linalg.qr(first[path].products)[0]
+    second = {path: first[path] for path in seen}
     columns = {path: columns[path] for path in seen}
-    second = moments.measured(call, adapters, found, columns, counted)
-    _check_same(first, second)
+    if directions:
+        for path in seen:
+            columns[path] = np.linalg.qr(first[path].products)[0]
+        second = moments.measured(call, adapters, found, columns, counted)
+        _check_same(first, second)
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
     for path, of_path in second.items():
         adapter = found[path]
         inner = adapter.operator
-        v = _damping(columns[path], of_path.products, of_path.trace, directions)
-        v = known.setdefault(v.tobytes(), v)
+        v, taken = None, np.zeros_like(of_path.squares)
+        if directions:
+            v, taken = _directions(columns[path], of_path, directions)
+            v = known.setdefault(v.tobytes(), v)
+        f = _diagonal(of_path.squares - taken) if DIAGONAL or v is None else None
+        if f is not None:
+            f = known.setdefault(f.tobytes(), f)
         sizes = inner.in_features, inner.out_features, inner.square_rank
-        new = Damped(*sizes, inner=inner, directions=v)
+        new = Damped(*sizes, inner=inner, directions=v, diagonal=f)
         spec = dataclasses.replace(adapter.spec, operator=new)
         damped[path] = adapter.replace(spec=spec)
     others = ["/".join(path) for path in second if second[path].ignores_mask]
@@ -220,18 +228,51 @@ def check_new(name: str, adapter: Adapter) -> None:
         )
 
 
-def _damping(
-    basis: np.ndarray, product: np.ndarray, trace: np.ndarray, count: int
-) -> np.ndarray:
-    """V by an orthonormal basis and its product S Q with second moments."""
-    features, within = basis.shape[-2], basis.swapaxes(-2, -1) @ product
+def _directions(
+    basis: np.ndarray, measured: Moments, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """V, and the second moment of each feature that it takes away, (..., features).
+
+    Args:
+      basis: Orthonormal columns Q, which nearly span the leading directions.
+      measured: The second moments S, by S Q.
+      count: The number of directions.
+    """
+    features = basis.shape[-2]
+    within = basis.swapaxes(-2, -1) @ measured.products
     values, vectors = np.linalg.eigh((within + within.swapaxes(-2, -1)) / 2)
-    values, v = values[..., -count:].clip(0), basis @ vectors[..., -count:]
+    values = values[..., -count:].clip(0)
+    v = basis @ vectors[..., -count:]
     # Each direction is scaled by a root, to what a mean one of the others is. Then
-    # P = I - V V^T has these factors: 1 - |v|^2.
-    floor = FLOOR * trace[..., None] / features
-    rest = (trace[..., None] - values.sum(-1, keepdims=True)).clip(0)
-    rest = rest / max(features - count, 1)
-    floor += np.finfo(floor.dtype).tiny  # a layer that sees nothing stays as it is
+    # I - V V^T has these factors: 1 - |v|^2.
+    trace = measured.trace[..., None]
+    rest = (trace - values.sum(-1, keepdims=True)).clip(0) / max(features - count, 1)
+    floor = _floor(trace / features)
     factors = np.sqrt((rest + floor) / (values + floor)).clip(max=1)
-    return np.asarray(v * np.sqrt(1 - factors)[..., None, :], jnp.bfloat16)
+    scaled = v * np.sqrt(1 - factors)[..., None, :]
+    # Of S' = (I - V V^T) S (I - V V^T) the diagonal, from S V and V^T S V.
+    product = (measured.products @ vectors[..., -count:]) * np.sqrt(1 - factors)[
+        ..., None, :
+    ]
+    within = scaled.swapaxes(-2, -1) @ product
+    taken = 2 * (product * scaled).sum(-1) - ((scaled @ within) * scaled).sum(-1)
+    return np.asarray(scaled, jnp.bfloat16), taken
+
+
+def _diagonal(squares: np.ndarray) -> np.ndarray:
+    """F by the second moments of features, (..., features) -> (..., features, 1)."""
+    features = squares.shape[-1]
+    squares = squares.clip(0)
+    # Features are scaled to what most of them are: the largest sixteenth may hold
+    # nearly all of the sum.
+    most = np.sort(squares, -1)[..., : features - features // 16]
+    rest = most.mean(-1, keepdims=True)
+    floor = _floor(squares.mean(-1, keepdims=True))
+    factors = np.sqrt((rest + floor) / (squares + floor)).clip(max=1)
+    return factors[..., None].astype(np.float32)
+
+
+def _floor(mean: np.ndarray) -> np.ndarray:
+    """What each second moment is raised by, given the mean of all."""
+    # A layer that sees nothing stays as it is.
+    return FLOOR * mean + np.finfo(mean.dtype).tiny

@@ -250,8 +250,13 @@ def _sketched(gradient: OfLoras, specs: Specs) -> dict[Path, tuple[Array, Array]
     first: Mapping[Path, Any] = gradient(loras)
     for path, lora in first.items():
         by_a, by_b = lora.operator.factors(lora.m)
-        spans[path] = _span(_seen(specs[path], by_a))
-        a, b = _seen(specs[path], spans[path]), jnp.zeros_like(by_b)
+        op = specs[path].operator
+        if isinstance(op, Damped):  # the inner maps follow the gradient of P x
+            spans[path] = _span(op.transposed_times(by_a))
+            a = op.times(spans[path])
+        else:
+            a = spans[path] = _span(by_a)
+        b = jnp.zeros_like(by_b)
         loras[path] = lora.replace(m=lora.operator.joined(a, b))
     second: Mapping[Path, Any] = gradient(loras)
     return {p: (spans[p], a.operator.factors(a.m)[1]) for p, a in second.items()}
@@ -299,14 +304,6 @@ def _width(spec: AdapterSpec) -> int:
         return spec.operator.square_rank
     rank = spec.rank or max(1, round(spec.lora_rank))
     return square_rank(rank, spec.in_features, spec.out_features, "orthogonal")
-
-
-def _seen(spec: AdapterSpec, columns: Array) -> Array:
-    """P times columns, for an adapter of P x, whose inner maps are to follow P G."""
-    if not isinstance(spec.operator, Damped):
-        return columns
-    v = spec.operator.columns(columns.dtype)
-    return columns - v @ (v.mT @ columns)
 
 
 def _unit(arrays: Array) -> tuple[Array, Array]:

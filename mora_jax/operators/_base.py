@@ -168,7 +168,8 @@ class Operator(DeltaMap):
     def digests(self) -> dict[str, str]:
         """SHA-256s of the arrays, by which given ones are compared, and are stored."""
         # They do not belong to the pytree: layers of one shape share their programs.
-        return {name: _digest(getattr(self, name)) for name in self.arrays}
+        arrays = {name: getattr(self, name) for name in self.arrays}
+        return {name: _digest(a) for name, a in arrays.items() if a is not None}
 
     def at(self, index: tuple[int, ...]) -> Any:
         """The operator of one layer of a stack, where each has arrays of its own."""
@@ -230,6 +231,21 @@ class Operator(DeltaMap):
     def scaled(self, m: Any, factor: Any) -> Any:
         """Trained array that stands for `factor` times the delta of `m`."""
         return factor * m
+
+    def scaled_by_input(self, m: Any, by_input: Any) -> Any | None:
+        """Trained array whose delta is that of `m` with its rows scaled, or None.
+
+        `by_input` is (..., in_features), with the axes of a stack as `m` has them or
+        without. None says that no such array exists, since inputs share rows of M.
+        """
+        return None
+
+    def absorbed(self, m: Any, factor: Any) -> tuple["Operator", Any]:
+        """An operator and its array, whose delta is `factor` times the delta of `m`.
+
+        The operator is this one, or one with less to compute.
+        """
+        return self, self.scaled(m, factor)
 
     def _compress(self, x: Array) -> Array:
         """C: (..., in_features) -> (..., *compressed_shape)."""

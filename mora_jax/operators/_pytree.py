@@ -19,9 +19,10 @@ def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
     return dataclasses.field(init=init, **settings)
 
 
-def given(check: Compute, *, init: Literal[True] = True) -> Any:
+def given(check: Compute, *, default: Any = dataclasses.MISSING) -> Any:
     """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
-    return seeded(check, init=init)  # type: ignore[arg-type]
+    settings: Any = {"compare": False, "repr": False, "metadata": {"compute": check}}
+    return dataclasses.field(default=default, **settings)
 
 
 @dataclass_transform(

@@ -100,6 +100,12 @@ class BlockDiagonal(Operator):
         y, orders = join(h, self.out_features), self.out_orders
         return _Reorder()(orders, y, transposed=True) if orders else y
 
+    def scaled_by_input(self, m: Any, by_input: Any) -> Array:
+        # Each input meets a row of M of its own.
+        if self.in_orders:
+            by_input = by_input[..., self.in_orders[0]]
+        return m * cut(by_input, self.square_rank)[..., None]
+
     def product(self, h: Array, m: Array, precision: Precision = None) -> Array:
         return jnp.einsum("...np,nps->...ns", h, m, precision=precision)
 

@@ -1,4 +1,4 @@
-"""Damped inputs: another operator, which sees less of some directions."""
+"""Damped inputs: another operator, which sees less of some of its inputs."""
 
 import copy
 import dataclasses
@@ -19,21 +19,27 @@ from mora_jax.operators._base import Operator, Precision
 
 @_pytree.operator
 class Damped(Operator):
-    r"""An operator that sees its inputs damped along given directions.
+    r"""An operator that sees some of its inputs damped.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
+    .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
 
     `input_damping` makes it from ordinary inputs of the layer: what these have most of,
-    the adapter sees least of, and changes least. The delta is P C M D, merged exactly.
+    the adapter sees least of, and changes least. V takes away directions, and F is a
+    diagonal matrix that scales each feature down. The delta is P C M D, merged exactly.
 
     Attributes:
       inner: The operator, of the same widths and `square_rank`.
       directions: V, (in_features, k), or (*stack, in_features, k), kept in bfloat16.
         Its columns v are orthogonal; the part |v|^2 of an input along v is taken away.
+        None takes away nothing.
+      diagonal: F, (in_features, 1), or (*stack, in_features, 1), float32 from 0 to 1: a
+        number for each feature. None scales nothing.
 
     Raises:
-      TypeError: `inner` is damped or not an operator; `directions` not concrete floats.
-      ValueError: Sizes do not fit, or columns are not orthogonal or longer than 1.
+      TypeError: `inner` is damped or not an operator; an array is not of concrete
+        floating-point numbers.
+      ValueError: Sizes do not fit, columns are not orthogonal or longer than 1, numbers
+        of F are not from 0 to 1, or neither array is given.
 
     Example::
 
@@ -43,11 +49,18 @@ class Damped(Operator):
       [0.75, 0.0, 0.0]
     """
 
-    # Neither P nor P x is formed. An output is the inner operator's for x less (x V) B,
-    # where B are its outputs for the rows of V^T: the work of a LoRA of rank k. The
-    # derivative by M likewise is the inner one's for x, less the one for V^T.
+    # Neither P nor P x is formed. An output is the inner operator's for F x, less
+    # (x V) B, where B are its outputs for the rows of V^T F: the work of a LoRA of rank
+    # k. The derivative by M likewise is the inner one's for F x, less the one for the
+    # rows of V^T F. Where each feature meets a row of M of its own, F is multiplied
+    # into M (`absorbed`), and costs nothing.
     inner: Operator = dataclasses.field(metadata={"nested": True})
-    directions: ArrayLike = _pytree.given(lambda op: _checked(op))
+    directions: ArrayLike | None = _pytree.given(
+        lambda op: _checked_directions(op), default=None
+    )
+    diagonal: ArrayLike | None = _pytree.given(
+        lambda op: _checked_diagonal(op), default=None
+    )
 
     name = "damped"
 
@@ -58,30 +71,66 @@ class Damped(Operator):
         sizes_of = operator.attrgetter("in_features", "out_features", "square_rank")
         if (sizes := sizes_of(self)) != (got := sizes_of(inner)):
             raise ValueError(f"inner must have the sizes {sizes}, got {got}")
+        if self.directions is None and self.diagonal is None:
+            raise ValueError(
+                "directions or diagonal must be an array, got None twice: the inner "
+                "operator alone sees its inputs as they are"
+            )
         super().__post_init__()
 
     def around(self, inner: Any) -> "Damped":
         """The same around another form of the inner map."""
-        new = copy.copy(self)  # not through __init__: the directions are checked
-        object.__setattr__(new, "inner", inner)
+        return self._with(inner=inner)
+
+    def _with(self, **fields: Any) -> "Damped":
+        """The same with other fields, which are not checked again."""
+        new = copy.copy(self)
+        vars(new).pop("digests", None)  # they are of the arrays before
+        for name, value in fields.items():
+            object.__setattr__(new, name, value)
         return new
 
     @property
     def label(self) -> str:
-        """The inner operator's name, and the number of directions."""
-        return f"{self.inner.name}, damped ({self.directions.shape[-1]})"
+        """The inner operator's name, and how its inputs are damped."""
+        parts = []
+        if self.directions is not None:
+            parts.append(str(self.directions.shape[-1]))
+        if self.diagonal is not None:
+            parts.append("diagonal")
+        return f"{self.inner.name}, damped ({' + '.join(parts)})"
+
+    def absorbed(self, m: Any, factor: Any) -> tuple[Operator, Any]:
+        m = self.inner.scaled(m, factor)
+        if self.diagonal is None:
+            return self, m
+        by_input = jnp.asarray(self.diagonal)[..., 0]
+        scaled = self.inner.scaled_by_input(m, by_input.astype(m.dtype))
+        if scaled is None:
+            return self, m
+        if self.directions is None:
+            return self.inner, scaled
+        return self._with(diagonal=None), scaled
 
     def along(self, x: Array) -> Array:
         """Coordinates of inputs along V, (..., k)."""
         return matmul(x, self.columns(x.dtype))
 
-    def damped(self, x: Array) -> Array:
-        """P x: (..., in_features) to the same."""
-        return x - matmul(self.along(x), self.columns(x.dtype).T)
-
     def columns(self, dtype: DTypeLike) -> Array:
         """V, (in_features, k)."""
         return jnp.asarray(self.directions).astype(dtype)
+
+    def scaled_inputs(self, x: Array) -> Array:
+        """F x."""
+        if self.diagonal is None:
+            return x
+        return x * jnp.asarray(self.diagonal).astype(x.dtype)[..., 0]
+
+    def damped(self, x: Array) -> Array:
+        """P x: (..., in_features) to the same."""
+        if self.directions is not None:
+            x = x - matmul(self.along(x), self.columns(x.dtype).T)
+        return self.scaled_inputs(x)
 
     def _compress(self, x: Array) -> Array:
         return self.inner._compress(self.damped(x))
@@ -90,38 +139,104 @@ class Damped(Operator):
         return self.inner.enter(self.damped(x))
 
     def rows(self, x: Array, m: Array, precision: Precision = None) -> Array:
-        y = self.inner.rows(x, m, precision)
+        y = self.inner.rows(self.scaled_inputs(x), m, precision)
+        if self.directions is None:
+            return y
         return y - matmul(self.along(x), self.outputs(m, precision))
 
     def outputs(self, m: Array, precision: Precision = None) -> Array:
-        """V^T C M D, (k, out_features)."""
-        return self.inner.rows(self.columns(m.dtype).T, m, precision)
+        """V^T F C M D, (k, out_features)."""
+        return self.inner.rows(self._scaled_columns(m.dtype), m, precision)
+
+    def _scaled_columns(self, dtype: DTypeLike) -> Array:
+        """V^T F, (k, in_features)."""
+        return self.scaled_inputs(self.columns(dtype).T)
 
     def kept(self, x: Array, m: Array, precision: Precision = None) -> Any:
-        columns = self.columns(x.dtype).T
-        kept = self.inner.kept(x, m, precision), self.inner.kept(columns, m, precision)
-        return *kept, self.along(x)
+        kept = [self._kept_of_inner(x, m, precision)]
+        if self.directions is not None:
+            columns = self._scaled_columns(x.dtype)
+            kept += [self.inner.kept(columns, m, precision), self.along(x)]
+        return kept
+
+    def _kept_of_inner(self, x: Array, m: Array, precision: Precision) -> Any:
+        """What the derivative of the inner operator needs of F x."""
+        # Of blocks it is all of F x, which is computed again, since x is kept anyway.
+        if self.inner.block:
+            return x
+        return self.inner.kept(self.scaled_inputs(x), m, precision)
+
+    def _inner_kept(self, kept: Any) -> Any:
+        """The same as the inner operator keeps it."""
+        return self.scaled_inputs(kept) if self.inner.block else kept
 
     def tangent(self, kept: Any, tangent: Array, precision: Precision = None) -> Array:
-        of_x, of_columns, along = kept
-        y = self.inner.tangent(of_x, tangent, precision)
+        of_x, *of_directions = kept
+        y = self.inner.tangent(self._inner_kept(of_x), tangent, precision)
+        if not of_directions:
+            return y
+        of_columns, along = of_directions
         outputs = self.inner.tangent(of_columns, tangent, precision)
         return y - matmul(along, outputs, precision)
 
     def gradient(
         self, kept: Any, g: Array, precision: Precision = None, shards: int = 1
     ) -> Array:
-        of_x, of_columns, along = kept
+        of_x, *of_directions = kept
+        of_x = self._inner_kept(of_x)
+        gradient = self.inner.gradient(of_x, g, precision, shards)
+        if not of_directions:
+            return gradient
+        of_columns, along = of_directions
         by_outputs = rows_product(along, g, precision)
-        less = self.inner.gradient(of_columns, by_outputs, precision)
-        return self.inner.gradient(of_x, g, precision, shards) - less
+        return gradient - self.inner.gradient(of_columns, by_outputs, precision)
 
     def factors(self, m: Array) -> tuple[Array, Array]:
         c, d = self.inner.factors(m)
-        return self.damped(c.T).T, d
+        return self.times(c), d
+
+    def times(self, columns: Array) -> Array:
+        """P^T of columns: (..., in_features, k) to the same.
+
+        Where x, a row, becomes x P^T, the delta of C M D becomes P^T C M D.
+        """
+        columns = self._scaled_rows(columns)
+        return columns - self._part_along(columns)
+
+    def transposed_times(self, columns: Array) -> Array:
+        """P of columns, (..., in_features, k) to the same: x of `damped` as columns."""
+        return self._scaled_rows(columns - self._part_along(columns))
+
+    def _scaled_rows(self, columns: Array) -> Array:
+        if self.diagonal is None:
+            return columns
+        return columns * jnp.asarray(self.diagonal).astype(columns.dtype)
+
+    def _part_along(self, columns: Array) -> Array | float:
+        """V V^T of columns."""
+        if self.directions is None:
+            return 0.0
+        v = self.columns(columns.dtype)
+        return v @ (v.mT @ columns)
+
+    def unit_rows(self, indices: Array, m: Array, precision: Precision = None) -> Array:
+        rows = self.inner.unit_rows(indices, m, precision)
+        if self.diagonal is not None:
+            rows = rows * jnp.asarray(self.diagonal).astype(rows.dtype)[indices]
+        if self.directions is None:
+            return rows
+        along = self.columns(rows.dtype)[indices]
+        return rows - matmul(along, self.outputs(m, precision))
 
     def matrix(self, m: Array) -> Array:
-        return self.inner.matrix(m) - matmul(self.columns(m.dtype), self.outputs(m))
+        return self.matrix_by(self.inner.matrix(m), m)
+
+    def matrix_by(self, inner: Array, m: Array) -> Array:
+        """P C M D, given C M D: (in_features, out_features)."""
+        delta = self.scaled_inputs(inner.T).T
+        if self.directions is None:
+            return delta
+        return delta - matmul(self.columns(m.dtype), self.outputs(m))
 
 
 _OF_INNER = (  # what is the inner operator's
@@ -133,9 +248,11 @@ for _name in _OF_INNER:
     setattr(Damped, _name, property(operator.attrgetter(f"inner.{_name}")))
 
 
-def _checked(op: Damped) -> np.ndarray:
+def _checked_directions(op: Damped) -> np.ndarray | None:
     """The directions of `op` as a bfloat16 array of its own."""
     v = op.directions
+    if v is None:
+        return None
     *stack, _, k = np.shape(v) if np.ndim(v) > 1 else (1, 1)
     check_concrete(v, "directions", (*stack, op.in_features, max(1, k)))
     v = np.array(v, jnp.bfloat16)
@@ -143,8 +260,26 @@ def _checked(op: Damped) -> np.ndarray:
     largest = np.abs(products).max(initial=0, where=np.eye(k, dtype=bool))
     others = np.abs(products).max(initial=0, where=~np.eye(k, dtype=bool))
     if not (others <= 0.02 and largest <= 1.01):
-        rule = "directions must be orthogonal columns of lengths up to 1"
-        got = f"got squares of up to {largest:.3g} and products of up to {others:.3g}"
-        raise ValueError(f"{rule}, {got}")
+        raise ValueError(
+            "directions must be orthogonal columns of lengths up to 1, got squares of "
+            f"up to {largest:.3g} and products of up to {others:.3g}"
+        )
     v.setflags(write=False)
     return v
+
+
+def _checked_diagonal(op: Damped) -> np.ndarray | None:
+    """The diagonal of `op` as a float32 array of its own."""
+    f = op.diagonal
+    if f is None:
+        return None
+    stack = np.shape(f)[:-2]
+    check_concrete(f, "diagonal", (*stack, op.in_features, 1))
+    f = np.array(f, np.float32)
+    if not ((f >= 0) & (f <= 1)).all():
+        raise ValueError(
+            "diagonal must be of numbers from 0 to 1, got numbers from "
+            f"{f.min():.3g} to {f.max():.3g}"
+        )
+    f.setflags(write=False)
+    return f

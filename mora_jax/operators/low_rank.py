@@ -97,6 +97,10 @@ class LowRank(Operator):
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
 
+    def scaled_by_input(self, m: Any, by_input: Any) -> Array:
+        outputs = jnp.ones((*by_input.shape[:-1], self.out_features), by_input.dtype)
+        return m * jnp.concatenate([by_input, outputs], axis=-1)[..., None]
+
     # C and D are identities, and between them x is multiplied by both factors. With
     # h = x A kept, dy = (x dA) B + h dB, so that dA = x^T (g B^T) and dB = h^T g.
 

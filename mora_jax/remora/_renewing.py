@@ -244,8 +244,7 @@ def _as_low_rank(adapter: Adapter) -> Array:
     with jax.default_matmul_precision("highest"):
         a = spec.factor * (ins @ wide(adapter.m))
         if isinstance(op, Damped):
-            columns = op.columns(a.dtype)
-            a = a - columns @ (columns.mT @ a)
+            a = op.times(a)
     outs = jnp.broadcast_to(outs, (*a.shape[:-2], *outs.shape[-2:]))
     return jnp.concatenate([a, outs], axis=-2)
 

@@ -30,6 +30,12 @@ def flops(lowered):
     return lowered.cost_analysis()["flops"]
 
 
+def thin(op):
+    """The number of directions along which inputs are damped."""
+    directions = getattr(op, "directions", None)
+    return 0 if directions is None else directions.shape[1]
+
+
 def arithmetic(op):
     """Additions and multiplications for one row, by the definition of the operator."""
     widths, dense = op.in_features + op.out_features, math.prod(op.m_shape)
@@ -37,8 +43,9 @@ def arithmetic(op):
         dense *= op.enter(jnp.ones(op.in_features)).shape[0]
     if op.square and op.work == "products":  # with C and D
         dense += op.square_rank * widths
-    if op.name == "damped":  # two thin products
-        dense += op.directions.shape[1] * widths
+    dense += thin(op) * widths  # two products
+    if getattr(op, "diagonal", None) is not None:  # a factor for each input
+        dense += op.in_features
     return 2 * dense + 4 * widths  # sums, scales and copies
 
 
@@ -68,8 +75,7 @@ def test_arithmetic(case, size):
     counted = flops(lower(jax.value_and_grad(added, (0, 1)), m, x, g))
     # Rotating M, or making a random basis, does not depend on the rows.
     fixed = 12 * op.square_rank * max(size)
-    if op.name == "damped":  # the directions are rows like those of x
-        fixed += 3 * op.directions.shape[1] * arithmetic(op)
+    fixed += 3 * thin(op) * arithmetic(op)  # the directions are rows like those of x
     by_m = 2 * ROWS * math.prod(op.m_shape)
     assert 3 * by_m <= counted <= 1.1 * 3 * ROWS * arithmetic(op) + fixed
     counted = flops(lower(jax.value_and_grad(folded, (0, 1)), m, x, g, frozen))
@@ -80,8 +86,7 @@ def test_arithmetic(case, size):
         folds += 4 * 12 * op.square_rank * (size[0] + size[1])  # of matrices made anew
     if not op.linear:  # from its factors
         folds += 2 * 2 * op.square_rank * size[0] * size[1]
-    if op.name == "damped":  # with their outputs
-        folds += 2 * 2 * op.directions.shape[1] * size[0] * size[1]
+    folds += 2 * 2 * thin(op) * size[0] * size[1]  # directions with their outputs
     trained = 1 if op.linear else 2  # factors, with a product and a gradient each
     assert by_m <= counted <= 1.1 * trained * ROWS * arithmetic(op) + folds
 

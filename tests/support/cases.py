@@ -76,12 +76,20 @@ class DampedCase(OtherCase):
 
 
 def _damped(op: Operator, seed: int) -> Operator:
-    """Along a few directions of different lengths."""
+    """Along a few directions of different lengths, and by each feature."""
     random, k = np.random.default_rng(seed + 1), min(3, op.in_features)
     directions = np.linalg.qr(random.standard_normal((op.in_features, k)))[0]
     sizes = op.in_features, op.out_features, op.square_rank
     directions = directions * np.array([1.0, 0.7, 0.4])[:k]
-    return Damped(*sizes, inner=op, directions=directions)
+    diagonal = random.uniform(0.2, 1, (op.in_features, 1))
+    return Damped(*sizes, inner=op, directions=directions, diagonal=diagonal)
+
+
+def _scaled(op: Operator, seed: int) -> Operator:
+    """By each feature alone."""
+    random = np.random.default_rng(seed + 1)
+    sizes = op.in_features, op.out_features, op.square_rank
+    return Damped(*sizes, inner=op, diagonal=random.uniform(0.2, 1, (sizes[0], 1)))
 
 
 def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
@@ -136,6 +144,16 @@ CASES = [
         )
         for name in ("block_diagonal", "rotation", "orthogonal")
     ),
+    *(
+        DampedCase(
+            f"scaled-{name}",
+            {"name": name},
+            oracle.damped,
+            bounded=name == "block_diagonal",
+            given=_scaled,
+        )
+        for name in ("block_diagonal", "sharing", "low_rank")
+    ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
     OtherCase(
         "block_diagonal",
@@ -145,7 +163,7 @@ CASES = [
     ),
     OtherCase("low_rank", {"name": "low_rank"}, oracle.low_rank),
 ]
-LINEAR = [case for case in CASES if case.label != "low_rank"]
+LINEAR = [case for case in CASES if "low_rank" not in case.label]
 SIZES = [
     (16, 16, 4),
     (16, 16, 16),

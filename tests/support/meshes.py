@@ -61,11 +61,13 @@ def sums_of_m(op):
     widths = (op.in_features, op.out_features) if not op.linear else ()
     # Of a factor a device may sum the rows or columns that it has, and then all of it.
     pairs = [(n // parts, op.square_rank) for n in widths for parts in (1, 2)]
-    if op.name == "damped":  # as of a LoRA's B, on one device or on several
-        k, outs = op.directions.shape[1], op.out_features
+    directions = getattr(op, "directions", None)
+    if directions is not None:  # as of a LoRA's B, on one device or on several
+        k, outs = directions.shape[1], op.out_features
         pairs += [(n, k) for n in (op.in_features, outs, outs // 2)]
     shapes = [op.m_shape, *pairs]
-    if op.name == "block_diagonal":  # of the blocks that one device needs
+    inner = getattr(op, "inner", op)
+    if inner.name == "block_diagonal":  # of the blocks that one device needs
         n, *block = op.m_shape
         shapes += [(n // 2, *block)]
     shapes += [(*stack, columns, rows) for *stack, rows, columns in shapes]

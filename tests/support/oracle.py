@@ -87,9 +87,14 @@ def block_diagonal_gradient(op, m, x, g):
 
 
 def damping(op):
-    """P = I - V V^T."""
-    v = np.asarray(op.directions, np.float64)
-    return np.eye(op.in_features) - v @ v.T
+    """(I - V V^T) F, which rows x are multiplied by."""
+    p = np.eye(op.in_features)
+    if op.directions is not None:
+        v = np.asarray(op.directions, np.float64)
+        p -= v @ v.T
+    if op.diagonal is not None:
+        p *= np.asarray(op.diagonal, np.float64)[:, 0]
+    return p
 
 
 def damped(op):

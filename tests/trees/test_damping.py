@@ -56,20 +56,31 @@ class Twin(nnx.Module):
 
 
 def projection(x, count=DIRECTIONS, floor=0.03):
-    """P by its definition, of rows of inputs, in float64."""
+    """What rows of inputs are multiplied by, by its definition, in float64."""
     x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-    values, vectors = np.linalg.eigh(x.T @ x)
-    mean, values = values.mean(), values.clip(0)
-    rest = values[:-count].mean() if count < len(values) else 0
-    factors = np.ones(len(values))
-    leading = values[-count:] + floor * mean
-    factors[-count:] = np.sqrt((rest + floor * mean) / leading).clip(max=1)
-    return (vectors * factors) @ vectors.T
+    width = x.shape[-1]
+    p = np.eye(width)
+    if count:
+        values, vectors = np.linalg.eigh(x.T @ x)
+        mean, values = values.mean(), values.clip(0)
+        rest = values[:-count].mean() if count < width else 0
+        factors = np.ones(width)
+        leading = values[-count:] + floor * mean
+        factors[-count:] = np.sqrt((rest + floor * mean) / leading).clip(max=1)
+        p = (vectors * factors) @ vectors.T
+    squares = ((x @ p) ** 2).sum(0)
+    most = np.sort(squares)[: width - width // 16].mean()
+    least = floor * squares.mean()
+    return p * np.sqrt((most + least) / (squares + least)).clip(max=1)
 
 
 def found_of(adapter, layer=()):
-    v = np.asarray(adapter.operator.directions, np.float64)[layer]
-    return np.eye(len(v)) - v @ v.T
+    op = adapter.operator
+    p = np.eye(op.in_features)
+    if op.directions is not None:
+        v = np.asarray(op.directions, np.float64)[layer]
+        p -= v @ v.T
+    return p * np.asarray(op.diagonal, np.float64)[layer][:, 0]
 
 
 def damped(model, x=X, config=CONFIG, **settings):
@@ -94,7 +105,7 @@ def test_inputs_are_scaled_to_the_mean_of_the_others():
         assert adapter.spec.scale == old[name]["kernel_mora"].spec.scale
     one, other = (adapters[name]["kernel_mora"].operator for name in "ab")
     np.testing.assert_array_equal(one.directions, other.directions)
-    assert "block_diagonal, damped (3)" in mora_jax.summary(adapters)
+    assert "block_diagonal, damped (3 + diagonal)" in mora_jax.summary(adapters)
     trained = random_like(adapters)
     merged = {"params": mora_jax.merge(variables["params"], trained)}
     close(apply(trained, variables, X)[0], Block().apply(merged, X)[0], 1e-4)
@@ -134,6 +145,35 @@ def test_nnx():
     close(adapted(X), model(X))
 
 
+def test_without_directions_each_feature_is_scaled():
+    """By one call, with no product in a step, and exactly merged."""
+    model = Block()
+    variables = random_like(jax.eval_shape(model.init, jax.random.key(0), X), scale=0.2)
+    apply = linen.wrap(model, CONFIG, variables, X)
+    new = mora_jax.init(apply.plan)
+    calls = []
+
+    def call(adapters):
+        calls.append(None)
+        return apply(adapters, variables, X)
+
+    adapters = input_damping(call, new, directions=0)
+    assert len(calls) == 1
+    for name in "ab":
+        adapter = adapters[name]["kernel_mora"]
+        assert adapter.operator.directions is None
+        close(found_of(adapter), projection(X, 0), 1e-5)
+    trained = random_like(adapters)
+    merged = {"params": mora_jax.merge(variables["params"], trained)}
+    close(apply(trained, variables, X)[0], model.apply(merged, X)[0], 1e-4)
+
+    def products(adapters):
+        step = jax.grad(lambda adapters: apply(adapters, variables, X)[0].sum())
+        return str(jax.make_jaxpr(step)(adapters)).count("dot_general")
+
+    assert products(adapters) == products(new)
+
+
 def test_bfloat16():
     model = Block()
     adapters, *_ = damped(model, jnp.asarray(X, jnp.bfloat16))
@@ -143,9 +183,10 @@ def test_bfloat16():
 @pytest.mark.slow
 def test_few_inputs_and_many_directions():
     adapters, *_ = damped(Block(), X[:2], directions=WIDTH + 5)
-    p = found_of(adapters["a"]["kernel_mora"])
-    assert np.linalg.eigvalsh(p).min() > -0.01
-    close(p, projection(X[:2], WIDTH), 0.05)
+    adapter = adapters["a"]["kernel_mora"]
+    v = wide(adapter.operator.directions)
+    assert np.linalg.eigvalsh(np.eye(WIDTH) - v @ v.T).min() > -0.01
+    close(found_of(adapter), projection(X[:2], WIDTH), 0.05)
 
 
 def test_files_and_restarts(tmp_path):
@@ -154,7 +195,8 @@ def test_files_and_restarts(tmp_path):
     mora_jax.save(tmp_path, adapters)
     assert_same(mora_jax.load(tmp_path, params), adapters)
     names = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
-    assert sum(name.startswith("damped/") for name in names) == 2  # a and b share one
+    # a and b have one input, and share its two arrays.
+    assert sum(name.startswith("damped/") for name in names) == 4
     tx = optax.adam(1e-3)
     after = remora.restart(params, adapters, tx.init(adapters), tx)
     op = after.adapters["a"]["kernel_mora"].operator
@@ -360,7 +402,7 @@ def test_bad_calls():
         input_damping(run, random_like(new))
     with pytest.raises(TypeError, match="call must be a function .* got dict"):
         input_damping(new, new)
-    for bad in (0, -1, True, 1.5):
+    for bad in (-1, True, 1.5, None):
         with pytest.raises((TypeError, ValueError), match="directions must be"):
             input_damping(run, new, directions=bad)
     with pytest.raises(ValueError, match="floating-point outputs"):
@@ -401,3 +443,14 @@ def test_bad_operators():
             inner=Damped(8, 6, 4, inner=inner, directions=good),
             directions=good,
         )
+    for bad, rule in (
+        (good[:, :1] - 0.5, "from 0 to 1"),
+        (good[:, :1] + 1, "from 0 to 1"),
+        (good[:, :1] * np.nan, "from 0 to 1"),
+        (good, "must have shape"),
+        (good[:, 0], "must have shape"),
+    ):
+        with pytest.raises(ValueError, match=f"diagonal .*{rule}"):
+            Damped(8, 6, 4, inner=inner, diagonal=bad)
+    with pytest.raises(ValueError, match="directions or diagonal .*None twice"):
+        Damped(8, 6, 4, inner=inner)

@@ -35,21 +35,22 @@ def write_squares(path: Location, modules: Iterable[Module], base_model: str) ->
         return names[key]
 
     for pair, kernel, spec, m, outs in modules:
-        op = spec.operator
+        op, m = spec.operator.absorbed(jnp.asarray(m, jnp.float32), spec.factor)
         inner = op.inner if isinstance(op, Damped) else op
         if pair.is_table or isinstance(inner, LowRank):
             rule = "a linear layer" if pair.is_table else "of a square, and not a LoRA"
             raise ValueError(f"{kernel} must be {rule}, with native=True")
-        m = np.asarray(op.scaled(m.astype(np.float32), spec.factor))
+        m = np.asarray(m)
         tensors[f"{pair.module}.m"] = m.reshape(-1, *m.shape[-2:])
+        key, enter = _compressing(op)
         h = *inner.compressed_shape[:-1], inner.m_shape[-1]
         entries[pair.module] = {
             "in": op.in_features,
             "out": outs.stop - outs.start,
-            "compress": once(inner, partial(_map, inner.enter, (op.in_features,))),
+            "compress": once(key, partial(_map, enter, (op.in_features,))),
             "decompress": once((inner, str(outs)), partial(_map, inner.leave, h, outs)),
         }
-        if isinstance(op, Damped):
+        if isinstance(op, Damped) and op.directions is not None:
             v = {"v": np.asarray(op.columns("float32"))}
             entries[pair.module]["damped"] = once(str(op.digests), partial(dict, v))
     data = encode(tensors, {})
@@ -63,6 +64,16 @@ def write_squares(path: Location, modules: Iterable[Module], base_model: str) ->
     }
     config[KEY]["sha256"] = digest(data, config)
     write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
+
+
+def _compressing(op: Any) -> tuple[Hashable, Callable[[Any], Any]]:
+    """A key of the map C of F x, and the map."""
+    if not isinstance(op, Damped):
+        return op, op.enter
+    if op.diagonal is None:
+        return op.inner, op.inner.enter
+    key = op.inner, op.digests["diagonal"]
+    return key, lambda x: op.inner.enter(op.scaled_inputs(x))
 
 
 def _map(call: Callable[[Any], Any], shape: Shape, outs: slice = slice(None)) -> Arrays:
