@@ -20,7 +20,6 @@ from mora_jax._tree.moments import Moments
 from mora_jax.operators import Damped
 
 FLOOR = 0.03  # the part of the mean second moment that each is raised by
-DIAGONAL = True
 SAME = 0.01  # the relative difference up to which two readings of inputs are the same
 
 
@@ -28,18 +27,22 @@ def input_damping(
     call: Callable[[Any], Any],
     adapters: Any,
     *,
-    directions: int = 16,
+    directions: int = 0,
     mask: Any = None,
 ) -> Any:
-    r"""The same adapters on damped inputs, so that ordinary text is forgotten less.
+    r"""The same adapters on damped inputs, so that the model forgets less.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P = I - V V^T
+    .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
 
-    V are the leading directions of the second moments of each layer's inputs in `call`,
-    which is of what should stay as it is: some hundred tokens of any text. Inputs are
-    scaled down along them to what they are in all other directions. Steps of M then
-    lean on what ordinary inputs lack. It takes two forward passes and no gradient of a
-    kernel; V is stored with the adapters: in * `directions` bfloat16s for each input.
+    `call` is of what should stay as it is: some hundred tokens of text, of which the
+    model itself may be the author (`own_text`). F scales each feature of a layer's
+    input down to what most of them are there, and leaves the smaller ones. Steps of M
+    then lean on what ordinary inputs lack. It takes one forward pass. F is multiplied
+    into M for blocks and LoRAs, where a step costs nothing more.
+
+    With `directions` above 0 their inputs are scaled down first along V, the leading
+    directions of their second moments, to what they are in all others. It takes a
+    second pass, no gradient of a kernel, and the time of a LoRA of that rank in a step.
 
     Its relatives are CorDA (https://arxiv.org/abs/2406.05223), LoRA-Null
     (https://arxiv.org/abs/2503.02659), AlphaEdit (https://arxiv.org/abs/2410.02355),
@@ -48,11 +51,12 @@ def input_damping(
 
     Args:
       call: A function from adapters to outputs of the adapted model. Give it compiled.
-        It is called twice and must compute with the same inputs both times, so let it
-        use arrays or a list of them, and no iterator and no dropout.
+        With directions it is called twice, and must compute with the same inputs both
+        times: let it use arrays or a list of them, and no iterator and no dropout.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
         The layers of a stack each have directions of their own.
-      directions: k, the number of directions, at most as many as inputs.
+      directions: The number of directions, V's columns. 0 scales features alone, and 4
+        are enough for what more of them gain.
       mask: An array of 1 for each position that counts and 0 for padding, such as a
         tokenizer's (batch, length) `attention_mask`. It holds for each layer whose
         input is (*mask.shape, ..., features), or has these positions flattened to one
@@ -78,8 +82,8 @@ def input_damping(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> adapters = mora_jax.init(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       >>> call = lambda adapters: adapters["fc"]["kernel_mora"](jnp.eye(8)[:3])
-      >>> mora_jax.input_damping(call, adapters, directions=2)["fc"]["kernel_mora"]
-      Adapter(block_diagonal, damped (2), float32[2, 4, 4])
+      >>> mora_jax.input_damping(call, adapters)["fc"]["kernel_mora"]
+      Adapter(block_diagonal, damped (diagonal), float32[2, 4, 4])
     """
     natural_number("directions", directions)
     if not callable(call):
@@ -111,19 +115,13 @@ def input_damping(
     known: dict[bytes, np.ndarray] = {}  # queries, keys and values have one input
     damped = {}
     for path, of_path in second.items():
-        adapter = found[path]
-        inner = adapter.operator
         v, taken = None, np.zeros_like(of_path.squares)
         if directions:
             v, taken = _directions(columns[path], of_path, directions)
             v = known.setdefault(v.tobytes(), v)
-        f = _diagonal(of_path.squares - taken) if DIAGONAL or v is None else None
-        if f is not None:
-            f = known.setdefault(f.tobytes(), f)
-        sizes = inner.in_features, inner.out_features, inner.square_rank
-        new = Damped(*sizes, inner=inner, directions=v, diagonal=f)
-        spec = dataclasses.replace(adapter.spec, operator=new)
-        damped[path] = adapter.replace(spec=spec)
+        f = _diagonal(of_path.squares - taken)
+        f = known.setdefault(f.tobytes(), f)
+        damped[path] = _damped(found[path], v, f)
     others = ["/".join(path) for path in second if second[path].ignores_mask]
     if others and counted is not None:
         warn(
@@ -228,6 +226,20 @@ def check_new(name: str, adapter: Adapter) -> None:
         )
 
 
+def _damped(adapter: Adapter, v: np.ndarray | None, f: np.ndarray) -> Adapter:
+    """The adapter on inputs that V and F damp."""
+    inner = adapter.operator
+    op = Damped(
+        inner.in_features,
+        inner.out_features,
+        inner.square_rank,
+        inner=inner,
+        directions=v,
+        diagonal=f,
+    )
+    return adapter.replace(spec=dataclasses.replace(adapter.spec, operator=op))
+
+
 def _directions(
     basis: np.ndarray, measured: Moments, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -251,9 +263,8 @@ def _directions(
     factors = np.sqrt((rest + floor) / (values + floor)).clip(max=1)
     scaled = v * np.sqrt(1 - factors)[..., None, :]
     # Of S' = (I - V V^T) S (I - V V^T) the diagonal, from S V and V^T S V.
-    product = (measured.products @ vectors[..., -count:]) * np.sqrt(1 - factors)[
-        ..., None, :
-    ]
+    product = measured.products @ vectors[..., -count:]
+    product = product * np.sqrt(1 - factors)[..., None, :]
     within = scaled.swapaxes(-2, -1) @ product
     taken = 2 * (product * scaled).sum(-1) - ((scaled @ within) * scaled).sum(-1)
     return np.asarray(scaled, jnp.bfloat16), taken
