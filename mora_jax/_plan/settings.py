@@ -264,15 +264,16 @@ class MoRAConfig(KernelConfig):
         would: q <= sqrt((in + out) r).
       operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
         "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
-        "hadamard", "low_rank", or "auto"; or a mapping with further settings,
+        "hadamard", "low_rank"; or "auto", which is "block_diagonal" below a rank of 128
+        and "sharing" from there on; or a mapping with further settings,
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, above 0: 1
         is usual, and above 4 a `MoRAWarning` is given.
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. "paper" takes 1.
-      square_rank: q itself, instead of `rank`; or the number of blocks that have an M
-        each. "auto" then has a square.
+      square_rank: q itself, instead of `rank`, for an operator that is named; or the
+        number of blocks that have an M each.
       multiple_of: The number whose multiple q is rounded down to, and blocks up. None
         takes what suits the layer's widths and the chip, see `square_rank`; it may use
         as little as a quarter of the budget, as `print(plan)` tells. 1 uses all of it.

@@ -279,14 +279,18 @@ def many_if(shape: Shape, one: Shape) -> str:
 def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, name = config.square_rank, config.operator
-    kind, *_ = _registry.parse_spec(name)
     if q is None:
         # "auto" goes by the budget, and not by the q that is left of it.
         name = _registry.resolve_auto(name, config.budget)
         q = _registry.square_rank(config.budget, ins, outs, name, config.multiple_of)
-    elif q > min(ins, outs) and _registry.OPERATORS.get(kind, Operator).square:
-        rule = "square_rank must be at most min(in_features, out_features)"
-        raise ValueError(f"{rule} = {min(ins, outs)}, got {q}")
+    else:
+        _registry.refuse_auto(name, q)
+        kind, _ = _registry.parse_spec(name)
+        if q > min(ins, outs) and _registry.OPERATORS[kind].square:
+            raise ValueError(
+                "square_rank must be at most min(in_features, out_features) = "
+                f"{min(ins, outs)}, got {q}"
+            )
     return _registry.make_operator(name, ins, outs, q, seed=config.seed)
 
 

@@ -54,22 +54,27 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def resolve_auto(
-    spec: OperatorSpec, rank: int | float, *, square: bool = False
-) -> OperatorSpec:
-    """`spec`, or what "auto" stands for with a budget of `rank`; of a `square` M."""
+def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
+    """`spec`, or what "auto" stands for with a budget of `rank`."""
     if parse_spec(spec)[0] != "auto":
         return spec
-    if rank >= SHARING_FROM_RANK:
-        return "sharing"
-    return "signed_decoupling" if square else "block_diagonal"
+    return "sharing" if rank >= SHARING_FROM_RANK else "block_diagonal"
+
+
+def refuse_auto(spec: OperatorSpec, square_rank: int) -> None:
+    """Raise if `spec` is "auto", which goes by a budget, where a width is given."""
+    if parse_spec(spec)[0] == "auto":
+        raise ValueError(
+            f"operator must be named beside square_rank={square_rank}, got 'auto', "
+            "which goes by a rank: say operator='sharing' or 'rotation'"
+        )
 
 
 def square_rank(
     rank: int,
     in_features: int,
     out_features: int,
-    operator: OperatorSpec = "auto",
+    operator: OperatorSpec = "sharing",
     multiple_of: int | None = None,
 ) -> int:
     r"""The q of a budget: the widest M that costs no more and suits the layer.
@@ -86,7 +91,7 @@ def square_rank(
       rank: The budget r.
       in_features: The number of the kernel's input features.
       out_features: The number of its output features.
-      operator: The operator that q is for.
+      operator: The operator that q is for; "auto" is the one of this budget.
       multiple_of: A number that q is rounded down to a multiple of, blocks up, unless
         it is larger; 1 takes all of the budget. None is for what suits the layer.
 
@@ -102,7 +107,7 @@ def square_rank(
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("multiple_of", 1 if multiple_of is None else multiple_of)
-    cls = OPERATORS[parse_spec(resolve_auto(operator, rank, square=True))[0]]
+    cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
     q = cls.widest(rank, in_features, out_features, multiple_of)
     if not cls.square:
         return q
@@ -146,8 +151,7 @@ def make_operator(
 
     Args:
       spec: A name ("rotation"), or a mapping with further settings
-        ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is
-        signed_decoupling for small squares, and sharing from about LoRA rank 128 on.
+        ({"name": "sharing", "compress_groups": "contiguous"}).
       in_features: The number of the kernel's input features.
       out_features: The number of its output features.
       square_rank: q, the width of M.
@@ -164,8 +168,8 @@ def make_operator(
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)
-    rank = square_rank**2 / (in_features + out_features)
-    name, settings = parse_spec(resolve_auto(spec, rank, square=True))
+    refuse_auto(spec, square_rank)
+    name, settings = parse_spec(spec)
     cls = OPERATORS[name]
     if hasattr(cls, "seed"):
         settings["seed"] = seed

@@ -202,7 +202,9 @@ def twin(way):
 
 
 def moradense(way):
-    config = MoRAConfig(square_rank=4, init="gaussian", execution=way)
+    config = MoRAConfig(
+        operator="signed_decoupling", square_rank=4, init="gaussian", execution=way
+    )
     layer = mora_jax.MoRADense(8, config=config)
     return layer.apply, (layer.init(jax.random.key(0), X), X)
 
@@ -276,7 +278,9 @@ def test_nothing_folds_under_dropout():
     """
     params, outputs = {"kernel_mora": random(1, 4, 4)}, []
     for way, count in (("activation", 2), ("fold", 1)):
-        config = MoRAConfig(square_rank=4, dropout=0.5, execution=way)
+        config = MoRAConfig(
+            operator="signed_decoupling", square_rank=4, dropout=0.5, execution=way
+        )
         frozen = FrozenDense.from_config(random(0, 12, 8), config=config)
         outputs.append(mora_apply(params, frozen, X, key=jax.random.key(0)))
         still = functools.partial(mora_apply, deterministic=True)

@@ -21,7 +21,12 @@ SAFE, OTHER = ("fsdp", "data"), ("data", "fsdp")
 X = random(0, 8, 6, 32)
 MODEL = nn.MultiHeadDotProductAttention(4, use_bias=False)
 PARAMS = random_like(jax.eval_shape(MODEL.init, jax.random.key(0), X))["params"]
-PLAN = linen.plan(MODEL, {"params": PARAMS}, MoRAConfig(square_rank=8), X)
+PLAN = linen.plan(
+    MODEL,
+    {"params": PARAMS},
+    MoRAConfig(operator="signed_decoupling", square_rank=8),
+    X,
+)
 
 COLUMNS = P("fsdp", None, "model")
 RIGHT = {

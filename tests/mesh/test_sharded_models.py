@@ -181,7 +181,7 @@ def test_lookups_beyond_the_table_are_as_on_one_device(mode):
     register_layer(Table, equation=Lookup(mode), kernel="table")
     model, ids = Table(mode), np.arange(-16, 16).reshape(8, 4)
     boxed = jax.eval_shape(model.init, KEY, ids)
-    config = MoRAConfig(square_rank=6, targets="table")
+    config = MoRAConfig(operator="signed_decoupling", square_rank=6, targets="table")
     plan = linen.plan(model, boxed, config, ids)
     arrays = made(plan), random_like(nn.unbox(boxed)), ids
     expected = jax.jit(linen.wrap(model, plan))(*arrays)
@@ -408,7 +408,12 @@ def test_a_gradient_is_where_its_m_is_without_on_mesh():
     params = random_like(jax.eval_shape(model.init, KEY, X))["params"]
     specs = {f"layers_{k}": {"kernel": spec, "bias": P()} for k, spec in SPLIT.items()}
     params = put(params, MESH, specs)
-    plan = linen.plan(model, {"params": params}, MoRAConfig(square_rank=16), X)
+    plan = linen.plan(
+        model,
+        {"params": params},
+        MoRAConfig(operator="signed_decoupling", square_rank=16),
+        X,
+    )
     places, apply = sharding.adapter_shardings(plan, params), linen.wrap(model, plan)
 
     @jax.jit
@@ -424,7 +429,10 @@ def test_a_gradient_is_where_its_m_is_without_on_mesh():
 @pytest.mark.slow
 def test_gradients_outside_of_a_program():
     """Where cotangents are made on one device, and the kernel is on a mesh."""
-    model, config = two_linears(), MoRAConfig(square_rank=16)
+    model, config = (
+        two_linears(),
+        MoRAConfig(operator="signed_decoupling", square_rank=16),
+    )
     grad = mora_jax.nnx.value_and_grad(lambda model, x: jnp.sum(model(x)))
     expected = grad(wrap(model, config), X)
     place(model)

@@ -316,7 +316,11 @@ PARAMS = {
     },
     "mlp": {"kernel": np.ones((8, 12), np.float32)},
 }
-CONFIG = MoRAConfig(square_rank=4, overrides={"layers/.*": {"axes": "sio"}})
+CONFIG = MoRAConfig(
+    operator="signed_decoupling",
+    square_rank=4,
+    overrides={"layers/.*": {"axes": "sio"}},
+)
 PLAN = mora_jax.plan(PARAMS, CONFIG)
 SPECS = {
     "layers": {"up": {"kernel": P("fsdp", None, "model")}, "scale": P()},

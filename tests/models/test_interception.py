@@ -46,7 +46,9 @@ def linear(**settings):
 
 
 def with_eye(model, **settings):
-    adapted = mora.wrap(model, MoRAConfig(square_rank=8, **settings))
+    adapted = mora.wrap(
+        model, MoRAConfig(operator="signed_decoupling", square_rank=8, **settings)
+    )
     eye = jax.tree.map(lambda _: jnp.eye(8), mora.adapters(adapted))
     mora.set_adapters(adapted, eye)
     return adapted
@@ -66,7 +68,9 @@ def test_a_linen_model_that_qwix_quantizes_follows_a_plan_of_the_plain_one(kind)
     """No product of arrays is there to be proven."""
     model, x = nn.Sequential([nn.Dense(12)]), jax.random.normal(KEY, (3, 8))
     variables = made_for(model, x)
-    plan = linen.plan(model, variables, MoRAConfig(square_rank=8), x)
+    plan = linen.plan(
+        model, variables, MoRAConfig(operator="signed_decoupling", square_rank=8), x
+    )
     rule = qwix.QtRule if kind is qwix.QtProvider else qwix.QuantizationRule
     model = qwix.quantize_model(model, kind([rule(weight_qtype="int8")]))
     if kind is qwix.PtqProvider:
@@ -120,7 +124,7 @@ def test_interception_by_any_library_is_seen(monkeypatch):
 
 
 def test_a_qwix_that_cannot_be_turned_off_is_an_error(monkeypatch):
-    model = mora.wrap(linear(), MoRAConfig(square_rank=4))
+    model = mora.wrap(linear(), MoRAConfig(operator="signed_decoupling", square_rank=4))
     switch = sys.modules["qwix._src.interception"]
     monkeypatch.delattr(switch, "disable_interceptions")
     model(jnp.ones((3, 8)))  # no quantized model runs

@@ -457,7 +457,10 @@ def test_dropout_follows_train_and_eval(name):
 
 def test_dropout_drops_at_its_rate():
     model, ones = linear(40, 40, use_bias=False), jnp.ones((50, 40))
-    config, outputs = MoRAConfig(square_rank=40, dropout=0.3), []
+    config, outputs = (
+        MoRAConfig(operator="signed_decoupling", square_rank=40, dropout=0.3),
+        [],
+    )
     for seed in (0, 2**32 - 1):
         both = mora.wrap(model, config, seed=seed)
         mora.set_adapters(
@@ -474,7 +477,9 @@ def test_dropout_drops_at_its_rate():
 def test_scanned_layers_drop_in_their_own_way():
     """Even with M's that are equal, as the zeros of the start are."""
     model = stack_of(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
-    both = mora.wrap(model, MoRAConfig(square_rank=16, dropout=0.5))
+    both = mora.wrap(
+        model, MoRAConfig(operator="signed_decoupling", square_rank=16, dropout=0.5)
+    )
     eyes = jnp.ones((3, 1, 1)) * jnp.eye(16)
     mora.set_adapters(both, jax.tree.map(lambda _: eyes, mora.adapters(both)))
     each = nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0))

@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from mora_jax import AdapterSpec, MoRAConfig, make_operator, square_rank
+from mora_jax import AdapterSpec, MoRAConfig, make_operator, plan, square_rank
 from mora_jax.operators import Operator
 from mora_jax.operators.orthogonal import Projection
 
@@ -424,17 +424,26 @@ def test_auto_goes_by_the_budget(rank):
     """And not by what q leaves of it."""
     spec = AdapterSpec.from_config(MoRAConfig(rank=rank), (1000, 1000))
     assert spec.operator.name == ("sharing" if rank == 128 else "block_diagonal")
-    square = AdapterSpec.from_config(MoRAConfig(square_rank=64), (1000, 1000))
-    assert square.operator.name == "signed_decoupling"  # whose M is a square
+    q = square_rank(rank, 1000, 1000, "auto")
+    assert q == square_rank(rank, 1000, 1000, spec.operator.name)
+    assert q == spec.operator.square_rank
 
 
-def test_auto():
-    """Signed blocks for small budgets, sharing for large ones as in the paper."""
-    q = square_rank(8, 4096, 4096)
-    assert make_operator("auto", 4096, 4096, q).name == "signed_decoupling"
-    assert make_operator({"name": "auto"}, 4096, 4096, q).name == "signed_decoupling"
-    q = square_rank(256, 4096, 4096)
-    assert make_operator("auto", 4096, 4096, q).name == "sharing"
+def test_auto_needs_a_budget():
+    """Beside a width there is none, and the operator is named."""
+    rule = r"operator must be named beside square_rank=64, got 'auto'"
+    config = MoRAConfig(square_rank=64)
+    for make in (
+        lambda: AdapterSpec.from_config(config, (1000, 1000)),
+        lambda: plan({"kernel": jnp.ones((128, 128))}, config),
+        lambda: make_operator("auto", 1000, 1000, 64),
+        lambda: make_operator({"name": "auto"}, 1000, 1000, 64),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            make()
+    overrides = {"kernel": {"square_rank": 64, "operator": "rotation"}}
+    found = plan({"kernel": jnp.ones((128, 128))}, MoRAConfig(overrides=overrides))
+    assert found["kernel"].operator.name == "rotation"
 
 
 BAD_SETTINGS = {

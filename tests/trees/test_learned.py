@@ -75,7 +75,9 @@ def test_what_was_learned_is_one_adapter(dtype, tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_learned_arrays_and_kernels_that_stayed():
     params, _ = made()
-    config = MoRAConfig(square_rank=4, targets="b/kernel", train="a/bias")
+    config = MoRAConfig(
+        operator="signed_decoupling", square_rank=4, targets="b/kernel", train="a/bias"
+    )
     start = mora_jax.init(mora_jax.plan(params, config), params=params)
     merged = {**params, "a": {**params["a"], "bias": jnp.full(2, 3.0)}}
     adapters, lost, deltas = learned(params, merged, start)

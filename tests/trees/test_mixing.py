@@ -151,7 +151,9 @@ def test_states_of_nnx_stay_states():
         def __init__(self):
             self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
 
-    model = mora_jax.nnx.wrap(Model(), MoRAConfig(square_rank=4))
+    model = mora_jax.nnx.wrap(
+        Model(), MoRAConfig(operator="signed_decoupling", square_rank=4)
+    )
     state = nnx.state(model, mora_jax.nnx.MoRAParam)
     state = random_like(state)
     doubled = scaled(state, 2)

@@ -192,7 +192,9 @@ def test_an_adapter_of_a_stack_and_of_several_axes_is_one_too():
         ("iio", (3, 4, 8), (5, 3, 4), "bih,iho->bo"),
         ("oi", (8, 12), (5, 12), "bi,oi->bo"),
     ):
-        spec = AdapterSpec.from_config(MoRAConfig(square_rank=4), shape, axes)
+        spec = AdapterSpec.from_config(
+            MoRAConfig(operator="signed_decoupling", square_rank=4), shape, axes
+        )
         adapter, x = Adapter(random(0, *spec.shape), spec), random(1, *inputs)
         assert adapter.delta().shape == shape
         close(adapter(x), jnp.einsum(equation, x, adapter.delta()))

@@ -390,7 +390,9 @@ def test_a_config_is_a_value():
 
 
 def test_of_rank_and_square_rank_the_nearer_one_is_taken():
-    by_q = MoRAConfig(square_rank=8, overrides={"a": {"rank": 2}})
+    by_q = MoRAConfig(
+        operator="signed_decoupling", square_rank=8, overrides={"a": {"rank": 2}}
+    )
     config = by_q.settings("a")[0]
     assert (config.rank, config.square_rank) == (2, None)
     overrides = {"a|b|c": {"square_rank": 8}, "b|c": {"rank": 2}}
@@ -402,7 +404,9 @@ def test_of_rank_and_square_rank_the_nearer_one_is_taken():
     by_eight = MoRAConfig(rank=8, overrides={"a": {"square_rank": 6}})
     assert by_eight.settings("a")[0].square_rank == 6
     # None says nothing, as if it were left out.
-    by_q = MoRAConfig(square_rank=8, overrides={"a": {"rank": None}})
+    by_q = MoRAConfig(
+        operator="signed_decoupling", square_rank=8, overrides={"a": {"rank": None}}
+    )
     assert by_q.settings("a")[0].square_rank == 8
 
 
@@ -482,7 +486,9 @@ def test_summary_shows_what_is_not_usual():
     assert shown == [["64", "of", "90"], ["256"]]
     assert not any(name in text for name in ("alpha", "scale", "dropout"))
     assert "scale" in summary(plan(params))
-    assert " of 90" not in summary(plan(params, MoRAConfig(square_rank=64)))
+    assert " of 90" not in summary(
+        plan(params, MoRAConfig(operator="signed_decoupling", square_rank=64))
+    )
     assert "of" not in summary(plan(params, MoRAConfig(rank=7))).splitlines()[1]
     overrides = {"small/kernel": {"alpha": 0.5, "dropout": 0.1}}
     config = MoRAConfig(rank=8, overrides=overrides, **settings)
@@ -497,7 +503,9 @@ def test_scale_is_a_factor_of_each_kernel():
     """A plan says which; it multiplies as alpha does, which stays what it was."""
     params = {"a": dense(64, 64), "b": dense(64, 16)}
     settings = dict(operator="decoupling", alpha=0.5)
-    found = plan(params, MoRAConfig(square_rank=8, **settings))
+    found = plan(
+        params, MoRAConfig(operator="signed_decoupling", square_rank=8, **settings)
+    )
     # 8 blocks of 8 each have outputs of their own, or share them in fours.
     assert [spec.scale for spec in found.values()] == [8.0, 4.0]
     assert [spec.factor for spec in found.values()] == [4.0, 2.0]

@@ -190,7 +190,10 @@ def test_no_kernel_is_folded_for_each_row(operator):
 
 def test_float64_and_forward_mode(float64):
     x, params = random(0, 2, 12, dtype=np.float64), {"kernel": random(1, 12, 16)}
-    plan = mora_jax.plan(params, MoRAConfig(square_rank=4, param_dtype="float64"))
+    plan = mora_jax.plan(
+        params,
+        MoRAConfig(operator="signed_decoupling", square_rank=4, param_dtype="float64"),
+    )
     apply = linen.wrap(nn.Dense(16, use_bias=False, param_dtype=x.dtype), plan)
     params = jax.tree.map(lambda w: w.astype(x.dtype), params)
     adapters = several(plan)
@@ -210,7 +213,9 @@ def test_float64_and_forward_mode(float64):
 
 def test_dropout_is_that_of_one_adapter():
     x, params = random(0, 2, 3, 12), {"kernel": random(1, 12, 16)}
-    plan = mora_jax.plan(params, MoRAConfig(square_rank=4, dropout=0.5))
+    plan = mora_jax.plan(
+        params, MoRAConfig(operator="signed_decoupling", square_rank=4, dropout=0.5)
+    )
     apply, adapters = linen.wrap(nn.Dense(16, use_bias=False), plan), several(plan)
     rest = {"rngs": {"dropout": jax.random.key(0)}, "adapter_deterministic": False}
 
@@ -228,7 +233,7 @@ def test_a_cache_is_mapped():
     model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
     x, index = random(0, 3, 4, 8), np.array([2, 0, -1])
     variables = made_for(model, x[:1])
-    config = MoRAConfig(square_rank=4)
+    config = MoRAConfig(operator="signed_decoupling", square_rank=4)
     plan = linen.plan(model, variables, config, x[:1, :1], mutable=["cache"])
     apply, adapters = linen.wrap(model, plan), several(plan)
     empty = jax.tree.map(jnp.zeros_like, variables["cache"])
@@ -297,7 +302,11 @@ def test_meshes(kind, operator):
 PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
 PLAN = mora_jax.plan(
     PARAMS,
-    MoRAConfig(square_rank=4, overrides={"s/kernel": {"axes": "sio"}}),
+    MoRAConfig(
+        operator="signed_decoupling",
+        square_rank=4,
+        overrides={"s/kernel": {"axes": "sio"}},
+    ),
 )
 OTHER = dataclasses.replace(
     PLAN, parts={p: dataclasses.replace(s, alpha=0.5) for p, s in PLAN.specs.items()}
@@ -375,7 +384,10 @@ def test_a_slot_that_a_compiled_function_does_not_have_is_none():
 
 def test_in_nnx_many_train_by_their_slots():
     """Each gets the gradient that it has alone, on its rows."""
-    x, settings = random(0, 3, 8), MoRAConfig(square_rank=4)
+    x, settings = (
+        random(0, 3, 8),
+        MoRAConfig(operator="signed_decoupling", square_rank=4),
+    )
     model = mora.wrap(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), settings)
     adapters = several(mora.plan_of(model))
     stacked = serving.stack(adapters)
@@ -416,7 +428,10 @@ def test_a_model_that_is_not_mapped_refuses_many(rows, tmp_path):
     adapters, x = several(PLAN), random(0, rows, 12)
     many = serving.select(serving.stack(adapters), np.arange(rows))
     of_a = {"a": many["a"]}
-    layer = mora_jax.plan({"kernel": PARAMS["a"]["kernel"]}, MoRAConfig(square_rank=4))
+    layer = mora_jax.plan(
+        {"kernel": PARAMS["a"]["kernel"]},
+        MoRAConfig(operator="signed_decoupling", square_rank=4),
+    )
     one, own = many["a"], {"params": PARAMS["a"]}
     for call in (
         lambda: linen.wrap(nn.Dense(16, use_bias=False), layer)(one, own, x),
@@ -430,7 +445,10 @@ def test_a_model_that_is_not_mapped_refuses_many(rows, tmp_path):
             call()
     deltas = mora_jax.delta_weight(many)["s"]["kernel"]
     close(deltas[1], mora_jax.delta_weight(adapters[1])["s"]["kernel"])
-    model = mora.wrap(nnx.Linear(12, 16, rngs=nnx.Rngs(0)), MoRAConfig(square_rank=4))
+    model = mora.wrap(
+        nnx.Linear(12, 16, rngs=nnx.Rngs(0)),
+        MoRAConfig(operator="signed_decoupling", square_rank=4),
+    )
     with pytest.raises(ValueError, match=MANY):
         mora.set_adapters(model, many["a"])
     nnx.update(model, {"kernel_mora": many["a"]["kernel_mora"].m})
