@@ -171,14 +171,14 @@ def _drawn(
 
     ids, seen = jax.lax.scan(step, jnp.asarray(given), jnp.arange(1, length + 1))
     later = seen["reading"][-1].T
-    is_drawn = jnp.arange(1, length)[:, None] >= starts
-    moved = jnp.where(is_drawn, later - seen["said"][:-1], 0)
-    spread = jnp.where(is_drawn, seen["spread"][:-1], 0)
+    is_drawn = jnp.arange(1, length)[:, None] >= starts[None]
+    moved = later - seen["said"][:-1]
+    spread = seen["spread"][:-1]
     return ids, _Seen(
         is_finite=seen["is_finite"],
         is_apart=seen["is_apart"],
-        moved=jnp.sqrt((moved**2).sum() / is_drawn.sum()),
-        spread=jnp.sqrt((spread**2).sum() / is_drawn.sum()),
+        moved=jnp.sqrt((moved**2).mean(where=is_drawn)),
+        spread=jnp.sqrt((spread**2).mean(where=is_drawn)),
     )
 
 

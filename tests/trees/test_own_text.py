@@ -103,7 +103,7 @@ def test_a_small_temperature_takes_the_likeliest():
 
     def counted(ids):
         calls.append(ids.shape)
-        return model(ids)
+        return 1e10 * model(ids)
 
     settings = {"rows": 3, "length": 8, "temperature": 1e-30}
     ids = own_text(counted, [[1], [2, 3, 4], [5]], **settings)
@@ -245,6 +245,13 @@ def test_dropout_is_refused():
         own_text(lambda ids: nnx.clone(changed)(ids), 0, **SMALL)
     changed.eval()
     own_text(changed, 0, **SMALL)
+
+
+def test_a_model_through_nnx_jit_is_refused():
+    """Flax would change it within the trace."""
+    call, changed = nnx.jit(lambda model, ids: model(ids)), twin()
+    with pytest.raises(ValueError, match="^apply must .*state.* not through nnx.jit"):
+        own_text(lambda ids: call(changed, ids), 0, **SMALL)
 
 
 @pytest.mark.usefixtures("unchecked")
