@@ -14,6 +14,7 @@ What to adapt, and how::
   directions            adapters between the directions of a first gradient
   gradient_bases        the same of gradients that you have
   input_damping         adapters that see less of what ordinary inputs have most of
+  own_text              what a language model says of itself, as its ordinary inputs
   gradient_start        adapters that start as one step of gradient descent
   Call                  the inputs of one of several calls that a plan is for
   register_layer        teach linen.wrap and nnx.wrap a layer class
@@ -109,6 +110,7 @@ with lazy_api_imports(globals()):
     from mora_jax._tree.optim import optimizer as optimizer
     from mora_jax._tree.optim import trainable_labels as trainable_labels
     from mora_jax._tree.optim import trainable_mask as trainable_mask
+    from mora_jax._tree.own_text import own_text as own_text
     from mora_jax._tree.plan import Plan as Plan
     from mora_jax._tree.plan import summary as summary
     from mora_jax.io import load as load

@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 from helpers import close, largest, random, random_like, trained
 
-from mora_jax import MoRAConfig, fold, init, linen, plan
+from mora_jax import MoRAConfig, fold, init, linen, own_text, plan
 from mora_jax.io import load_base
 
 pytestmark = [
@@ -152,6 +152,25 @@ def test_gpt2():
     spec = chosen["transformer/h/0/attn/c_attn/kernel"]
     assert (spec.in_features, spec.out_features) == (24, 72)
     check_zero_and_merged(model, variables, args, chosen, apply)
+
+
+@pytest.mark.slow
+def test_text_of_their_own():
+    """Of causal models that return their logits alone; BERT is told apart."""
+    module, variables, _ = tiny("gpt2")
+    model = transformers.FlaxGPT2LMHeadModel(module.config, _do_init=False)
+    params = variables["params"]
+    apply = lambda ids: model(ids, params=params).logits  # noqa: E731
+    ids = own_text(apply, [[3], [5, 6]], rows=2, length=8, temperature=1e-6)
+    likeliest = np.argmax(apply(ids), -1)
+    np.testing.assert_array_equal(ids[0, 1:], likeliest[0, :-1])
+    np.testing.assert_array_equal(ids[1, 2:], likeliest[1, 1:-1])
+    with pytest.raises(TypeError, match="^apply must .*Output.*; .*logits alone"):
+        own_text(lambda ids: model(ids, params=params), 3, length=8)
+    config = transformers.BertConfig(**ENCODER, initializer_range=0.3)
+    bert = transformers.FlaxBertForMaskedLM(config)
+    with pytest.raises(ValueError, match="^apply must be causal"):
+        own_text(lambda ids: bert(ids).logits, 3, length=8)
 
 
 IDS, IMAGES = jnp.ones((2, 8), jnp.int32), jnp.ones((1, 16, 16, 3))

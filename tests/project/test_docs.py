@@ -101,6 +101,7 @@ NEEDS = {
 
 SLOW = {"checkpoints.md", "many-adapters.md", "quantized.md", "transformers.md"}
 SLOW |= {"coming-from.md", "inside.md", "lora.md", "operators.md", "training.md"}
+SLOW |= {"what-it-learns.md"}
 """Pages whose blocks take seconds."""
 
 
