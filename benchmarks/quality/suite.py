@@ -16,7 +16,6 @@ authors wish.
 
 import argparse
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +69,7 @@ HELD_OUT = 128  # examples, or a third of those that a task has
 SAMPLE = 1000  # problems of reasoning-gym that sizes are read from
 FITTING = 0.95  # the share of examples that are not longer than the others' rows
 LONGEST = (48, 20)  # tokens of a prompt with its answer, and of the answer
+LEAST = 1e-6  # loss, so that means of logarithms are finite
 MULTIPLES = (8, 4)  # of tokens, so that tasks share compiled programs
 
 
@@ -120,7 +120,7 @@ class Task(NamedTuple):
 
 
 def fits(pair: Pair, size: Size) -> bool:
-    """True if a prompt and its answer are no longer than `size`."""
+    """True if `size` has room for a prompt and its answer."""
     return all(np.less_equal(answers.size_of(pair), size))
 
 
@@ -213,9 +213,18 @@ def settings(args: argparse.Namespace, method: str, task: str) -> cells.Cell:
     return cell
 
 
+def losses_of(row: cells.Cell) -> list[float]:
+    """The losses of held-out answers, at the start and after each quarter.
+
+    They are infinite after training broke down, and at least `LEAST`.
+    """
+    scores = row["scores"]
+    return [math.inf if one is None else max(one["loss"], LEAST) for one in scores]
+
+
 def final(row: cells.Cell) -> float:
-    """The loss of held-out answers at the end; infinite if training broke down."""
-    return math.inf if row["scores"][-1] is None else row["scores"][-1]["loss"]
+    """The loss of held-out answers at the end."""
+    return losses_of(row)[-1]
 
 
 def best_rate(args: argparse.Namespace, method: str) -> float:
@@ -280,10 +289,11 @@ def rows_of(
 
     With --report these are the finished ones.
     """
-    every = itertools.product(range(args.seeds), args.tasks, rates)
     wanted = [
-        {**settings(args, name, task), "rate": rates[name], "seed": seed}
-        for seed, task, name in every
+        {**settings(args, name, task), "rate": rate, "seed": seed}
+        for seed in range(args.seeds)
+        for task in args.tasks
+        for name, rate in rates.items()
     ]
     if args.report:
         rows = [row for cell in wanted for row in finished_run(args.report, cell)]
@@ -308,11 +318,14 @@ def steps_to(row: cells.Cell, loss: float) -> float:
     """Steps until the loss of held-out answers is that low; infinite if it never is.
 
     It is known after each quarter of the steps, and logarithms are on lines between.
+    One step is the least.
     """
-    losses = [math.inf if score is None else score["loss"] for score in row["scores"]]
+    losses = losses_of(row)
+    if losses[0] <= loss:
+        return 1.0
     heights = [-math.log(value) for value in losses]
     quarters = ladders.first_above(heights, -math.log(loss))
-    return quarters * row["steps"] / (len(losses) - 1)
+    return max(1.0, quarters * row["steps"] / (len(losses) - 1))
 
 
 def by_run(rows: Sequence[cells.Cell]) -> dict[tuple[str, int], cells.Cell]:
@@ -345,13 +358,14 @@ def mean_ranks(found: Mapping[str, Sequence[cells.Cell]]) -> dict[str, float | N
 
 
 def summary(rows: Sequence[cells.Cell], others: Sequence[cells.Cell]) -> cells.Cell:
-    """A method beside LoRA, over the runs that both have.
+    """A method beside LoRA, over the runs that both have and where LoRA's ended.
 
     Args:
         rows: The runs of the method.
         others: LoRA's.
     """
-    runs, beside = by_run(rows), by_run(others)
+    runs = by_run(rows)
+    beside = by_run([row for row in others if math.isfinite(final(row))])
     common = [key for key in runs if key in beside]
     losses = error = steps = never = None
     if common:
