@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks.quality import bigbench, language, puzzles, suite, teaching
+from benchmarks.quality import bigbench, language, puzzles, suite, tasks, teaching
 from models.lesson import batch
 
 CAPITALS = {"examples": [{"input": "The capital of Peru is ", "target": ["Lima", "x"]}]}
@@ -119,9 +119,9 @@ def characters(monkeypatch):
     tokenizer = types.SimpleNamespace(encode=lambda text: list(text.encode()))
     base = language.Base(None, None, tokenizer)  # type: ignore[arg-type]
     monkeypatch.setattr(language, "base", lambda: base)
-    suite.task_of.cache_clear()
+    tasks.task_of.cache_clear()
     yield
-    suite.task_of.cache_clear()
+    tasks.task_of.cache_clear()
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def tense(characters, monkeypatch):
     """A task with 60 short examples, some of them twice, and three long ones."""
     rows = [bigbench.Example(f"number {k:02}", f"{k:02}") for k in range(60)]
     rows += rows[:9] + [bigbench.Example(f"{k} " + 50 * "a", "b") for k in range(3)]
-    monkeypatch.setattr(suite, "read", lambda name: rows)
-    return suite.task_of("tense", 8)
+    monkeypatch.setattr(tasks, "read", lambda name: rows)
+    return tasks.task_of("tense", 8)
 
 
 def test_held_out_examples_are_not_learned_from(tense):
@@ -141,15 +141,15 @@ def test_held_out_examples_are_not_learned_from(tense):
     assert len(held_out) == len(tense.held_out) == 16
     assert len(learned) == len(tense.learned) == 60 - 16
     assert not held_out & learned
-    suite.task_of.cache_clear()
-    assert suite.task_of("tense", 8) == tense
+    tasks.task_of.cache_clear()
+    assert tasks.task_of("tense", 8) == tense
 
 
 def test_longer_examples_are_left_out_and_said(tense, capsys):
     assert tense.size == (16, 4)
     assert tense.left_out == pytest.approx(3 / 63)
-    suite.task_of.cache_clear()
-    suite.task_of("tense", 8)
+    tasks.task_of.cache_clear()
+    tasks.task_of("tense", 8)
     printed = capsys.readouterr().out
     assert "16 examples are held out" in printed
     assert "4.8% are longer and left out" in printed
@@ -170,15 +170,15 @@ def test_a_stream_has_all_examples_once_in_an_epoch(tense):
 
 def test_too_few_examples_are_an_error():
     with pytest.raises(ValueError, match="at least 24 .* got 23"):
-        suite.split([("a", "b")] * 23, 8)
+        tasks.split([("a", "b")] * 23, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", puzzles.SIZES)
 def test_problems_are_short_and_new(name, characters, monkeypatch):
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(suite, "LONGEST", (80, 20))
-    task = suite.task_of(name, 4)
+    monkeypatch.setattr(tasks, "LONGEST", (80, 20))
+    task = tasks.task_of(name, 4)
     assert len(task.held_out) == 128 and task.left_out < 0.1
     assert all(prompt and answer for prompt, answer in task.held_out)
     known = {prompt for prompt, _ in task.held_out}
@@ -210,7 +210,9 @@ def run(method, task, losses, seed=0, divergence=0.1):
         "steps": 40,
         "parameters": 7,
         "seconds": 0.5,
-        "scores": [x and {"loss": x, "right": 0.5} for x in losses],
+        "scores": [
+            None if loss is None else {"loss": loss, "right": 0.5} for loss in losses
+        ],
         "forgetting": {"divergence": divergence, "same": 1.0, "text": 4.0},
     }
 
