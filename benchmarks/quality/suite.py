@@ -202,9 +202,8 @@ def mean_ranks(found: Mapping[str, Sequence[cells.Cell]]) -> dict[str, float | N
     """
     runs = {name: by_run(rows) for name, rows in found.items()}
     common = set.intersection(*(set(of_method) for of_method in runs.values()))
-    tasks = sorted({task for task, _ in common})
     ranks: dict[str, list[float]] = {name: [] for name in found}
-    for task in tasks:
+    for task in sorted({task for task, _ in common}):
         losses = {
             name: ladders.mean(
                 final(of_method[key]) for key in common if key[0] == task
@@ -279,17 +278,18 @@ COLUMNS = {
 
 def by_task(found: Mapping[str, Sequence[cells.Cell]]) -> list[cells.Cell]:
     """A row for each task: the loss of each method and the share that is right."""
-    tasks = {row["task"]: {} for rows in found.values() for row in rows}
+    table: dict[str, cells.Cell] = {
+        row["task"]: {"task": row["task"]} for rows in found.values() for row in rows
+    }
     for name, rows in found.items():
-        for task, row in tasks.items():
-            row["task"] = task
+        for task, row in table.items():
             ended = [r for r in rows if r["task"] == task and r["scores"][-1]]
             row[name] = None
             if ended:
                 loss = ladders.mean(map(final, ended))
                 right = np.mean([r["scores"][-1]["right"] for r in ended])
                 row[name] = f"{loss:.3f} ({right:.0%})"
-    return list(tasks.values())
+    return list(table.values())
 
 
 def main() -> None:

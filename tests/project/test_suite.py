@@ -113,6 +113,20 @@ def test_the_archive_is_downloaded_once_and_deleted(tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {"capitals.json", "a.go.json"}
 
 
+def test_pip_checks_the_archive_before_it_runs_what_is_in_it(tmp_path, monkeypatch):
+    def pip(command):
+        wanted = (tmp_path / "requirements.txt").read_text()
+        assert wanted == f"bigbench==1.0.0 --hash=sha256:{bigbench.SHA256}\n"
+        assert "--require-hashes" in command
+        return types.SimpleNamespace(returncode=codes.pop())
+
+    codes = [1, 0]
+    monkeypatch.setattr(bigbench.subprocess, "run", pip)
+    assert bigbench.download(tmp_path) == tmp_path / "bigbench-1.0.0.tar.gz"
+    with pytest.raises(SystemExit, match="bigbench==1.0.0"):
+        bigbench.download(tmp_path)
+
+
 @pytest.fixture
 def characters(monkeypatch):
     """A tokenizer with a token for each byte, and no model."""
