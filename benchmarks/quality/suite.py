@@ -153,8 +153,8 @@ def rows_of(
     wanted = [
         {**settings(args, name, task), "rate": rate, "seed": seed}
         for seed in range(args.seeds)
+        for name, rate in rates.items()  # runs of a method share compiled programs
         for task in args.tasks
-        for name, rate in rates.items()
     ]
     if args.report:
         rows = [row for cell in wanted for row in finished_run(args.report, cell)]
@@ -307,7 +307,7 @@ def main() -> None:
     if args.quick:
         args.tasks, args.seeds, args.steps = ["qa_wikidata", "chain_sum"], 1, 8
         args.methods = ["lora", "block_diagonal"]
-    # Cells of a size share programs, whatever their task, stream and rate.
+    # Programs are kept: runs of a method share them, if their rows are of one length.
     jax.config.update("jax_compilation_cache_dir", str(args.out.parent / "jax_cache"))
     found = rows_of(args, chosen_rates(args))
     ranks = mean_ranks(found)
