@@ -19,6 +19,7 @@ from models import smollm2
 from models.airports import ORDINARY, REHEARSED
 from models.lesson import Batch, batch
 
+SPECIAL = 20  # tokens that are not text, the first of the vocabulary
 ANSWER = 24  # tokens of an answer to an ordinary question, at most
 TEXTS, TEXT = 16, 44  # ordinary texts, and their tokens
 PROMPTS = (
@@ -36,6 +37,10 @@ PROMPTS = (
     "Tell me a joke about computers.",
 )
 """Ordinary prompts, which are none of those that forgetting is measured on."""
+
+
+DAMPING = ("ordinary", "own", "random", "inputs")
+"""The texts that `damping_inputs` knows."""
 
 
 class Base(NamedTuple):
@@ -92,6 +97,7 @@ def learner(
     targets: str,
     first: Batch | None = None,
     begin: int = 0,
+    text: str = "ordinary",
 ) -> learners.Learner:
     """A way to train SmolLM2.
 
@@ -100,9 +106,11 @@ def learner(
         rank: The rank of the LoRA, and the budget of MoRA.
         scale: Of MoRA's configuration.
         targets: The paths of the kernels to adapt.
-        first: The first batch, for methods that begin with its gradient.
+        first: The first batch, for methods that begin with its gradient, and for those
+            that are damped by it.
         begin: The first layer that is computed in a step. Its learner is given what
             `read` returns in place of ids.
+        text: The text that inputs are damped by, as in `damping_inputs`.
     """
     model, params, _ = base()
     at = np.zeros((1, 8), np.int32)
@@ -113,9 +121,15 @@ def learner(
     inputs = read(ids, begin), at
     if begin:
         model = Tail(model.config, begin)
-    own, places = damping_text()
+    damping = damping_inputs(text, first)
     task = learners.Task(
-        model, params, targets, inputs, loss, (read(own, begin), places)
+        model=model,
+        params=params,
+        targets=targets,
+        inputs=inputs,
+        loss=loss,
+        ordinary=(read(damping.ids, begin), damping.at),
+        counted=damping.counted,
     )
     return baselines.make(method, task, rank or 0, scale or "fine-tuning")
 
@@ -180,6 +194,75 @@ def damping_text() -> tuple[np.ndarray, np.ndarray]:
     ends = range(TEXT, len(chats) + 1, TEXT)
     ids = np.array([*long, *(chats[end - TEXT : end] for end in ends)], np.int32)
     return ids, np.zeros((len(ids), 1), np.int32)
+
+
+class DampingInputs(NamedTuple):
+    """The inputs that an adapter should see less of.
+
+    Attributes:
+        ids: (rows, length) tokens.
+        at: (rows, k) positions to give logits for, which nothing uses.
+        counted: (rows, length) ones, and zeros for padding; None if there is none.
+    """
+
+    ids: np.ndarray
+    at: np.ndarray
+    counted: np.ndarray | None = None
+
+
+def damping_inputs(text: str, first: Batch | None) -> DampingInputs:
+    """The inputs that an adapter is damped by.
+
+    Args:
+        text: "ordinary" for ordinary text, "own" for text that the untouched model
+            says, "random" for random tokens, "inputs" for the first batch.
+        first: The first batch that is taught, which "inputs" needs.
+
+    Raises:
+        ValueError: The text is another one, or "inputs" without a batch.
+    """
+    if text == "ordinary":
+        return DampingInputs(*damping_text())
+    if text == "own":
+        return DampingInputs(*own_text())
+    if text == "random":
+        return DampingInputs(*random_text())
+    if text == "inputs" and first is not None:
+        # The last token of an answer is at the place after the last that is foretold.
+        lengths = first.at.max(axis=1, keepdims=True) + 2
+        counted = (np.arange(first.ids.shape[1]) < lengths).astype(np.float32)
+        return DampingInputs(first.ids, first.at, counted)
+    raise ValueError(
+        f"text must be one of {', '.join(DAMPING)}, and inputs needs a batch, got "
+        f"{text!r}"
+    )
+
+
+@functools.lru_cache
+def own_text(rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and places of texts that the untouched model says, at temperature 1.
+
+    Each begins with <|im_start|>.
+    """
+    model, params, tokenizer = base()
+    apply = jax.jit(model.apply)
+    ids = np.zeros((rows, TEXT), np.int32)
+    ids[:, 0] = tokenizer.encode("<|im_start|>")[0]
+    places = np.zeros((rows, 1), np.int32)
+    random = np.random.default_rng(0)
+    for k in range(1, TEXT):
+        logits = np.asarray(apply({"params": params}, ids, places + k - 1))[:, 0]
+        # The largest of logits with Gumbel noise is a sample of their softmax.
+        ids[:, k] = (logits + random.gumbel(size=logits.shape)).argmax(-1)
+    return ids, places
+
+
+@functools.lru_cache
+def random_text(rows: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and places of tokens that are uniformly random, but not special ones."""
+    vocab = base().model.config.vocab
+    ids = np.random.default_rng(0).integers(SPECIAL, vocab, (rows, TEXT))
+    return ids.astype(np.int32), np.zeros((rows, 1), np.int32)
 
 
 def definitions() -> Iterator[str]:

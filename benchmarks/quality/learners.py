@@ -35,6 +35,8 @@ class Task(NamedTuple):
         inputs: The inputs of a call.
         loss: (logits of that call) -> loss.
         ordinary: The inputs of a call with ordinary text, for damped inputs.
+        counted: Ones for the tokens of that text, and zeros for padding; None counts
+            all.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Task(NamedTuple):
     inputs: tuple[Any, ...]
     loss: Callable[[jax.Array], jax.Array]
     ordinary: tuple[Any, ...] = ()
+    counted: Any = None
 
     def loss_of(self, learner: "Learner") -> Callable[..., jax.Array]:
         """(trained, frozen) -> loss."""
@@ -165,6 +168,7 @@ def damped(task: Task, plan: mora_jax.Plan, directions: int = 16) -> mora_jax.Pl
         lambda adapters: run(adapters, variables, *task.ordinary),
         mora_jax.init(plan),
         directions=directions,
+        mask=task.counted,
     )
     return plan_like(plan, adapters)
 

@@ -10,7 +10,6 @@ answers; what it forgot; the memory and the time of a step; the size of a file.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +19,11 @@ import numpy as np
 
 from benchmarks.common.harness import save, show
 from benchmarks.common.plots import figure, legend_below, plot_mean
-from benchmarks.quality import cells, ladders, language, teaching
-from models import lesson, smollm2
+from benchmarks.quality import answers, cells, ladders, puzzles, teaching
 from models.lesson import Batch
 from models.options import positive
 
+TASK = "chain_sum"
 ROWS, HELD_OUT = 32, 128  # problems
 METHODS = (
     "full",
@@ -38,49 +37,22 @@ SIZE = 12, 4  # tokens of the longest problem with its answer, and of that
 LAST = 10  # steps whose loss is the training loss
 
 
-def problems(count: int, seed: int) -> list[tuple[str, str]]:
-    """Sums and their results."""
-    try:
-        import reasoning_gym  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("this needs `pip install reasoning-gym==0.1.25`") from error
-    sizes = {"max_terms": 3, "min_digits": 1, "max_digits": 1}
-    made = reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **sizes)
-    return [(item["question"].partition(": ")[2], item["answer"]) for item in made]
-
-
-def batch(asked: list[tuple[str, str]]) -> Batch:
-    """Problems with their answers, all of one shape."""
-    tokenizer = language.base().tokenizer
-    prompts = [tokenizer.encode(question) for question, _ in asked]
-    replies = [[*tokenizer.encode(f" {answer}"), smollm2.EOS] for _, answer in asked]
-    return lesson.batch(prompts, replies, size=SIZE)
-
-
 @functools.lru_cache
 def questions() -> list[Batch]:
     """The problems that are not trained on, in batches."""
-    asked = problems(HELD_OUT, seed=0)
-    return [batch(asked[k : k + ROWS]) for k in range(0, HELD_OUT, ROWS)]
+    return answers.in_batches(puzzles.problems(TASK, HELD_OUT, seed=0), ROWS, SIZE)
 
 
 def batches(seed: int) -> Iterator[Batch]:
     """Batches of new problems, without end."""
-    held_out = {question for question, _ in problems(HELD_OUT, seed=0)}
-    # Problem k of a seed is problem 0 of the seed + k.
-    for first in itertools.count(1_000_000 * (seed + 1), 2 * ROWS):
-        asked = [p for p in problems(2 * ROWS, seed=first) if p[0] not in held_out]
-        yield batch(asked[:ROWS])
+    held_out = {question for question, _ in puzzles.problems(TASK, HELD_OUT, seed=0)}
+    stream = puzzles.stream(TASK, seed, ROWS, lambda pair: pair[0] not in held_out)
+    return (answers.batch(pairs, SIZE) for pairs in stream)
 
 
 def score(model: Callable[..., jax.Array]) -> dict[str, float]:
     """Loss on the problems that are not trained on, and the share answered rightly."""
-    losses, right = [], []
-    for part in questions():
-        logits = model(part.ids, part.at)
-        losses.append(float(language.loss_and_accuracy(logits, part)[0]))
-        right.append(language.recall(logits, part))
-    return {"loss": float(np.mean(losses)), "right": float(np.mean(right))}
+    return answers.score(model, questions())
 
 
 def compute(cell: cells.Cell) -> cells.Cell:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,10 +182,16 @@ class First(NamedTuple):
 
 
 def program_of(cell: Mapping[str, Any], first: Batch) -> Program:
-    """The program of a cell's method; `first` is the first batch."""
+    """The program of a cell's method; `first` is the first batch.
+
+    "text" in a cell is what inputs are damped by, and is ordinary text if it is not
+    there: see `language.damping_inputs`.
+    """
     settings = {k: cell[k] for k in ("method", "rank", "scale", "targets")}
     settings["begin"] = cell.get("begin", 0)
-    known = First(first) if baselines.prepasses(cell["method"]) else None
+    settings["text"] = cell.get("text", "ordinary")
+    reads_first = baselines.prepasses(cell["method"]) or settings["text"] == "inputs"
+    known = First(first) if reads_first else None
     return program(**settings, first=known)
 
 
@@ -299,25 +306,31 @@ def study(
 
     Returns:
         Losses before each step; the score of the model after each quarter of them,
-        None after a loss that was not finite; what was forgotten at the end.
+        None after a loss that was not finite; what was forgotten at the end; the median
+        of the seconds of a step.
     """
     steps, losses, scores, forgot = cell["steps"], [], [], None
+    seconds: list[float] = []
     schedule: Any = optax.warmup_cosine_decay_schedule(0, 1, WARMUP, steps, 0.1)
     quarters = {round(steps * k / 4) for k in range(5)}
     batches = list(itertools.islice(batches, steps + 1))
     program = program_of(cell, batches[0])
     run = train(program, batches, lambda k: cell["rate"] * float(schedule(k + 1)))
+    start = time.perf_counter()
     for k, step in enumerate(run):
+        seconds.append(time.perf_counter() - start)
         losses.append(round(step.loss, 4))
         if k in quarters:
             model = program.model(step)
             scores.append(score(model))
             forgot = language.forgetting(model) if k == steps else None
+        start = time.perf_counter()
     return {
         "losses": losses,
         "scores": scores if forgot else [*scores, None],
         "forgetting": forgot,
         "parameters": program.parameters,
+        "seconds": round(float(np.median(seconds)), 3),
     }
 
 

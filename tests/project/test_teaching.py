@@ -46,7 +46,13 @@ def small(monkeypatch, layers):
     monkeypatch.setattr(language, "base", lambda: base)
     monkeypatch.setattr(language, "definitions", lambda: itertools.repeat("ab" * 99, 2))
     monkeypatch.setattr(language, "TEXT", 20)
-    caches = language.ordinary, language._read, teaching.program
+    caches = (
+        language.ordinary,
+        language._read,
+        language.own_text,
+        language.random_text,
+        teaching.program,
+    )
     for cache in caches:
         cache.cache_clear()
     yield base
@@ -167,6 +173,25 @@ def test_the_least_that_was_forgotten_at_equal_recall():
 
 
 @pytest.mark.slow
+def test_inputs_are_damped_by_another_text(small):
+    """A run that names none is damped by ordinary text, as recorded runs are."""
+    test = pairs()
+
+    def losses(**text):
+        run = cell("sharing, damped", rate=1e-2, steps=3, **text)
+        return teaching.memorise(run, test)["losses"]
+
+    by_text = {text: losses(text=text) for text in language.DAMPING}
+    assert losses() == by_text["ordinary"]
+    assert len({tuple(found) for found in by_text.values()}) == len(by_text)
+    ids, places = language.own_text()
+    assert ids.shape == (16, language.TEXT) and places.shape == (16, 1)
+    assert (ids[:, 0] == ids[0, 0]).all() and len({bytes(row) for row in ids}) == 16
+    ids, _ = language.random_text()
+    assert language.SPECIAL <= ids.min() and ids.max() < 256
+
+
+@pytest.mark.slow
 def test_scores_along_a_run(small):
     """Of the untouched model, and after each quarter; nothing after a breakdown."""
     test = pairs()
@@ -178,6 +203,7 @@ def test_scores_along_a_run(small):
     found = teaching.study(run, itertools.repeat(test), score)
     assert found["scores"][0] == 0.0 and found["scores"][-1] == 1.0
     assert len(found["scores"]) == 5 and len(found["losses"]) == 41
+    assert found["seconds"] >= 0
     broken = teaching.study({**run, "rate": math.inf}, itertools.repeat(test), score)
     assert broken["scores"][-1] is None and broken["forgetting"] is None
 
