@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import mora_jax
 from benchmarks.quality import baselines, learners
 from models import smollm2
 from models.airports import ORDINARY, REHEARSED
@@ -39,7 +40,7 @@ PROMPTS = (
 """Ordinary prompts, which are none of those that forgetting is measured on."""
 
 
-DAMPING = ("ordinary", "own", "random", "inputs")
+DAMPING = ("ordinary", "own", "chat", "random", "inputs")
 """The texts that `damping_inputs` knows."""
 
 
@@ -214,20 +215,23 @@ def damping_inputs(text: str, first: Batch | None) -> DampingInputs:
     """The inputs that an adapter is damped by.
 
     Args:
-        text: "ordinary" for ordinary text, "own" for text that the untouched model
-            says, "random" for random tokens, "inputs" for the first batch.
+        text: "ordinary" for ordinary text; "own" for text that the untouched model
+            says, and "own 7" for seven rows of it; "chat" for what it says as the user
+            of a chat and answers; "random" for random tokens; "inputs" for the first
+            batch.
         first: The first batch that is taught, which "inputs" needs.
 
     Raises:
         ValueError: The text is another one, or "inputs" without a batch.
     """
-    if text == "ordinary":
+    name, *rows = text.split()
+    if name == "ordinary":
         return DampingInputs(*damping_text())
-    if text == "own":
-        return DampingInputs(*own_text())
-    if text == "random":
+    if name in ("own", "chat"):
+        return DampingInputs(*own_text(*map(int, rows), chat=name == "chat"))
+    if name == "random":
         return DampingInputs(*random_text())
-    if text == "inputs" and first is not None:
+    if name == "inputs" and first is not None:
         # The last token of an answer is at the place after the last that is foretold.
         lengths = first.at.max(axis=1, keepdims=True) + 2
         counted = (np.arange(first.ids.shape[1]) < lengths).astype(np.float32)
@@ -239,22 +243,20 @@ def damping_inputs(text: str, first: Batch | None) -> DampingInputs:
 
 
 @functools.lru_cache
-def own_text(rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
+def own_text(rows: int = 16, *, chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Ids and places of texts that the untouched model says, at temperature 1.
 
-    Each begins with <|im_start|>.
+    Each begins with <|im_start|>, and in a chat with the user's turn.
     """
     model, params, tokenizer = base()
-    apply = jax.jit(model.apply)
-    ids = np.zeros((rows, TEXT), np.int32)
-    ids[:, 0] = tokenizer.encode("<|im_start|>")[0]
-    places = np.zeros((rows, 1), np.int32)
-    random = np.random.default_rng(0)
-    for k in range(1, TEXT):
-        logits = np.asarray(apply({"params": params}, ids, places + k - 1))[:, 0]
-        # The largest of logits with Gumbel noise is a sample of their softmax.
-        ids[:, k] = (logits + random.gumbel(size=logits.shape)).argmax(-1)
-    return ids, places
+    begin = tokenizer.encode("<|im_start|>user\n" if chat else "<|im_start|>")
+    places = np.broadcast_to(np.arange(TEXT), (rows, TEXT))
+
+    def apply(ids: jax.Array) -> Any:
+        return model.apply({"params": params}, ids, places)
+
+    ids = mora_jax.own_text(apply, begin, rows=rows, length=TEXT)
+    return np.asarray(ids), np.zeros((rows, 1), np.int32)
 
 
 @functools.lru_cache

@@ -59,6 +59,10 @@ METHODS = {
     "orthogonal, renewed": 1e-4,
     "subspace, renewed": 1e-4,
     "subspace, start, renewed": 1e-4,
+    "block_diagonal, damped 0": 5e-5,
+    "block_diagonal, damped 16": 5e-5,
+    "lora, damped 0": 1e-3,
+    "subspace, damped 0": 1e-4,
     "block_diagonal, damped 4": 5e-5,
     "block_diagonal, damped 64": 5e-5,
     "sharing, damped": 1e-4,
@@ -75,9 +79,9 @@ MoRA is called by its operator and has scale="fine-tuning"; if its name ends wit
 "start" M starts as a step of gradient descent, and what is "renewed" is merged at equal
 intervals and starts again between other maps, along a new gradient if it was along one.
 With "others" the first gradient is of a few other samples than those that are taught.
-What is "damped" has damped inputs, by ordinary text; with 16 directions unless it says
-how many. What ends with one of `OPTIMIZERS` is trained with that, and all else with
-Adam.
+What is "damped" has damped inputs, by ordinary text unless a cell says else; with 16
+directions unless it says how many, and with 0 each feature is scaled alone. What ends
+with one of `OPTIMIZERS` is trained with that, and all else with Adam.
 """
 
 
