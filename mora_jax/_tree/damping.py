@@ -34,8 +34,8 @@ def input_damping(
 
     .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
 
-    `call` is of what should stay as it is: some hundred tokens of text, of which the
-    model itself may be the author (`own_text`). F scales each feature of a layer's
+    `call` is of what should stay as it is: some hundred tokens of text, which the model
+    itself may write (`own_text`). F scales each feature of a layer's
     input down to what most of them are there, and leaves the smaller ones. Steps of M
     then lean on what ordinary inputs lack. It takes one forward pass. F is multiplied
     into M for blocks and LoRAs, where a step costs nothing more.
@@ -284,6 +284,6 @@ def _diagonal(squares: np.ndarray) -> np.ndarray:
 
 
 def _floor(mean: np.ndarray) -> np.ndarray:
-    """What each second moment is raised by, given the mean of all."""
+    """The number that each second moment is raised by, given the mean of all."""
     # A layer that sees nothing stays as it is.
     return FLOOR * mean + np.finfo(mean.dtype).tiny

@@ -233,7 +233,7 @@ class Operator(DeltaMap):
         return factor * m
 
     def scaled_by_input(self, m: Any, by_input: Any) -> Any | None:
-        """Trained array whose delta is that of `m` with its rows scaled, or None.
+        """Trained array whose delta is the delta of `m` with its rows scaled, or None.
 
         `by_input` is (..., in_features), with the axes of a stack as `m` has them or
         without. None says that no such array exists, since inputs share rows of M.

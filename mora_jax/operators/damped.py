@@ -160,7 +160,7 @@ class Damped(Operator):
         return kept
 
     def _kept_of_inner(self, x: Array, m: Array, precision: Precision) -> Any:
-        """What the derivative of the inner operator needs of F x."""
+        """The part of F x that the derivative of the inner operator needs."""
         # Of blocks it is all of F x, which is computed again, since x is kept anyway.
         if self.inner.block:
             return x

@@ -579,7 +579,7 @@ def test_an_input_of_the_shape_of_m():
     def product(x, kernel):
         return jnp.dot(jnp.dot(x, kernel), x[:, :8].T @ x[:, :8])
 
-    provider = MoRAProvider(square_rank=8, **INT8)
+    provider = MoRAProvider(operator="sharing", square_rank=8, **INT8)
     model = qwix.apply_lora_to_model(Own(product, 8), provider)
     x = random(1, 3, 16)
     params = model.init(KEY, x)["params"]

@@ -175,8 +175,13 @@ class RandomModel:
 
     def config(self, exclude: tuple[str, ...]) -> MoRAConfig:
         """The config of a plan of all kernels but some."""
-        fixed: Any = {"square_rank": 4, "targets": TARGETS, "param_dtype": self.dtype}
-        return MoRAConfig(exclude=exclude, **fixed, **self.settings)
+        settings: Any = {
+            "operator": "signed_decoupling",
+            "square_rank": 4,
+            "targets": TARGETS,
+            "param_dtype": self.dtype,
+        }
+        return MoRAConfig(exclude=exclude, **(settings | self.settings))
 
     @functools.cached_property
     def inputs(self) -> tuple[jax.Array, jax.Array]:

@@ -210,7 +210,11 @@ BAD_PLANS = {
         (TWICE, {}, "is shared: .* 'a.* also as 'b"),
         (SAME_PATH, {}, "two leaves of the path 'a/b/kernel'"),
         ({"kernel": jnp.ones((8, 0))}, {}, "none of them empty"),
-        (KERNEL, {"square_rank": 9}, "kernel: square_rank must be at"),
+        (
+            KERNEL,
+            {"square_rank": 9, "operator": "sharing"},
+            "kernel: square_rank must be at",
+        ),
         (
             KERNEL,
             {"square_rank": 3, "operator": "rotation"},
@@ -435,7 +439,7 @@ def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
         chosen = plan(params, MoRAConfig(rank=800))
     assert {str(warning.message) for warning in seen} == {str(seen[0].message)}
     assert "4 of 1811" in str(chosen)
-    thin = {".*/thin/kernel": {"square_rank": 4}}
+    thin = {".*/thin/kernel": {"square_rank": 4, "operator": "sharing"}}
     for quiet in (MoRAConfig(), MoRAConfig(rank=800, overrides=thin)):
         plan(params, quiet)
     square = {"operator": "orthogonal"}
@@ -472,8 +476,11 @@ def test_a_plan_ends_with_the_parameters_of_loras_of_its_ranks():
     assert lora.trainable_parameters == loras and f"rank have {loras:,}" in str(lora)
     # Where q itself was given nobody named a rank to compare with.
     for settings in (
-        {"square_rank": 8},
-        {"rank": 8, "overrides": {"b/kernel": {"square_rank": 8}}},
+        {"square_rank": 8, "operator": "sharing"},
+        {
+            "rank": 8,
+            "overrides": {"b/kernel": {"square_rank": 8, "operator": "sharing"}},
+        },
     ):
         assert "of the same rank" not in str(plan(params, MoRAConfig(**settings)))
 
@@ -503,9 +510,7 @@ def test_scale_is_a_factor_of_each_kernel():
     """A plan says which; it multiplies as alpha does, which stays what it was."""
     params = {"a": dense(64, 64), "b": dense(64, 16)}
     settings = dict(operator="decoupling", alpha=0.5)
-    found = plan(
-        params, MoRAConfig(operator="signed_decoupling", square_rank=8, **settings)
-    )
+    found = plan(params, MoRAConfig(square_rank=8, **settings))
     # 8 blocks of 8 each have outputs of their own, or share them in fours.
     assert [spec.scale for spec in found.values()] == [8.0, 4.0]
     assert [spec.factor for spec in found.values()] == [4.0, 2.0]

@@ -71,14 +71,14 @@ def plan_arrays(plan_or_adapters: Plan | Any) -> dict[str, dict[str, np.ndarray]
       >>> mora_jax.io.plan_arrays(plan)
       {}
       >>> call = lambda adapters: adapters["fc"]["kernel_mora"](jnp.eye(8)[:3])
-      >>> adapters = mora_jax.input_damping(call, mora_jax.init(plan), directions=2)
+      >>> adapters = mora_jax.input_damping(call, mora_jax.init(plan))
       >>> arrays = mora_jax.io.plan_arrays(adapters)
       >>> [array.shape for array in arrays["damped"].values()]
-      [(8, 2)]
+      [(8, 1)]
       >>> text = mora_jax.io.plan_to_json(adapters)
       >>> plan = mora_jax.io.plan_from_json(text, arrays=arrays)
       >>> plan["fc/kernel"].operator.label
-      'block_diagonal, damped (2)'
+      'block_diagonal, damped (diagonal)'
     """
     plan = _plan_of("plan_or_adapters", plan_or_adapters)
     arrays: dict[str, dict[str, np.ndarray]] = {}
