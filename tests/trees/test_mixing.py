@@ -76,7 +76,8 @@ def test_a_sum_is_that_of_the_deltas_where_they_are_linear(case):
 def damped_lora(seed, directions):
     """A LoRA of a stack of two kernels whose inputs are damped."""
     inner = mora_jax.make_operator("low_rank", 13, 7, 3)
-    op = Damped(13, 7, 3, inner=inner, directions=directions)
+    f = np.random.default_rng(4).uniform(0.2, 1, (*directions.shape[:-1], 1))
+    op = Damped(13, 7, 3, inner=inner, directions=directions, diagonal=f)
     spec = AdapterSpec(op, (2, 13, 7), "sio", alpha=0.5)
     return {"kernel_mora": Adapter(random(seed, *spec.shape), spec)}
 

@@ -39,8 +39,14 @@ def operator(kind, *stack):
         inner = Subspace(*sizes, **bases)
     else:
         inner = make_operator(name, *sizes)
-    v = 0.8 * orthonormal(2, 3, *(stack if damped == "damped" else ()))
-    return Damped(*sizes, inner=inner, directions=v) if damped else inner
+    if not damped:
+        return inner
+    own = stack if damped in ("damped", "scaled") else ()
+    f = np.random.default_rng(4).uniform(0.2, 1, (*own, WIDTH, 1))
+    if damped == "scaled":
+        return Damped(*sizes, inner=inner, diagonal=f)
+    v = 0.8 * orthonormal(2, 3, *own)
+    return Damped(*sizes, inner=inner, directions=v, diagonal=f)
 
 
 SIDES = "in", "out"
@@ -52,6 +58,8 @@ KINDS = [
     slow("rotation+damped"),
     slow("sharing+damped"),
     slow("low_rank+damped"),
+    "block_diagonal+scaled",
+    "rotation+scaled",
 ]
 
 
@@ -115,8 +123,10 @@ def delta(adapter, index):
     eye, damped = np.eye(WIDTH), isinstance(op, Damped)
     inner, p = (op.inner if damped else op), eye
     if damped:
-        v = np.asarray(op.directions, np.float64)
-        p = eye - v @ v.T
+        if op.directions is not None:
+            v = np.asarray(op.directions, np.float64)
+            p = eye - v @ v.T
+        p = p * np.asarray(op.diagonal, np.float64)[:, 0]
     m = jnp.asarray(adapter.m)[index]
     return adapter.spec.factor * p @ np.asarray(inner.delta_weight(m), np.float64)
 
