@@ -163,18 +163,24 @@ def _steps(program: Jaxpr, added: Sequence[bool]) -> tuple[list[Step], list[bool
     """The steps that depend on nothing `added`, and which outputs depend on it."""
     steps: list[Step] = []
     new = set(itertools.compress(program.invars, added))
+    marked: dict[Any, Literal] = {}  # numbers, by the variables that marks make of them
     for eqn in program.eqns:
+        operands = [
+            v if isinstance(v, Literal) else marked.get(v, v) for v in eqn.invars
+        ]
         flags = [not isinstance(v, Literal) and v in new for v in eqn.invars]
         results = [any(flags)] * len(eqn.outvars)
         programs = inside(eqn)
         if eqn.primitive is mark_p:
             results = flags[:1]
+            if isinstance(operands[0], Literal):
+                marked[eqn.outvars[0]] = operands[0]
         elif programs:
             inner_steps, results = _steps_inside(eqn, programs, flags)
             if inner_steps:
-                steps += [_step_around(eqn), *inner_steps]
+                steps += [_step_around(eqn, operands), *inner_steps]
         elif not any(flags):
-            arrays = " ".join(map(_shown, eqn.invars + eqn.outvars))
+            arrays = " ".join(map(_shown, [*operands, *eqn.outvars]))
             steps.append(Step(eqn.primitive.name, arrays, _settings(eqn.params)))
         new |= set(itertools.compress(eqn.outvars, results))
     last = [not isinstance(v, Literal) and v in new for v in program.outvars]
@@ -195,13 +201,13 @@ def _steps_inside(
     return steps, results
 
 
-def _step_around(eqn: Any) -> Step:
+def _step_around(eqn: Any, operands: Sequence[Any]) -> Step:
     """A step with programs inside, without what is counted or named in it.
 
     A companion is one more operand of a loop or a call. Numbers among the operands,
     such as the index of a branch, and the length of a scan stay the same beside it.
     """
-    numbers = [_shown(atom) for atom in eqn.invars if isinstance(atom, Literal)]
+    numbers = [_shown(atom) for atom in operands if isinstance(atom, Literal)]
     own = {k: v for k, v in eqn.params.items() if k in ("length", "reverse")}
     return Step(eqn.primitive.name, " ".join(numbers), _settings(own))
 

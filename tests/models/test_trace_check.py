@@ -782,3 +782,37 @@ def test_a_view_follows_axes_through_reshapes():
     assert joined == (view[0], view[1] + view[2])
     assert reshape(joined, (2, 3, 4)) == view
     assert reshape(view, (4, 6)) is None
+
+
+class OneWord(nn.Module):
+    """It adds the row of one index, a number of the program."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Embed(6, WIDTH, name="table")(np.array(3, np.int32))
+
+
+class OneWordTwin(nnx.Module):
+    def __init__(self):
+        self.table = nnx.Embed(6, WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return x + self.table(np.array(3, np.int32))
+
+
+@by_api
+def test_a_number_that_a_layer_is_given_stays_one(api):
+    """A mark on it makes a variable of it, and is no other program."""
+    config = MoRAConfig(rank=2, targets=".*embedding")
+    if api == "linen":
+        model = OneWord()
+        variables = random_like(jax.eval_shape(model.init, KEY, X))
+        apply = linen.wrap(model, config, variables, X)
+        adapters = random_like(mora_jax.init(apply.plan))
+        y = jax.jit(lambda a: apply(a, variables, X))(adapters)
+        merged = {"params": mora_jax.merge(variables["params"], adapters)}
+        close(y, model.apply(merged, X), 1e-5)
+        return
+    model = mora_nnx.wrap(OneWordTwin(), config, X)
+    mora_nnx.set_adapters(model, random_like(mora_nnx.adapters(model)))
+    close(nnx.jit(lambda m: m(X))(model), mora_nnx.merge_adapters(model)(X), 1e-5)

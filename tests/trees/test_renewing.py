@@ -133,7 +133,8 @@ def test_the_rank_grows_and_others_keep_their_directions():
 def test_random_maps_as_in_the_papers(operator):
     loss, base, adapters = task(operator=operator)
     state, values, step = trained(loss, base, adapters, steps=9, along="random")
-    assert step._cache_size() == 1 and values[-1] < values[0]
+    # JAX may have forgotten the program, of which it keeps so many.
+    assert step._cache_size() <= 1 and values[-1] < values[0]
     again, same, _ = trained(loss, base, adapters, steps=9, along="random")
     assert same == values
     for name, adapter in adapters_in(state.adapters).items():
