@@ -684,7 +684,9 @@ def test_another_version_of_qwix(monkeypatch):
 @pytest.mark.parametrize("api", APIS)
 def test_each_row_of_a_batch_has_its_own_adapter(api):
     x, index = random(0, 3, 2, 16), [2, -1, 0]
-    provider = MoRAProvider(module_path=".*", square_rank=4, **INT8)
+    provider = MoRAProvider(
+        module_path=".*", operator="signed_decoupling", square_rank=4, **INT8
+    )
     if api == "linen":
         model = qwix.apply_lora_to_model(nn.Dense(24), provider)
         base, _ = mora_jax.split(jax.jit(model.init)(KEY, x)["params"])
