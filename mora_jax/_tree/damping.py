@@ -34,8 +34,8 @@ def input_damping(
 
     .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
 
-    `call` is of what should stay as it is: some hundred tokens of text, which the model
-    itself may write (`own_text`). F scales each feature of a layer's
+    `call` is of some hundred tokens of text: what should stay as it is, what the model
+    itself writes (`own_text`), or the first batch of the task. F scales each feature of a layer's
     input down to what most of them are there, and leaves the smaller ones. Steps of M
     then lean on what ordinary inputs lack. It takes one forward pass. F is multiplied
     into M for blocks and LoRAs, where a step costs nothing more.
