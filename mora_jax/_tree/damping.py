@@ -35,10 +35,10 @@ def input_damping(
     .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
 
     `call` is of some hundred tokens of text: what should stay as it is, what the model
-    itself writes (`own_text`), or the first batch of the task. F scales each feature of a layer's
-    input down to what most of them are there, and leaves the smaller ones. Steps of M
-    then lean on what ordinary inputs lack. It takes one forward pass. F is multiplied
-    into M for blocks and LoRAs, where a step costs nothing more.
+    itself writes (`own_text`), or the first batch of the task. F scales each feature of
+    a layer's input down to what most of them are there, and leaves the smaller ones.
+    Steps of M then lean on what ordinary inputs lack. It takes one forward pass. F is
+    multiplied into M for blocks and LoRAs, where a step costs nothing more.
 
     With `directions` above 0 their inputs are scaled down first along V, the leading
     directions of their second moments, to what they are in all others. It takes a
