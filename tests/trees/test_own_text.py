@@ -1,5 +1,7 @@
 """Text of a model itself: drawn as the model says, from what it is given."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ class Model(nn.Module):
 
     causal: bool = True
     dropout: float = 0.0
-    dtype: type = jnp.float32
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, ids, train=False):
