@@ -54,6 +54,13 @@ def finished(path: Path, settings: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
+def kept(path: Path, cell: Cell) -> list[Cell]:
+    """The finished cell of a file with this rate and seed too, or an empty list."""
+    settings = {k: v for k, v in cell.items() if k not in VARIED}
+    rows = finished(path, settings)
+    return [row for row in rows if all(row[k] == cell[k] for k in VARIED)]
+
+
 def _key(cell: Cell) -> str:
     return json.dumps(cell, sort_keys=True)
 

@@ -119,12 +119,7 @@ def runs(
         for way in ways:
             cell = cell_of(task, way, seed)
             if args.report:
-                settings = {k: v for k, v in cell.items() if k not in cells.VARIED}
-                rows = [
-                    row
-                    for row in cells.finished(store, settings)
-                    if row["seed"] == seed and row["rate"] == way.rate
-                ]
+                rows = cells.kept(store, cell)
             else:
                 rows = cells.run([cell], compute, store)
             found.setdefault(way, []).extend(rows)

@@ -157,7 +157,7 @@ def rows_of(
         for task in args.tasks
     ]
     if args.report:
-        rows = [row for cell in wanted for row in finished_run(args.report, cell)]
+        rows = [row for cell in wanted for row in cells.kept(args.report, cell)]
     else:
         rows = cells.run(wanted, compute, teaching.store_of(args))
     found: dict[str, list[cells.Cell]] = {}
@@ -166,13 +166,6 @@ def rows_of(
     if not found:
         raise SystemExit(f"{args.report} holds no finished run: leave out --report")
     return found
-
-
-def finished_run(store: Path, cell: cells.Cell) -> list[cells.Cell]:
-    """The finished run of a cell, in a list; an empty list if there is none."""
-    way = {k: v for k, v in cell.items() if k not in cells.VARIED}
-    rows = cells.finished(store, way)
-    return [row for row in rows if all(row[k] == cell[k] for k in cells.VARIED)]
 
 
 def steps_to(row: cells.Cell, loss: float) -> float:

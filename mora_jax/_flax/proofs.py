@@ -108,7 +108,7 @@ BY_NUMBERS = "by numbers"
 
 def _has_numpy(call: Any) -> bool:
     """True if a call has NumPy arrays among its inputs."""
-    return any([isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(call)])
+    return any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(call))
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)

@@ -193,7 +193,7 @@ def _unflatten(static: Any, children: Any) -> Adapter:
     # A traced program also serves adapters of another base. Its results must not say
     # that they are of this one.
     if isinstance(adapter.m, Tracer) and getattr(spec, "base_digest", None):
-        adapter._static = (spec.without_base(),)
+        adapter._static = (spec.with_base(None),)
     return adapter
 
 

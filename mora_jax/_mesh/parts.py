@@ -203,8 +203,7 @@ class DampedPart(OperatorPart):
         inner = part_of(op.inner, self.in_start, self.out_start, *here)
         scaled = x
         if op.diagonal is not None:
-            diagonal = self.take_inputs(jnp.asarray(op.diagonal).astype(x.dtype))
-            scaled = x * diagonal[:, 0]
+            scaled = x * self.take_inputs(jnp.asarray(op.diagonal, x.dtype))[:, 0]
         y = inner.rows(scaled, m, precision)
         if op.directions is None:
             return y

@@ -66,7 +66,7 @@ class AdapterSpec(AdapterSettings):
     # A compiled function returns the specs that it was traced with. For `rank`, `init`
     # and `param_dtype` that changes no number. A `layout` belongs to a mesh, and arrays
     # on another mesh make JAX trace the function again. Another `base_digest` would be
-    # wrong, so traced programs do not know it: see `without_base`.
+    # wrong, so traced programs do not know it: see `with_base`.
     operator: Operator
     kernel_shape: Shape
     axes: str = "io"
@@ -201,11 +201,11 @@ class AdapterSpec(AdapterSettings):
             key = self.start_key(path)
         return self.operator.start(self.stack_shape, self.init, key, self.param_dtype)
 
-    def without_base(self) -> "AdapterSpec":
-        """The same adapter, of no known base."""
-        if self.base_digest is None:
+    def with_base(self, digest: tuple[str, ...] | None) -> "AdapterSpec":
+        """The same adapter, of a base with this digest; None if it is not known."""
+        if self.base_digest == digest:
             return self
-        return dataclasses.replace(self, base_digest=None)
+        return dataclasses.replace(self, base_digest=digest)
 
     @property
     def meaning(self) -> dict[str, Any]:

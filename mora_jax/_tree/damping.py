@@ -20,6 +20,7 @@ from mora_jax._tree.moments import Moments
 from mora_jax.operators import Damped
 
 FLOOR = 0.03  # the part of the mean second moment that each is raised by
+LARGEST = 16  # one of so many features, the largest, are left out of the usual size
 SAME = 0.01  # the relative difference up to which two readings of inputs are the same
 
 
@@ -32,7 +33,7 @@ def input_damping(
 ) -> Any:
     r"""The same adapters on damped inputs, so that the model forgets less.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
+    .. math:: x \mapsto D(C(x P) M), \qquad P = (I - V V^T)\, F
 
     `call` is of some hundred tokens of text: what should stay as it is, what the model
     itself writes (`own_text`), or the first batch of the task. F scales each feature of
@@ -274,9 +275,8 @@ def _diagonal(squares: np.ndarray) -> np.ndarray:
     """F by the second moments of features, (..., features) -> (..., features, 1)."""
     features = squares.shape[-1]
     squares = squares.clip(0)
-    # Features are scaled to what most of them are: the largest sixteenth may hold
-    # nearly all of the sum.
-    most = np.sort(squares, -1)[..., : features - features // 16]
+    # Features are scaled to what most of them are. A few may hold nearly all the sum.
+    most = np.sort(squares, -1)[..., : features - features // LARGEST]
     rest = most.mean(-1, keepdims=True)
     floor = _floor(squares.mean(-1, keepdims=True))
     factors = np.sqrt((rest + floor) / (squares + floor)).clip(max=1)

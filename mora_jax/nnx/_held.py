@@ -3,7 +3,6 @@
 Linen twins have the same tree. `qwix`, which changes no class, knows nothing else here.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -57,20 +56,19 @@ class MoRAParam(nnx.LoRAParam[Any]):
         # A traced program serves models of other bases too, as in `Adapter`.
         spec = attributes.get("spec")
         if isinstance(value, Tracer) and isinstance(spec, AdapterSpec):
-            attributes = {**attributes, "spec": spec.without_base()}
+            attributes = {**attributes, "spec": spec.with_base(None)}
         return super().from_metadata(value, attributes)
 
     def update_from_state(self, variable_state: Any) -> None:
         # Flax copies metadata that differs by `==`, which ignores where M comes from.
-        own, new = self.spec, variable_state.spec
+        own = self.spec
         super().update_from_state(variable_state)
-        if new is own or same_record(new, own):
-            return
-        # The result of a traced program does not know its base.
-        base = getattr(new, "base_digest", None) or getattr(own, "base_digest", None)
-        if base:
-            new = dataclasses.replace(new, base_digest=base)
-        self.set_metadata(spec=new)
+        new = getattr(variable_state, "spec", own)  # a bare variable brings numbers
+        if isinstance(new, AdapterSpec) and new.base_digest is None:
+            # The result of a traced program does not know its base.
+            new = new.with_base(getattr(own, "base_digest", None))
+        if not same_record(new, getattr(self, "spec", None)):
+            self.set_metadata(spec=new)
 
     def set_value(self, value: Any, **kwargs: Any) -> None:
         super().set_value(self._numbers_of(value), **kwargs)

@@ -21,7 +21,7 @@ from mora_jax.operators._base import Operator, Precision
 class Damped(Operator):
     r"""An operator that sees some of its inputs damped.
 
-    .. math:: x \mapsto D(C(P x) M), \qquad P x = F\,(x - V V^T x)
+    .. math:: x \mapsto D(C(x P) M), \qquad P = (I - V V^T)\, F
 
     `input_damping` makes it from ordinary inputs of the layer: what these have most of,
     the adapter sees least of, and changes least. V takes away directions, and F is a
@@ -49,9 +49,9 @@ class Damped(Operator):
       [0.75, 0.0, 0.0]
     """
 
-    # Neither P nor P x is formed. An output is the inner operator's for F x, less
+    # Neither P nor x P is formed. An output is the inner operator's for x F, less
     # (x V) B, where B are its outputs for the rows of V^T F: the work of a LoRA of rank
-    # k. The derivative by M likewise is the inner one's for F x, less the one for the
+    # k. The derivative by M likewise is the inner one's for x F, less the one for the
     # rows of V^T F. Where each feature meets a row of M of its own, F is multiplied
     # into M (`absorbed`), and costs nothing.
     inner: Operator = dataclasses.field(metadata={"nested": True})
@@ -121,13 +121,13 @@ class Damped(Operator):
         return jnp.asarray(self.directions).astype(dtype)
 
     def scaled_inputs(self, x: Array) -> Array:
-        """F x."""
+        """Rows x F: (..., in_features) to the same."""
         if self.diagonal is None:
             return x
         return x * jnp.asarray(self.diagonal).astype(x.dtype)[..., 0]
 
     def damped(self, x: Array) -> Array:
-        """P x: (..., in_features) to the same."""
+        """Rows x P: (..., in_features) to the same."""
         if self.directions is not None:
             x = x - matmul(self.along(x), self.columns(x.dtype).T)
         return self.scaled_inputs(x)
@@ -160,8 +160,8 @@ class Damped(Operator):
         return kept
 
     def _kept_of_inner(self, x: Array, m: Array, precision: Precision) -> Any:
-        """The part of F x that the derivative of the inner operator needs."""
-        # Of blocks it is all of F x, which is computed again, since x is kept anyway.
+        """The part of x F that the derivative of the inner operator needs."""
+        # Of blocks it is all of x F, which is computed again, since x is kept anyway.
         if self.inner.block:
             return x
         return self.inner.kept(self.scaled_inputs(x), m, precision)
@@ -196,24 +196,22 @@ class Damped(Operator):
         return self.times(c), d
 
     def times(self, columns: Array) -> Array:
-        """P^T of columns: (..., in_features, k) to the same.
-
-        Where x, a row, becomes x P^T, the delta of C M D becomes P^T C M D.
-        """
+        """P times columns: (..., in_features, k) to the same."""
         columns = self._scaled_rows(columns)
         return columns - self._part_along(columns)
 
     def transposed_times(self, columns: Array) -> Array:
-        """P of columns, (..., in_features, k) to the same: x of `damped` as columns."""
+        """The transpose of P times columns: (..., in_features, k) to the same."""
         return self._scaled_rows(columns - self._part_along(columns))
 
     def _scaled_rows(self, columns: Array) -> Array:
+        """F times columns."""
         if self.diagonal is None:
             return columns
         return columns * jnp.asarray(self.diagonal).astype(columns.dtype)
 
     def _part_along(self, columns: Array) -> Array | float:
-        """V V^T of columns."""
+        """V V^T times columns."""
         if self.directions is None:
             return 0.0
         v = self.columns(columns.dtype)

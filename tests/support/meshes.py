@@ -66,7 +66,8 @@ def sums_of_m(op):
         k, outs = directions.shape[1], op.out_features
         pairs += [(n, k) for n in (op.in_features, outs, outs // 2)]
     shapes = [op.m_shape, *pairs]
-    inner = getattr(op, "inner", op)
+    # Without directions M has what damps the inputs, and is that of the inner operator.
+    inner = getattr(op, "inner", op) if directions is None else op
     if inner.name == "block_diagonal":  # of the blocks that one device needs
         n, *block = op.m_shape
         shapes += [(n // 2, *block)]

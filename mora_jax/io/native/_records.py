@@ -304,9 +304,10 @@ def _given(kind: type[Operator], record: Record, file: Reading) -> dict[str, Any
     if not isinstance(digests := record.get("digests"), dict):
         raise ValueError(f"{kind.name} must have digests, got {short(digests)}")
     found = {}
+    optional = {f.name for f in dataclasses.fields(kind) if f.default is None}
     for key in kind.arrays:
-        if kind is Damped and key not in digests:
-            continue  # it has one of its two arrays, or raises itself
+        if key in optional and key not in digests:
+            continue
         name = f"{kind.name}/{digests.get(key)}"
         if name not in file.given:
             raise ValueError(
