@@ -99,6 +99,7 @@ def test_tokens_are_as_frequent_as_the_model_says(temperature):
     assert ((counts - expected) ** 2 / expected).sum() < 66
 
 
+@pytest.mark.slow
 def test_a_small_temperature_takes_the_likeliest():
     """By all tokens before each, in both APIs; the model is traced once."""
     calls = []
@@ -117,6 +118,7 @@ def test_a_small_temperature_takes_the_likeliest():
     np.testing.assert_array_equal(other, ids)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     ids = own_text(lambda ids: model(ids, dtype=jnp.bfloat16), 1, temperature=1e-3)
     assert ids.shape == (16, 44)
@@ -181,7 +183,7 @@ def test_weights_are_no_constants_of_the_program(compiled, weights):
     own_text(apply, 1, rows=1, length=2)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", slow("Explicit")])
 def test_on_a_mesh_as_off_it(kind):
     table, head = random(0, VOCABULARY, WIDTH), random(1, WIDTH, 2 * VOCABULARY)
     ids = own_text(lambda ids: jnp.cumsum(table[ids], 1) @ head, SEVERAL, **SMALL)

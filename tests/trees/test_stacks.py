@@ -59,7 +59,7 @@ KINDS = [
     slow("sharing+damped"),
     slow("low_rank+damped"),
     "block_diagonal+scaled",
-    "rotation+scaled",
+    slow("rotation+scaled"),
 ]
 
 
