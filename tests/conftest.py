@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 from zlib import crc32
 
 import jax
@@ -73,6 +74,24 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+MEMORY_MAP = Path("/proc/self/maps")
+MAPPINGS = 20_000
+"""A process of Linux has at most 65,530 mappings, unless the system is told otherwise."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped_in_time():
+    """A worker that compiled for minutes would be refused memory for its next program.
+
+    Each program of XLA's on a CPU holds some mappings of memory, and JAX keeps all
+    programs, of tests that are over too. They are in the cache on disk.
+    """
+    yield
+    if MEMORY_MAP.exists() and MEMORY_MAP.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
