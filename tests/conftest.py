@@ -78,7 +78,7 @@ def pytest_configure(config):
 
 MEMORY_MAP = Path("/proc/self/maps")
 MAPPINGS = 20_000
-"""A process of Linux has at most 65,530 mappings, unless the system is told otherwise."""
+"""A process of Linux has at most 65,530 mappings, unless its system says otherwise."""
 
 
 @pytest.fixture(scope="module", autouse=True)
