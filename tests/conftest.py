@@ -76,20 +76,20 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-MEMORY_MAP = Path("/proc/self/maps")
-MAPPINGS = 20_000
-"""A process of Linux has at most 65,530 mappings, unless its system says otherwise."""
+MAPPINGS = Path("/proc/self/maps")
+MANY = 20_000
+"""A worker with more memory mappings drops its programs. Linux allows 65,530."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_dropped_in_time():
-    """A worker that compiled for minutes would be refused memory for its next program.
+def compiled_programs_are_dropped():
+    """JAX keeps the programs of all tests, also of those that are over.
 
-    Each program of XLA's on a CPU holds some mappings of memory, and JAX keeps all
-    programs, of tests that are over too. They are in the cache on disk.
+    On a CPU each program holds some memory mappings of the process. At the system's
+    limit XLA cannot compile any more, and every test after that fails.
     """
     yield
-    if MEMORY_MAP.exists() and MEMORY_MAP.read_bytes().count(b"\n") > MAPPINGS:
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
 
