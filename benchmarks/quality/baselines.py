@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 import mora_jax
-from benchmarks.quality import learners
+from benchmarks.quality import earlier, learners
 from benchmarks.quality.learners import (
     Learner,
     Path,
@@ -223,6 +223,8 @@ def make(
         learner = make_lora(name, task, rank, damp)
         return renewed(task, learner, along=False) if "renewed" in extras else learner
     settings: Any = {"rank": rank, "scale": scale, "multiple_of": multiple_of}
+    if scale == earlier.SCALE:
+        settings["scale"] = "fine-tuning"
     if name == "block_diagonal":  # as they are by default
         settings["multiple_of"] = None
     if name == "halves":
@@ -236,6 +238,8 @@ def make(
         plan = with_directions(plan, dict(learners.matching(*task[1:3])))
     elif along:
         plan = with_directions(plan, task.gradient(task.params))
+    if scale == earlier.SCALE:
+        plan = earlier.aligned(plan)
     plan = damp(plan)
     learner = with_plan(task.model, plan)
     if "start" in extras:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.common.harness import options, save, show
 from benchmarks.common.plots import figure, legend_below
-from benchmarks.quality import baselines, cells, ladders, small, teaching
+from benchmarks.quality import baselines, cells, earlier, ladders, small, teaching
 from benchmarks.quality.learners import Learner
 from models.options import positive
 
@@ -57,7 +57,7 @@ RATES = 7
 def learner(method: str, rank: int, ids: jax.Array) -> Learner:
     """A way to teach the small model some facts."""
     task = small.task(small.base(WIDTH), ids)
-    return baselines.make(method, task, rank, "fine-tuning", multiple_of=1)
+    return baselines.make(method, task, rank, earlier.SCALE, multiple_of=1)
 
 
 @functools.lru_cache

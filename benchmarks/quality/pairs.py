@@ -292,10 +292,8 @@ def plot(rows: Sequence[cells.Cell], path: Path) -> None:
     if early:
         when, until, share = "forgetting_mostly", mostly, "90%"
     with figure(path, 1, 2, figsize=(10, 4.2)) as (made, ((left, right),)):
-        for name in teaching.METHODS:
+        for name in dict.fromkeys(row["name"] for row in rows):
             here = [row for row in rows if row["name"] == name]
-            if not here:
-                continue
             style = teaching.style(name)
             curves = [row["accuracies"] for row in teaching.at_best(here, steps)]
             longest = max(map(len, curves))  # what is known stays so

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import mora_jax
 from benchmarks.common.harness import next_token_loss, save, show
 from benchmarks.common.plots import figure, legend_below, plot_mean
-from benchmarks.quality import cells, ladders, language, learners, teaching
+from benchmarks.quality import cells, earlier, ladders, language, learners, teaching
 from models.options import positive
 from models.smollm2 import Config, Llama
 from mora_jax import MoRAConfig, linen, remora
@@ -124,6 +124,7 @@ def start(method: str, rank: int, tx: Any) -> Part:
         plan = learners.plan_of(MODEL, params, TARGETS, config, text()[1])
         if along:
             plan = mora_jax.gradient_bases(gradient(params, seed=0), plan)
+        plan = earlier.aligned(plan)
         adapted, adapters = linen.wrap(MODEL, plan), mora_jax.init(plan)
 
         def apply(adapters: Any, params: Any, ids: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.common.harness import options, save, show
 from benchmarks.common.plots import figure
-from benchmarks.quality import cells, pairs, teaching
+from benchmarks.quality import cells, earlier, pairs, teaching
 from models.options import positive
 from mora_jax.diagnostics import effective_rank
 
@@ -72,7 +72,7 @@ def main() -> None:
     if args.quick:
         args.methods, args.pairs = ["lora", "rotation"], 4
     wanted = [
-        teaching.settings(name, args.rank)
+        teaching.settings(f"{name} {earlier.SCALE}", args.rank)
         | {"rate": RATES[name], "pairs": args.pairs, "seed": 0, "steps": args.steps}
         for name in args.methods
     ]

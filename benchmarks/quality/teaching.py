@@ -17,7 +17,7 @@ import safetensors.flax
 
 from benchmarks.common import harness
 from benchmarks.common.harness import Contender, race
-from benchmarks.quality import baselines, cells, ladders, language
+from benchmarks.quality import baselines, cells, earlier, ladders, language
 from benchmarks.quality.learners import Learner
 from benchmarks.quality.optimizers import optimizer
 from models.lesson import Batch
@@ -74,21 +74,24 @@ METHODS = {
 }
 """Each with the lowest rate that it is tried with first.
 
-MoRA is called by its operator and has scale="fine-tuning"; if its name ends with
-"paper" it has that. "subspace" is between the directions of the first gradient. With
-"start" M starts as a step of gradient descent, and what is "renewed" is merged at equal
-intervals and starts again between other maps, along a new gradient if it was along one.
-With "others" the first gradient is of a few other samples than those that are taught.
-What is "damped" has damped inputs, by ordinary text unless a cell says else; with 16
-directions unless it says how many, and with 0 each feature is scaled alone. What ends
-with one of `OPTIMIZERS` is trained with that, and all else with Adam.
+MoRA is called by its operator and has scale="fine-tuning". If its name ends with
+"paper" it has that scale, and with "aligned" it is as `earlier.py` makes it. "subspace"
+is between the directions of the first gradient. With "start" M starts as a step of
+gradient descent. What is "renewed" is merged at equal intervals and starts again
+between other maps, along a new gradient if it was along one. With "others" the first
+gradient is of a few other samples than those that are taught. What is "damped" has
+damped inputs, by ordinary text unless a cell says else; with 16 directions unless it
+says how many, and with 0 each feature is scaled alone. What ends with one of
+`OPTIMIZERS` is trained with that, and all else with Adam.
 """
 
 
 def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
     """Settings in the cell of one of `METHODS`."""
-    method = name.removesuffix(" paper")
-    scale = "fine-tuning" if method == name else "paper"
+    method, scale = name, "fine-tuning"
+    for other in ("paper", earlier.SCALE):
+        if name.endswith(f" {other}"):
+            method, scale = name.removesuffix(f" {other}"), other
     is_lora = method.partition(",")[0] in baselines.LORAS
     return {
         "method": method,
@@ -100,7 +103,7 @@ def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
 
 def rates(name: str, *, quick: bool) -> list[float]:
     """The rates that one of `METHODS` is tried with first."""
-    every = ladders.rungs(METHODS[name], RATES)
+    every = ladders.rungs(METHODS[_of_today(name)], RATES)
     return every[1:-1] if quick else every
 
 
@@ -120,9 +123,14 @@ TITLES = {
 """In words. Other methods are MoRA by its operator."""
 
 
+def _of_today(name: str) -> str:
+    """The name of a method without "aligned"."""
+    return name.removesuffix(f" {earlier.SCALE}")
+
+
 def title(name: str) -> str:
     """One of `METHODS` in words."""
-    method, *extras = name.split(", ")
+    method, *extras = _of_today(name).split(", ")
     words = TITLES.get(method) or "MoRA, " + method.replace("_", " ")
     return ", ".join([words, *extras])
 
@@ -131,7 +139,7 @@ def style(name: str) -> dict[str, Any]:
     """How one of `METHODS` is drawn in plots, and called there."""
     if name == "full":
         return {"color": "black", "label": title(name)}
-    round_, colour = divmod(list(METHODS).index(name), 10)
+    round_, colour = divmod(list(METHODS).index(_of_today(name)), 10)
     line = ("-", "--", ":", "-.")[round_]
     return {"color": f"C{colour}", "linestyle": line, "label": title(name)}
 
@@ -380,6 +388,26 @@ def steps_to(row: cells.Cell, share: float) -> float:
     return ladders.first_above(row["accuracies"], share)
 
 
+def _earlier(name: str) -> str:
+    """The name of a method as it was until December 3, if it is not the same."""
+    cell = settings(name, 1)
+    return f"{name} {earlier.SCALE}" if cell["scale"] == "fine-tuning" else name
+
+
+class _Earlier(argparse.Action):
+    """Takes the methods as they were until December 3."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Rename the methods that were given before."""
+        namespace.methods = [_earlier(name) for name in namespace.methods]
+
+
 def options(
     description: str | None,
     out: str,
@@ -390,7 +418,10 @@ def options(
     """The options that experiments share; `quick` says what a quick run has."""
     parser = harness.options(description, out)
     add, methods = parser.add_argument, list(methods)
-    add("--methods", nargs="+", choices=methods, default=methods)
+    choices = [*methods, *map(_earlier, methods)]
+    add("--methods", nargs="+", choices=choices, default=methods)
+    text = "after --methods: adapters as they were until December 3, see earlier.py"
+    add("--earlier", action=_Earlier, nargs=0, help=text)
     add("--seeds", type=positive, default=seeds, help="of the data, at the best rates")
     shown = RESULTS / Path(out).with_suffix(".jsonl").name
     text = "report finished runs, by default those of the pages, and run nothing"

@@ -21,9 +21,11 @@ from mora_jax._flax.calls import errors_of
 from mora_jax._flax.survey import DROPPED, NOT_USED, Survey
 from mora_jax._layer.ways import check_product
 from mora_jax._plan import settings
+from mora_jax._plan.budget import balanced
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves
 from mora_jax._tree.plan import LeftOut, Plan
+from mora_jax.operators import BlockDiagonal
 
 IF_NAMED = "targets adapt it if they name it, train all of it"
 
@@ -51,7 +53,7 @@ def plan(params_or_shapes: Any, config: settings.MoRAConfig | None = None) -> Pl
       >>> params = {"fc": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
       >>> print(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       path       in -> out  operator          r           q  scale  parameters  of base
-      fc/kernel   64 -> 64  block_diagonal  2.0  16 x 4 x 4     16         256    6.15%
+      fc/kernel   64 -> 64  block_diagonal  2.0  16 x 4 x 4      8         256    6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160; LoRAs of the same rank have
       256
     """
@@ -78,7 +80,7 @@ def plan_surveyed(params: Any, config: settings.MoRAConfig, survey: Survey) -> P
         if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
             owners[id(leaf)].append(name)
     refuse_shared([*owners.values(), *survey.shared], adapted)
-    parts = {name: model.adapter(name) for name in targets} | trained
+    parts = model.adapters(targets) | trained
     left_out = model.left_out(parts)
     surprising = [str(kind) for kind in left_out if model.surprises(kind)]
     if surprising:
@@ -189,6 +191,17 @@ class Candidates:
         if head and ("/" not in head.groups()[-1] or widths[0] != widths[1]):
             return f"a head or router by its name; {IF_NAMED}"
         return DROPPED if name in self.survey.ran - self.survey.uses.reached else ""
+
+    def adapters(self, names: Iterable[str]) -> dict[str, AdapterSpec]:
+        """The adapters of kernels, whose blocks share the budget of all."""
+        specs = {name: self.adapter(name) for name in names}
+        return specs | balanced({n: s for n, s in specs.items() if self._shares(n, s)})
+
+    def _shares(self, name: str, spec: AdapterSpec) -> bool:
+        """True if the number of blocks of a kernel follows from the rank alone."""
+        config, _ = self.config.settings(name)
+        is_given = config.square_rank is not None or config.multiple_of is not None
+        return isinstance(spec.operator, BlockDiagonal) and not is_given
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""

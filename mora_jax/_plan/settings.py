@@ -260,8 +260,9 @@ class MoRAConfig(KernelConfig):
     r"""The settings of an adaptation; frozen and hashable.
 
     Attributes:
-      rank: The budget r, 8 by default. No M has more parameters than a LoRA of rank r
-        would: q <= sqrt((in + out) r).
+      rank: The budget r, 8 by default. A plan trains at most the parameters of LoRAs of
+        rank r. Blocks of its kernels share that; no other M has more than a LoRA of its
+        own kernel: q <= sqrt((in + out) r).
       operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
         "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
         "hadamard", "low_rank"; or "auto", which is "block_diagonal" below a rank of 128

@@ -20,7 +20,6 @@ from mora_jax._tree.moments import Moments
 from mora_jax.operators import Damped
 
 FLOOR = 0.03  # the part of the mean second moment that each is raised by
-LARGEST = 16  # one of so many features, the largest, are left out of the usual size
 SAME = 0.01  # the relative difference up to which two readings of inputs are the same
 
 
@@ -36,10 +35,11 @@ def input_damping(
     .. math:: x \mapsto D(C(x P) M), \qquad P = (I - V V^T)\, F
 
     `call` is of some hundred tokens of text: what should stay as it is, what the model
-    itself writes (`own_text`), or the first batch of the task. F scales each feature of
-    a layer's input down to what most of them are there, and leaves the smaller ones.
-    Steps of M then lean on what ordinary inputs lack. It takes one forward pass. F is
-    multiplied into M for blocks and LoRAs, where a step costs nothing more.
+    itself writes (`own_text`), or the first batch of the task. F divides each feature
+    of a layer's input by its size there, so that all are of about one size. Steps of M
+    then lean on what ordinary inputs lack. The sum of all sizes stays, and so the
+    learning rate. It takes one forward pass. F is multiplied into M for blocks and
+    LoRAs, where a step costs nothing more.
 
     With `directions` above 0 their inputs are scaled down first along V, the leading
     directions of their second moments, to what they are in all others. It takes a
@@ -273,13 +273,16 @@ def _directions(
 
 def _diagonal(squares: np.ndarray) -> np.ndarray:
     """F by the second moments of features, (..., features) -> (..., features, 1)."""
-    features = squares.shape[-1]
     squares = squares.clip(0)
-    # Features are scaled to what most of them are. A few may hold nearly all the sum.
-    most = np.sort(squares, -1)[..., : features - features // LARGEST]
-    rest = most.mean(-1, keepdims=True)
     floor = _floor(squares.mean(-1, keepdims=True))
-    factors = np.sqrt((rest + floor) / (squares + floor)).clip(max=1)
+    factors = 1 / np.sqrt(squares + floor)
+    # A step of Adam moves an output by the rate times the sum of its inputs' sizes. The
+    # sum stays what it was, so that the rate for damped inputs is the usual one.
+    sizes = np.sqrt(squares)
+    before = sizes.sum(-1, keepdims=True)
+    after = (sizes * factors).sum(-1, keepdims=True)
+    factors = factors * (before / np.where(before > 0, after, 1))
+    factors = np.where(before > 0, factors, 1)
     return factors[..., None].astype(np.float32)
 
 

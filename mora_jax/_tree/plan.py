@@ -201,7 +201,7 @@ def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
       >>> config = mora_jax.MoRAConfig(targets="l.*")
       >>> print(mora_jax.summary(mora_jax.plan(params, config)))
       path    in -> out  operator          r            q  scale  parameters  of base
-      l* (3)   64 -> 64  block_diagonal  8.0  4 x 16 x 16      4       3,072   25.00%
+      l* (3)   64 -> 64  block_diagonal  8.0  4 x 16 x 16   2.83       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288; LoRAs of the same rank
       have 3,072
     """

@@ -208,14 +208,19 @@ class Operator(DeltaMap):
 
     @property
     def fine_tuning_scale(self) -> float:
-        """The factor in / (q c d), with which M learns at full fine-tuning's rate.
+        r"""The factor with which M learns at full fine-tuning's rate.
 
-        Adam changes each trained number by about its rate. With numbers of x of size 1
-        a trained kernel then changes an output by up to rate * in, M by rate * q c d.
-        See docs/learning-rates.md, and for LoRA muA (https://arxiv.org/abs/2602.06204).
+        .. math:: \left(\frac{in}{q}\right)^{3/4} \frac{1}{c\,d}
+
+        Adam changes each trained number by about its rate. A trained kernel then
+        changes an output by rate * in if all inputs pull in one direction, and by
+        rate * sqrt(in) if each pulls in a direction of its own. M changes it by
+        rate * q c d and by rate * sqrt(q) c d. The factor is the geometric mean of
+        in / (q c d) and sqrt(in / q) / (c d), since inputs lie between the two.
+        See docs/learning-rates.md.
         """
         c, d = self.gains
-        return self.in_features / (self.m_shape[-2] * c * d)
+        return (self.in_features / self.m_shape[-2]) ** 0.75 / (c * d)
 
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike

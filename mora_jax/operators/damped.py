@@ -25,21 +25,21 @@ class Damped(Operator):
 
     `input_damping` makes it from ordinary inputs of the layer: what these have most of,
     the adapter sees least of, and changes least. V takes away directions, and F is a
-    diagonal matrix that scales each feature down. The delta is P C M D, merged exactly.
+    diagonal matrix that scales each feature. The delta is P C M D, merged exactly.
 
     Attributes:
       inner: The operator, of the same widths and `square_rank`.
       directions: V, (in_features, k), or (*stack, in_features, k), kept in bfloat16.
         Its columns v are orthogonal; the part |v|^2 of an input along v is taken away.
         None takes away nothing.
-      diagonal: F, (in_features, 1), or (*stack, in_features, 1), float32 from 0 to 1: a
-        number for each feature. None scales nothing.
+      diagonal: F, (in_features, 1), or (*stack, in_features, 1), in float32: a number
+        for each feature, not negative. None scales nothing.
 
     Raises:
       TypeError: `inner` is damped or not an operator; an array is not of concrete
         floating-point numbers.
-      ValueError: Sizes do not fit, columns are not orthogonal or longer than 1, numbers
-        of F are not from 0 to 1, or neither array is given.
+      ValueError: Sizes do not fit, columns are not orthogonal or longer than 1, a
+        number of F is negative, or neither array is given.
 
     Example::
 
@@ -274,10 +274,10 @@ def _checked_diagonal(op: Damped) -> np.ndarray | None:
     stack = np.shape(f)[:-2]
     check_concrete(f, "diagonal", (*stack, op.in_features, 1))
     f = np.array(f, np.float32)
-    if not ((f >= 0) & (f <= 1)).all():
+    if not (np.isfinite(f) & (f >= 0)).all():
         raise ValueError(
-            "diagonal must be of numbers from 0 to 1, got numbers from "
-            f"{f.min():.3g} to {f.max():.3g}"
+            "diagonal must be of finite numbers that are not negative, got numbers "
+            f"from {f.min():.3g} to {f.max():.3g}"
         )
     f.setflags(write=False)
     return f

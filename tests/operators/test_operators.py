@@ -293,9 +293,13 @@ def test_gains_are_those_of_the_matrices(case, size):
         norms = (np.linalg.norm(x @ c) / np.sqrt((x**2).mean()), norms[1])
     gains = norms[0] / c.shape[1] ** 0.5, norms[1] / reached.sum() ** 0.5
     close(op.gains, gains, rounded(case))
-    ins, q = op.in_features, op.square_rank
-    unit = op.fine_tuning_scale * q * op.gains[0] * op.gains[1]
-    assert unit == pytest.approx(ins)
+    # A step moves an output by `q c d` if all inputs pull in one direction, and by
+    # `sqrt(q) c d` if each has its own, where a step of the kernel moves it by `in`
+    # and by sqrt(in).
+    q = op.square_rank
+    aligned = op.in_features / (q * gains[0] * gains[1])
+    independent = aligned * (q / op.in_features) ** 0.5
+    assert op.fine_tuning_scale == pytest.approx((aligned * independent) ** 0.5, 0.02)
 
 
 def test_an_operator_without_gains_says_so():

@@ -69,9 +69,9 @@ def projection(x, count=DIRECTIONS, floor=0.03):
         factors[-count:] = np.sqrt((rest + floor * mean) / leading).clip(max=1)
         p = (vectors * factors) @ vectors.T
     squares = ((x @ p) ** 2).sum(0)
-    most = np.sort(squares)[: width - width // 16].mean()
-    least = floor * squares.mean()
-    return p * np.sqrt((most + least) / (squares + least)).clip(max=1)
+    factors = (squares + floor * squares.mean()) ** -0.5
+    sizes = squares**0.5
+    return p * factors * sizes.sum() / (sizes * factors).sum()
 
 
 def found_of(adapter, layer=()):
@@ -444,9 +444,9 @@ def test_bad_operators():
             directions=good,
         )
     for bad, rule in (
-        (good[:, :1] - 0.5, "from 0 to 1"),
-        (good[:, :1] + 1, "from 0 to 1"),
-        (good[:, :1] * np.nan, "from 0 to 1"),
+        (good[:, :1] - 0.5, "finite numbers that are not negative"),
+        (np.full_like(good[:, :1], np.inf), "finite numbers that are not negative"),
+        (good[:, :1] * np.nan, "finite numbers that are not negative"),
         (good, "must have shape"),
         (good[:, 0], "must have shape"),
     ):

@@ -207,8 +207,8 @@ def test_what_is_no_adapter_is_told():
     cases = [
         (lambda: adapter(jnp.ones((2, 8))), "12.*8"),
         (lambda: adapter("x"), "x must be an array, got str"),
-        (lambda: adapter.replace(m=adapter.m[:3])(x), "kernel_mora must have shape"),
-        (lambda: adapter.replace(m=adapter.m[:3]).delta(), "must have shape"),
+        (lambda: adapter.replace(m=adapter.m[:1])(x), "kernel_mora must have shape"),
+        (lambda: adapter.replace(m=adapter.m[:1]).delta(), "must have shape"),
         (lambda: adapter.replace(m=adapter.m.astype(int)).delta(), "got int32"),
         (lambda: adapter.replace(m=3).delta(), "must be an array, got int"),
         (lambda: adapter.replace(m=None)(x), "must be an array, got NoneType"),
@@ -226,7 +226,7 @@ def test_what_is_no_adapter_is_told():
         with pytest.raises(ValueError, match="kernel_mora holds NaN or infinity"):
             call(broken)
     odd = {"kernel_mora": adapter.replace(spec=PLAN["s/kernel"])}  # of one layer of it
-    with pytest.raises(ValueError, match=r"must have shape \((8, 12|4, 2, 3)\)"):
+    with pytest.raises(ValueError, match=r"must have shape \((8, 12|\d, \d, \d)\)"):
         mora_jax.merge(PARAMS["s"], odd)
 
 
@@ -246,10 +246,10 @@ def test_equal_arrays_with_equal_meanings_are_equal():
 def test_a_repr_is_short():
     assert repr(ADAPTERS["a"]) == (
         "{'bias': Adapter(trained, float32[8]), "
-        "'kernel_mora': Adapter(block_diagonal, float32[4, 3, 2])}"
+        "'kernel_mora': Adapter(block_diagonal, float32[2, 6, 4])}"
     )
     shapes = jax.eval_shape(lambda: ADAPTERS)["a"]["kernel_mora"]
-    assert repr(shapes) == "Adapter(block_diagonal, float32[4, 3, 2])"
+    assert repr(shapes) == "Adapter(block_diagonal, float32[2, 6, 4])"
     assert repr(jax.tree.map(lambda _: None, shapes)) == "Adapter(block_diagonal, None)"
 
 

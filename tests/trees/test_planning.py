@@ -171,7 +171,7 @@ def test_summary():
     rows = summary(small).splitlines()
     assert len(rows) == 1 + 5 + 1  # layers collapse
     row = (
-        "layers/*/mlp/down_proj/kernel (12) 256 -> 64 block_diagonal 3.2 16 x 16 x 4 16"
+        "layers/*/mlp/down_proj/kernel (12) 256 -> 64 block_diagonal 3.2 16 x 16 x 4 8"
         " 12,288 1.82%"
     )
     assert rows[1].split() == row.split()
@@ -512,15 +512,19 @@ def test_scale_is_a_factor_of_each_kernel():
     settings = dict(operator="decoupling", alpha=0.5)
     found = plan(params, MoRAConfig(square_rank=8, **settings))
     # 8 blocks of 8 each have outputs of their own, or share them in fours.
-    assert [spec.scale for spec in found.values()] == [8.0, 4.0]
-    assert [spec.factor for spec in found.values()] == [4.0, 2.0]
+    scales = [spec.scale for spec in found.values()]
+    assert scales == pytest.approx([8**0.75, 8**0.75 / 2])
+    assert [spec.factor for spec in found.values()] == [scale / 2 for scale in scales]
     heads, *rows = [line.split() for line in summary(found).splitlines()[:3]]
     assert heads[-5:-2] == ["alpha", "scale", "parameters"]
-    assert [row[-4:-2] for row in rows] == [["0.5", "8"], ["0.5", "4"]]
+    assert [row[-4:-2] for row in rows] == [["0.5", "4.76"], ["0.5", "2.38"]]
     ones = {"kernel_mora": np.ones((8, 8), np.float32)}
     delta = mora_jax.delta_weight(found.adapters({"a": ones, "b": ones}))
-    np.testing.assert_array_equal(delta["a"]["kernel"][:9, 0], [4.0] * 8 + [0.0])
-    np.testing.assert_array_equal(delta["b"]["kernel"][:17:8, 0], [2.0, 0.0, 2.0])
+    np.testing.assert_allclose(
+        delta["a"]["kernel"][:9, 0], [8**0.75 / 2] * 8 + [0.0], 1e-6
+    )
+    ends = [8**0.75 / 4, 0.0, 8**0.75 / 4]
+    np.testing.assert_allclose(delta["b"]["kernel"][:17:8, 0], ends, 1e-6)
     with pytest.raises(ValueError, match="scale must be above 0, got -1"):
         dataclasses.replace(found["a/kernel"], scale=-1.0)
 
