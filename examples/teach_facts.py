@@ -8,7 +8,7 @@ questions, and says the same after the adapters are merged into its kernels. The
     python -m examples.teach_facts --facts 8 --rank 8 --operator rotation
 
 `--model DIR` teaches another Llama that talks as SmolLM2 does, from its safetensors.
-`--operator low_rank` teaches with a LoRA of this library, at twenty times the rate.
+`--operator low_rank` teaches with a LoRA of this library, at ten times the rate.
 `--compare` trains that LoRA and qwix's as well, all of them on three sets of facts, and
 plots what is recalled over steps and over seconds. `--base nf4` (or int8, int4) teaches
 a base that qwix has quantized.

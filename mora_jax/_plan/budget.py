@@ -82,12 +82,12 @@ def balanced(specs: Mapping[str, AdapterSpec]) -> dict[str, AdapterSpec]:
 
 
 def _shape(name: str, spec: AdapterSpec) -> Hashable:
-    """What kernels of one shape have in common."""
+    """The key of kernels of one shape."""
     return spec.kernel_shape, spec.axes, spec.rank
 
 
 def _place(name: str, spec: AdapterSpec) -> Hashable:
-    """What kernels of one shape and place in a layer have in common."""
+    """The key of kernels of one shape and place in a layer."""
     return _shape(name, spec), re.sub(r"\d+", "*", name)
 
 

@@ -79,8 +79,8 @@ def test_directions_hold_most_of_the_gradient():
             products, unit = basis.swapaxes(-2, -1) @ basis, np.eye(op.square_rank)
             close(products, np.broadcast_to(unit, products.shape), 2**-7)
         ins, outs = op.in_features, op.out_features
-        # c d = sqrt(in / out), whatever the width: s = in / (q c d).
-        scale = (ins * outs) ** 0.5 / op.square_rank
+        # c = sqrt(in / q) and d = sqrt(q / out) in (in / q) ** 0.75 / (c d).
+        scale = (ins / op.square_rank) ** 0.25 * (outs / op.square_rank) ** 0.5
         assert spec.scale == pytest.approx(scale)
     again = gradient_bases(grads, found)  # of a plan that has them already
     assert again == found != plan
