@@ -28,7 +28,7 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  EXPERIMENT    what bench-quality runs: pairs, bases, loads, facts, pretraining, reasoning, suite, restarts, renewals,'
+	@echo '  EXPERIMENT    what bench-quality runs: recipe, pairs, bases, loads, facts, pretraining, reasoning, suite, restarts, renewals,'
 	@echo '                stored, spectra, one_rate, unscaled_rates, bfloat16, merging'
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 

@@ -15,10 +15,14 @@ Size = tuple[int, int]
 
 
 def encode(pair: Pair) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and of its answer, which ends the turn."""
+    """The tokens of a prompt, as a chat has it, and of the model's turn, the answer.
+
+    After plain text the model does not expect the end of an answer: then learning
+    where it ends is most of what there is to learn.
+    """
     tokenizer = language.base().tokenizer
     prompt, answer = pair
-    return tokenizer.encode(prompt), [*tokenizer.encode(f" {answer}"), smollm2.EOS]
+    return tokenizer.chat(prompt), [*tokenizer.encode(answer), smollm2.EOS]
 
 
 def size_of(pair: Pair) -> Size:

@@ -115,6 +115,7 @@ def main() -> None:
             summaries.append(
                 {
                     "setting": name,
+                    "name": method,
                     "title": teaching.title(method),
                     "parameters": of_method[0]["parameters"],
                     "rate": of_method[0]["rate"],

@@ -26,7 +26,7 @@ FORMS = {
 HELD_OUT = 128  # examples, or a third of those that a task has
 SAMPLE = 1000  # problems of reasoning-gym that sizes are read from
 FITTING = 0.95  # the share of examples that are not longer than the others' rows
-LONGEST = (48, 20)  # tokens of a prompt with its answer, and of the answer
+LONGEST = (56, 20)  # tokens of a prompt with its answer, and of the answer
 MULTIPLES = (8, 4)  # of tokens, so that tasks share compiled programs
 
 

@@ -156,12 +156,15 @@ def test_first_page_has_ten_lines_that_learn(tmp_path):
     merged = ran.model.apply({"params": ran.params}, ran.x)
     adapted = ran.apply(ran.adapters, ran.variables, ran.x)
     np.testing.assert_allclose(merged, adapted, 1e-5, 1e-5)
-    steps = {
-        r["name"]: r["steps99"] for r in summaries("pairs") if r["setting"] == "r=8"
-    }
-    mora, lora = (f"{steps[name]:.1f}" for name in ("block_diagonal", "lora"))
-    told = f"MoRA knows 99% of the tokens after {mora} steps, LoRA after {lora}"
-    assert told in " ".join(page.read_text().split())
+    found = one_rate()
+    mora, lora = (
+        found["pairs, r=8", name] for name in ("block_diagonal, damped 0", "lora")
+    )
+    text = " ".join(page.read_text().split())
+    steps = "MoRA knows 99% of the tokens after {:.1f} steps, LoRA after {:.1f}"
+    assert steps.format(mora["steps"], lora["steps"]) in text
+    forgot = "MoRA forgot {:.2f} nats a token of ordinary answers, and LoRA {:.2f}"
+    assert forgot.format(mora["forgotten"], lora["forgotten"]) in text
 
 
 def test_code_of_readme_trains_and_merges(tmp_path):
@@ -448,36 +451,50 @@ def summaries(experiment):
     ]
 
 
-def test_table_of_learning_in_readme_is_as_measured():
-    facts, pairs = (
-        {r["name"]: r for r in summaries(experiment) if r["setting"] == "r=8"}
-        for experiment in ("facts", "pairs")
-    )
-    cells = " {steps99:.1f} | {divergence:.2f} |"
-    rows = [
-        f"| {TITLES[name]} |{cells.format(**facts[name])}{cells.format(**pairs[name])}"
-        for name in ("lora", "rotation", "subspace", *BLOCKS)
-    ]
-    assert all(f"{row}\n" in README.read_text() for row in rows)
-
-
-BLOCKS = "block_diagonal", "block_diagonal, damped"
 BETWEEN = {"r=1, 4 layers": "r = 1 on 4 of 30 layers", "r=8": "r = 8", "r=1": "r = 1"}
 """How tables call a setting."""
+RECIPE = {
+    "lora": "LoRA",
+    "lora, damped 0": "LoRA, inputs damped",
+    "full": "every kernel",
+    "block_diagonal": "MoRA, blocks (default)",
+    "block_diagonal, damped 0": "MoRA, inputs damped",
+    "block_diagonal, damped 4": "MoRA, inputs damped along 4 directions too",
+    "rotation": "MoRA, rotation",
+    "subspace": "MoRA, directions of a gradient",
+    "subspace, damped 0": "MoRA, directions of a gradient, inputs damped",
+}
+"""How tables of one rate call a method."""
 
 
-@pytest.mark.parametrize("experiment", ["facts", "pairs"])
-def test_answers_are_as_measured(experiment):
-    """Steps relative to LoRA, and what is forgotten beside LoRA's."""
-    page, rows = ANSWERS.read_text(), summaries(experiment)
-    lora = {row["setting"]: row for row in rows if row["name"] == "lora"}
-    for row in rows:
-        if row["name"] in (*BLOCKS, "subspace"):
-            error = f" ± {row['error']:.2f}" if row["error"] else ""
-            cells = f"{TITLES[row['name']]} | {row['ratio']:.2f}{error} | "
-            cells += f"{row['divergence']:.2f} | "
-            cells += f"{lora[row['setting']]['divergence']:.2f}"
-            assert f"| {experiment}, {BETWEEN[row['setting']]} | {cells} |" in page
+def one_rate():
+    """{(setting, method): what was found at full fine-tuning's rate}."""
+    return {(row["setting"], row["name"]): row for row in summaries("recipe")}
+
+
+def test_table_of_learning_in_readme_is_as_measured():
+    found, page = one_rate(), README.read_text()
+    for name in ("lora", "full", "block_diagonal, damped 0", "subspace, damped 0"):
+        facts, pairs = (found[f"{task}, r=8", name] for task in ("facts", "pairs"))
+        cells = "{steps:.1f} | {forgotten:.2f}"
+        cells = f"{cells.format(**facts)} | {cells.format(**pairs)}"
+        assert f"| {RECIPE[name]} | {cells} |\n" in page
+
+
+@pytest.mark.parametrize("page", [ANSWERS, REPORT], ids=lambda p: p.stem)
+def test_tables_of_one_rate_are_as_measured(page):
+    """Steps and forgetting beside LoRA's; the report has each row."""
+    text, rows = page.read_text(), 0
+    for (setting, name), row in one_rate().items():
+        task, _, extent = setting.partition(", ")
+        error = f" ± {row['error']:.2f}" if row["error"] else ""
+        cells = f"| {task}, {BETWEEN[extent]} | {RECIPE[name]} | "
+        cells += "{sets} | {steps:.1f} | {ratio:.2f}@error | {forgotten:.2f} | "
+        cells = (cells + "{forgotten_ratio:.2f} |").format(**row)
+        shown = cells.replace("@error", error) + "\n" in text
+        assert shown or page is ANSWERS
+        rows += shown
+    assert rows > 10
 
 
 RESULTS = sorted(ROOT.glob("benchmarks/*/results/*.json"))

@@ -130,7 +130,8 @@ def test_pip_checks_the_archive_before_it_runs_what_is_in_it(tmp_path, monkeypat
 @pytest.fixture
 def characters(monkeypatch):
     """A tokenizer with a token for each byte, and no model."""
-    tokenizer = types.SimpleNamespace(encode=lambda text: list(text.encode()))
+    tokens = lambda text: list(text.encode())  # noqa: E731
+    tokenizer = types.SimpleNamespace(encode=tokens, chat=tokens)
     base = language.Base(None, None, tokenizer)  # type: ignore[arg-type]
     monkeypatch.setattr(language, "base", lambda: base)
     tasks.task_of.cache_clear()
