@@ -100,8 +100,7 @@ def _balanced_by_kind(
         kinds.setdefault(kind_of(name, spec), []).append(name)
     choices = []
     for names in kinds.values():
-        budget = sum(_budget(specs[name]) for name in names)
-        choices.append(_choices(specs[names[0]], budget))
+        choices.append(_choices([specs[name] for name in names]))
     chosen = _best(choices, sum(_budget(spec) for spec in specs.values()))
     if chosen is None:
         return dict(specs)
@@ -112,21 +111,27 @@ def _balanced_by_kind(
     }
 
 
+def _kernels(spec: AdapterSpec) -> int:
+    """The number of kernels in the stack of an adapter, 1 without a stack."""
+    return math.prod(spec.stack_shape)
+
+
 def _budget(spec: AdapterSpec) -> int:
     """The parameters of a LoRA of the adapter's rank."""
     assert spec.rank is not None
-    kernels = math.prod(spec.stack_shape)
-    return kernels * spec.rank * (spec.in_features + spec.out_features)
+    return _kernels(spec) * spec.rank * (spec.in_features + spec.out_features)
 
 
-def _choices(spec: AdapterSpec, budget: int) -> list[Choice]:
-    """The numbers of blocks that kernels of a kind may have, by the budget of all.
+def _choices(kind: list[AdapterSpec]) -> list[Choice]:
+    """The numbers of blocks that kernels of a kind may have.
 
     These cut both widths evenly, if one that is near the budget does. Else the number
     stays as it is.
     """
+    spec = kind[0]
     ins, outs = spec.in_features, spec.out_features
-    kernels = budget // (spec.rank * (ins + outs))
+    kernels = sum(map(_kernels, kind))
+    budget = sum(map(_budget, kind))
     common = math.gcd(ins, outs)
     found = []
     for blocks in range(1, common + 1):
