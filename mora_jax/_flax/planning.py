@@ -194,20 +194,23 @@ class Candidates:
 
     def adapters(self, names: Iterable[str]) -> dict[str, AdapterSpec]:
         """The adapters of kernels, whose blocks share the budget of all."""
-        specs = {name: self.adapter(name) for name in names}
-        return specs | balanced({n: s for n, s in specs.items() if self._shares(n, s)})
+        found: dict[str, AdapterSpec] = {}
+        shared: dict[str, AdapterSpec] = {}
+        for name in names:
+            config, axes = self.config.settings(name)
+            found[name] = spec = self._adapter(name, config, axes)
+            # The number of blocks follows from the rank alone, and may be another one.
+            is_free = spec.rank is not None and config.multiple_of is None
+            if isinstance(spec.operator, BlockDiagonal) and is_free:
+                shared[name] = spec
+        return found | balanced(shared)
 
-    def _shares(self, name: str, spec: AdapterSpec) -> bool:
-        """True if the number of blocks of a kernel follows from the rank alone."""
-        config, _ = self.config.settings(name)
-        is_given = config.square_rank is not None or config.multiple_of is not None
-        return isinstance(spec.operator, BlockDiagonal) and not is_given
-
-    def adapter(self, name: str) -> AdapterSpec:
+    def _adapter(
+        self, name: str, config: settings.KernelConfig, axes: str | None
+    ) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
         leaf, product = self.arrays[name], self.survey.products.get(name)
         check_kernel(leaf, name)
-        config, axes = self.config.settings(name)
         with errors_of(name):
             axes = self._axes(name) if axes is None else axes
             own = config, tuple(leaf.shape), axes

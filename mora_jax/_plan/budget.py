@@ -9,7 +9,7 @@ plan uses nearly all of its budget.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators import BlockDiagonal
@@ -69,21 +69,39 @@ def balanced(specs: Mapping[str, AdapterSpec]) -> dict[str, AdapterSpec]:
       The adapters, with at most the parameters of LoRAs of their ranks in sum. They
       are as given if the kernels cannot be cut so that all fit.
     """
-    budget = sum(_budget(spec) for spec in specs.values())
-    best, most = dict(specs), 0
-    for kind_of in (_shape, _place):
-        new = _balanced_by_kind(specs, kind_of)
-        used = sum(spec.parameters for spec in new.values())
-        if used > most:
-            best, most = new, used
-        if used >= ENOUGH * budget:
+    best = Chosen()
+    best_kinds: list[list[str]] = []
+    for key_of in (_shape, _place):
+        by_key: dict[Hashable, list[str]] = {}
+        for name, spec in specs.items():
+            by_key.setdefault(key_of(name, spec), []).append(name)
+        kinds = list(by_key.values())
+        budgets = [len(names) * _budget(specs[names[0]]) for names in kinds]
+        choices = [
+            _choices(specs[names[0]], budget)
+            for names, budget in zip(kinds, budgets, strict=True)
+        ]
+        chosen = _best(choices, sum(budgets))
+        if chosen is not None and chosen.parameters > best.parameters:
+            best, best_kinds = chosen, kinds
+        if best.parameters >= ENOUGH * sum(budgets):
             break
-    return best
+    new = dict(specs)
+    for names, blocks in zip(best_kinds, best.blocks, strict=True):
+        old = specs[names[0]].operator
+        assert isinstance(old, BlockDiagonal)
+        if blocks == old.square_rank:
+            continue
+        cut = BlockDiagonal(old.in_features, old.out_features, blocks, seed=old.seed)
+        for name in names:
+            new[name] = _with_operator(specs[name], cut)
+    return new
 
 
 def _shape(name: str, spec: AdapterSpec) -> Hashable:
-    """The key of kernels of one shape."""
-    return spec.kernel_shape, spec.axes, spec.rank
+    """The key of kernels of one shape, whose blocks are alike."""
+    assert isinstance(spec.operator, BlockDiagonal)
+    return spec.kernel_shape, spec.axes, spec.rank, spec.operator.seed
 
 
 def _place(name: str, spec: AdapterSpec) -> Hashable:
@@ -91,47 +109,26 @@ def _place(name: str, spec: AdapterSpec) -> Hashable:
     return _shape(name, spec), re.sub(r"\d+", "*", name)
 
 
-def _balanced_by_kind(
-    specs: Mapping[str, AdapterSpec], kind_of: Callable[[str, AdapterSpec], Hashable]
-) -> dict[str, AdapterSpec]:
-    """The same, with equally many blocks for all kernels of a kind."""
-    kinds: dict[Hashable, list[str]] = {}
-    for name, spec in specs.items():
-        kinds.setdefault(kind_of(name, spec), []).append(name)
-    choices = []
-    for names in kinds.values():
-        choices.append(_choices([specs[name] for name in names]))
-    chosen = _best(choices, sum(_budget(spec) for spec in specs.values()))
-    if chosen is None:
-        return dict(specs)
-    return {
-        name: _with_blocks(specs[name], blocks)
-        for names, blocks in zip(kinds.values(), chosen.blocks, strict=True)
-        for name in names
-    }
-
-
-def _kernels(spec: AdapterSpec) -> int:
-    """The number of kernels in the stack of an adapter, 1 without a stack."""
-    return math.prod(spec.stack_shape)
-
-
 def _budget(spec: AdapterSpec) -> int:
     """The parameters of a LoRA of the adapter's rank."""
     assert spec.rank is not None
-    return _kernels(spec) * spec.rank * (spec.in_features + spec.out_features)
+    kernels = math.prod(spec.stack_shape)
+    return kernels * spec.rank * (spec.in_features + spec.out_features)
 
 
-def _choices(kind: list[AdapterSpec]) -> list[Choice]:
+def _choices(spec: AdapterSpec, budget: int) -> list[Choice]:
     """The numbers of blocks that kernels of a kind may have.
 
     These cut both widths evenly, if one that is near the budget does. Else the number
     stays as it is.
+
+    Args:
+      spec: The adapter of one of the kernels.
+      budget: The parameters of LoRAs of all of them.
     """
-    spec = kind[0]
+    assert spec.rank is not None
     ins, outs = spec.in_features, spec.out_features
-    kernels = sum(map(_kernels, kind))
-    budget = sum(map(_budget, kind))
+    kernels = budget // (spec.rank * (ins + outs))
     common = math.gcd(ins, outs)
     found = []
     for blocks in range(1, common + 1):
@@ -173,14 +170,9 @@ def _best(kinds: list[list[Choice]], budget: int) -> Chosen | None:
     return max(known, key=lambda one: one.parameters, default=None)
 
 
-def _with_blocks(spec: AdapterSpec, blocks: int) -> AdapterSpec:
-    """The adapter with so many blocks, and the scale that suits them."""
-    old = spec.operator
-    assert isinstance(old, BlockDiagonal)
-    if blocks == old.square_rank:
-        return spec
-    new = BlockDiagonal(old.in_features, old.out_features, blocks, seed=old.seed)
+def _with_operator(spec: AdapterSpec, operator: BlockDiagonal) -> AdapterSpec:
+    """The adapter with another operator, and the scale that suits it."""
     scale = spec.scale
-    if scale == old.fine_tuning_scale:
-        scale = new.fine_tuning_scale
-    return dataclasses.replace(spec, operator=new, scale=scale)
+    if scale == spec.operator.fine_tuning_scale:
+        scale = operator.fine_tuning_scale
+    return dataclasses.replace(spec, operator=operator, scale=scale)
