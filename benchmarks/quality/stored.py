@@ -1,7 +1,8 @@
 """Claim: the directions of a gradient can be left out of what is stored, for a price.
 
-SmolLM2 learns 16 random pairs between the directions of their gradient, with other
-ranks, and with random directions on one side, which a seed would give. Then the delta
+SmolLM2 learns 16 random pairs between the directions of their gradient, which files
+hold in 8 or 16 bits, at another rank, and with random directions on one side, which a
+seed would give. Then the delta
 at r = 8 is cut to LoRAs of the least rank that keep it within an error. You will see
 the megabytes of each adapter's file, steps to 99% of the tokens, what is known at the
 end, and what is forgotten.
@@ -32,6 +33,7 @@ ERRORS = 0.01, 0.1, 0.3
 WAYS: dict[str, tuple[int, float]] = {
     "lora": (8, 4e-3),
     "directions": (8, 4e-4),
+    "directions, 16 bits": (8, 4e-4),
     "directions, r=2": (2, 4e-4),
     "inputs' directions": (8, 4e-4),
     "outputs' directions": (8, 8e-4),
@@ -65,7 +67,8 @@ def start(way: str, loss: Callable[..., Any], inputs: Any) -> Any:
         return learner.frozen(params)[1].adapters(learner.start)
     config = MoRAConfig(operator="orthogonal", rank=rank, scale="fine-tuning")
     plan = learners.plan_of(model, params, teaching.TARGETS, config, *inputs)
-    adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params,)])
+    dtype = "bfloat16" if way.endswith("16 bits") else "float8_e4m3fn"
+    adapters = mora_jax.directions(loss, mora_jax.init(plan), [(params,)], dtype=dtype)
     return one_sided(adapters, way) if "'" in way else adapters
 
 

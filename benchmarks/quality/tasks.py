@@ -23,7 +23,7 @@ FORMS = {
     "color/hex": "{text}",
 }
 """The prompt of each task of BIG-bench, from its input. Choices are not in it."""
-HELD_OUT = 128  # examples, or a third of those that a task has
+HELD_OUT = 64  # examples, or a third of those that a task has
 SAMPLE = 1000  # problems of reasoning-gym that sizes are read from
 FITTING = 0.95  # the share of examples that are not longer than the others' rows
 LONGEST = (56, 20)  # tokens of a prompt with its answer, and of the answer

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from mora_jax._common import axes, checks
 from mora_jax._common.messages import patterns, warn
@@ -21,6 +23,7 @@ from mora_jax._tree.losses import check_loss as check_loss
 from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Damped, Operator, Orthogonal, Subspace, square_rank
 from mora_jax.operators.low_rank import LowRank
+from mora_jax.operators.orthogonal import in_eight_bits
 
 Specs = Mapping[Path, AdapterSpec]
 OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
@@ -28,7 +31,9 @@ OfLoras = Callable[[dict[Path, Adapter]], Mapping[Path, Adapter]]
 ALONE = 4  # one in so many directions, the first ones, is a singular vector
 
 
-def gradient_bases(grads: Any, plan: Plan) -> Plan:
+def gradient_bases(
+    grads: Any, plan: Plan, *, dtype: DTypeLike = jnp.float8_e4m3fn
+) -> Plan:
     r"""The same plan with a `Subspace` for each kernel: the directions of its gradient.
 
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
@@ -43,11 +48,12 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     Args:
       grads: Gradients of the loss, in a tree as the base's params are.
       plan: The plan.
+      dtype: As for `directions`.
 
     Raises:
       TypeError: A gradient is not a concrete floating-point array.
       ValueError: A kernel lacks a gradient, a gradient is not finite or of another
-        shape than its kernel, or all gradients are zero.
+        shape than its kernel, all gradients are zero, or `dtype` is another one.
 
     Example::
 
@@ -59,6 +65,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
+    dtype = _check_dtype(dtype)
     found = check_plan(plan).shapes.kernels
     arrays = found.in_base(grads, "grads")
     for path, (_, gradient) in arrays.items():
@@ -74,7 +81,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
             products[path] = lora.replace(m=op.joined(rows @ b.mT, a.mT @ rows))
         return products
 
-    new = _along(of_loras, found.specs)
+    new = _along(of_loras, found.specs, dtype)
     return dataclasses.replace(plan, parts={**plan.parts, **new})
 
 
@@ -83,6 +90,7 @@ def directions(
     adapters_or_plan: Any,
     batches: Iterable[tuple[Any, ...] | list[Any]] = ((),),
     *,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Any:
     r"""The same adapters between the leading directions of the loss's gradient.
@@ -104,6 +112,8 @@ def directions(
       batches: The other arguments of `loss`, a tuple or list for each batch. An
         iterator will do if it ends: it is read once, and its batches are kept in memory
         until both gradients are taken.
+      dtype: The dtype that directions are rounded to, float8_e4m3fn or bfloat16. A file
+        has one or two bytes for each number. In memory they are bfloat16.
       progress: A function of the number of batches, called after each gradient.
 
     Returns:
@@ -115,7 +125,7 @@ def directions(
       TypeError: An argument is of another kind, `loss` does not return one
         floating-point number, or the call is inside of jit, vmap or grad.
       ValueError: `batches` is empty, a delta is not zero, a gradient is not finite,
-        or all gradients are zero.
+        all gradients are zero, or `dtype` is another one.
 
     Example::
 
@@ -129,12 +139,13 @@ def directions(
       Adapter(subspace, float32[4, 4])
     """
     check_loss(loss)
+    dtype = _check_dtype(dtype)
     if not callable(progress):
         raise TypeError(f"progress must be a function, got {type(progress).__name__}")
     if isinstance(adapters_or_plan, Plan):
         plan = adapters_or_plan
         adapters = _new_adapters(plan)
-        made = directions(loss, adapters, batches, progress=progress)
+        made = directions(loss, adapters, batches, dtype=dtype, progress=progress)
         specs = paths.adapters_in(made).specs
         return dataclasses.replace(plan, parts={**plan.parts, **specs})
     adapters = adapters_or_plan
@@ -153,7 +164,7 @@ def directions(
         return sums
 
     new = {}
-    for path, spec in _along(total, found.specs).items():
+    for path, spec in _along(total, found.specs, dtype).items():
         new[path] = Adapter(spec.start(path), spec)
     return paths.replace_adapters(adapters, new)
 
@@ -190,7 +201,16 @@ def lora_gradient(
 _compiled_gradient = jax.jit(lora_gradient, static_argnums=0)
 
 
-def _along(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype that directions are rounded to, checked."""
+    allowed = "float8_e4m3fn", "bfloat16"
+    checked = checks.check_dtype("dtype", dtype)
+    if checked.name not in allowed:
+        raise ValueError(f"dtype must be one of {allowed}, got {checked.name!r}")
+    return checked
+
+
+def _along(gradient: OfLoras, specs: Specs, dtype: np.dtype) -> dict[Path, Any]:
     """{path: spec} with a `Subspace` along the gradient of each kernel that has one."""
     new, without = {}, []
     for path, (span, product) in _sketched(gradient, specs).items():
@@ -201,7 +221,10 @@ def _along(gradient: OfLoras, specs: Specs) -> dict[Path, Any]:
             continue
         old, q = spec.operator, _width(spec)
         widths = spec.in_features, spec.out_features, q
-        op: Operator = Subspace(*widths, *map(gathered, _leading(span, product, q)))
+        bases = _leading(span, product, q)
+        if dtype != jnp.bfloat16:
+            bases = map(in_eight_bits, bases)
+        op: Operator = Subspace(*widths, *map(gathered, bases))
         if isinstance(old, Damped):
             op = dataclasses.replace(old, inner=op, square_rank=q)
         new[path] = dataclasses.replace(spec, operator=op, scale=scale_with(op, spec))

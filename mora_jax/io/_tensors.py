@@ -22,6 +22,7 @@ from mora_jax.io._json import Field, parse, read_record, short
 
 _KINDS: dict[str, Any] = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16}
 DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}  # of M's and kernels
+EIGHT_BITS = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn)}  # of directions alone
 KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F(16)|F(4|32|64)|C(64)|F([68])_[A-Z0-9]+")
 """All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
@@ -99,11 +100,16 @@ class TensorFile:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A floating-point tensor, which is read now."""
-        data = b"".join(self.chunks(name))
-        return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
+        return self._read(name, DTYPES)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: self[name] for name in self.entries}
+        """All tensors, which may have eight bits as well."""
+        return {name: self._read(name, DTYPES | EIGHT_BITS) for name in self.entries}
+
+    def _read(self, name: str, dtypes: Mapping[str, np.dtype]) -> np.ndarray:
+        data = b"".join(self.chunks(name))
+        array = np.frombuffer(data, self.dtype(name, dtypes))
+        return array.reshape(self.entries[name].shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
@@ -126,13 +132,13 @@ class TensorFile:
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
                 yield data
 
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor, which must be floating-point."""
+    def dtype(self, name: str, dtypes: Mapping[str, np.dtype] = DTYPES) -> np.dtype:
+        """The dtype of a tensor, which must be one of `dtypes`."""
         dtype = self.entries[name].dtype
-        if dtype not in DTYPES:
-            rule = f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}"
+        if dtype not in dtypes:
+            rule = f"{short(name)} in {self.path.name} must be one of {list(dtypes)}"
             raise AdapterFileError(f"{rule}, got {dtype}: dequantise it first")
-        return DTYPES[dtype]
+        return dtypes[dtype]
 
 
 def encode(tensors: Arrays, metadata: Mapping[str, str]) -> bytes:

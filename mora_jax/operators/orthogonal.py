@@ -17,8 +17,10 @@ from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import given, operator, seeded
 from mora_jax.operators.decoupling import divide
 
-# Rounded to bfloat16, products of unit columns move by at most 2**-7.
-TOLERANCE = 1e-3 + 2**-7  # the largest distance of theirs from the unit matrix
+# A number that `in_eight_bits` rounds moves by at most 2**-4 of itself. So a column of
+# length 1 moves by at most e = 2**-4, and a product of two by at most 2 e + e**2.
+TOLERANCE = 1e-3 + 2**-3 + 2**-8
+"""The largest distance of the products of a basis's columns from the unit matrix."""
 
 
 class Projection(Operator):
@@ -132,7 +134,8 @@ class Subspace(Projection):
 
     `directions` makes it from a gradient: inputs of the layer lie in its leading
     directions, and outputs should move in them. No seed gives such directions, so they
-    are stored with the adapter: q (in + out) numbers.
+    are stored with the adapter: q (in + out) numbers. Those that `in_eight_bits` rounds
+    take a byte each in a file, and others two.
 
     Attributes:
       in_basis, out_basis: Directions, (features, q) or (*stack, features, q), bfloat16.
@@ -161,6 +164,20 @@ class Subspace(Projection):
         # the `in` numbers of x held: their sum of squares is the same.
         c = math.sqrt(self.in_features / self.square_rank)
         return c, math.sqrt(self.square_rank / self.out_features)
+
+
+EIGHT_BITS_FACTOR = 256
+"""Files hold so many times the numbers that `in_eight_bits` rounds.
+
+They are at most 1, and float8_e4m3fn holds 448 and less. An entry of a unit column of
+16,384 features is about 2**-7, and so 2 there: far above the smallest, 2**-9.
+"""
+
+
+def in_eight_bits(basis: Array) -> Array:
+    """Directions rounded to numbers that files hold in a byte each, as bfloat16."""
+    scaled = (basis * EIGHT_BITS_FACTOR).astype(jnp.float8_e4m3fn)
+    return scaled.astype(jnp.bfloat16) / EIGHT_BITS_FACTOR
 
 
 def _times_transpose(h: Array, basis: Array) -> Array:

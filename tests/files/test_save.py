@@ -284,6 +284,7 @@ BAD_TENSORS = {
     "shape": (M, np.ones((9, 10), np.float32), r"enc/kernel .*shape \(10, 10\)"),
     "integers": (M, np.ones((10, 10), np.int32), "enc/kernel_mora.*I32"),
     "dtype": (M, np.ones((10, 10), np.float16), "enc/kernel .*dtype"),
+    "eight bits": (M, np.ones((10, 10), jnp.float8_e4m3fn), "must be one of.*float8"),
     "extra": ("../../etc/passwd", np.ones(1, np.float32), "knows nothing"),
     "of another operator": ("subspace/0", np.eye(9, 2, dtype="f"), "knows nothing"),
 }

@@ -21,6 +21,7 @@ import optax
 import pytest
 from adapter_files import assert_same, made, slow, without_digests
 from flax import nnx
+from helpers import ROUNDED
 from jax._src import compiler
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -395,7 +396,7 @@ def directions_are_those_of_one_process(folder):
         one, two = (tree[name]["kernel_mora"].operator for tree in (expected, got))
         bases = (np.asarray(op.in_basis, np.float64) for op in (one, two))
         along = np.abs(np.sum(np.multiply(*bases), -2))
-        np.testing.assert_allclose(along, 1, atol=1e-2)
+        np.testing.assert_allclose(along, 1, atol=ROUNDED)
         basis = again.plan[f"{name}/kernel"].operator.in_basis
         there = NamedSharding(basis.sharding.mesh, P("f"))  # features, and layers
         assert basis.sharding.is_equivalent_to(there, basis.ndim), name

@@ -9,7 +9,7 @@ from adapter_files import slow
 from cases import KINDS, in_turns
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from helpers import close, largest, random_like, trained, wide
+from helpers import close, largest, orthonormal, random_like, trained, wide
 from programs import plan_of, results, shapes_of
 from twins import CONVOLUTIONS, LIFTED, TABLES, TWINS
 
@@ -177,7 +177,8 @@ def test_directions_are_those_of_the_kernels_gradients(name, api):
     flat = {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
     for path, spec in found.items():
         op, rows = spec.operator, wide(rows_from_kernel(flat[path], spec.axes))
-        between = wide(op.in_basis).swapaxes(-2, -1) @ rows @ wide(op.out_basis)
+        ins, outs = orthonormal(op.in_basis), orthonormal(op.out_basis)
+        between = ins.swapaxes(-2, -1) @ rows @ outs
         held, all_of = (np.sum(array**2, (-2, -1)) for array in (between, rows))
         values = np.linalg.svd(rows, compute_uv=False)[..., : op.square_rank]
         assert (held >= 0.98 * np.sum(values**2, -1)).all(), (path, held / all_of)

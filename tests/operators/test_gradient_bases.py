@@ -8,11 +8,13 @@ import optax
 import pytest
 from adapter_files import single, slow
 from flax import nnx
-from helpers import close, made_for, random, wide
+from flax.traverse_util import flatten_dict
+from helpers import ROUNDED, close, made_for, orthonormal, random, wide
 
 import mora_jax
 from mora_jax import MoRAConfig, gradient_bases, io
 from mora_jax.io import AdapterFileError
+from mora_jax.io._tensors import TensorFile
 from mora_jax.operators import Subspace
 
 AXES = {"b/kernel": {"axes": "oi"}, "c/kernel": {"axes": "sio"}}
@@ -55,12 +57,16 @@ def best_share(matrices, width):
     return share(matrices, u[..., :width], vt.swapaxes(-2, -1)[..., :width])
 
 
-def check_held(grads, name, spec, least=0.998):
-    """Directions hold what the best would, but for rounding to bfloat16."""
+def check_held(grads, name, spec, least=1 - 2 * 2**-8):
+    """Directions hold what the best would, but for rounding to eight bits.
+
+    A column moves by at most 2**-4 of itself, so that each side loses at most the
+    square of that.
+    """
     op, gradient = spec.operator, np.asarray(grads[name[0]]["kernel"], np.float64)
     gradient = gradient.T if name == "b/kernel" else gradient
     gradient = gradient.reshape(*spec.stack_shape, op.in_features, op.out_features)
-    c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
+    c, d = orthonormal(op.in_basis), orthonormal(op.out_basis)
     best = best_share(gradient, op.square_rank)
     assert (share(gradient, c, d) > least * best).all()
     return c, d
@@ -73,11 +79,11 @@ def test_directions_hold_most_of_the_gradient():
     for name, spec in found.items():
         op, old = spec.operator, plan[name].operator
         assert (op.m_shape, op.name) == (old.m_shape, "subspace")
-        c, d = check_held(grads, name, spec)
-        for basis in (c, d):
+        check_held(grads, name, spec)
+        for basis in wide(op.in_basis), wide(op.out_basis):
             assert basis.shape[:-2] == spec.stack_shape
             products, unit = basis.swapaxes(-2, -1) @ basis, np.eye(op.square_rank)
-            close(products, np.broadcast_to(unit, products.shape), 2**-7)
+            close(products, np.broadcast_to(unit, products.shape), ROUNDED)
         ins, outs = op.in_features, op.out_features
         # c = sqrt(in / q) and d = sqrt(q / out) in (in / q) ** 0.75 / (c d).
         scale = (ins / op.square_rank) ** 0.25 * (outs / op.square_rank) ** 0.5
@@ -106,8 +112,8 @@ def test_directions_beyond_the_rank_of_a_gradient():
         places = (5, 3) if spec.axes == "oi" else (3, 5)
         for basis, at in zip((op.in_basis, op.out_basis), places, strict=True):
             one = basis.reshape(-1, *basis.shape[-2:])[-1]
-            close(one.T @ one, np.eye(op.square_rank), 2**-7)
-            assert np.sum(wide(one)[at] ** 2) == pytest.approx(1, abs=2**-7)
+            close(one.T @ one, np.eye(op.square_rank), ROUNDED)
+            assert np.sum(orthonormal(one)[at] ** 2) == pytest.approx(1, abs=2**-7)
 
 
 def test_the_forms_of_gradients():
@@ -254,9 +260,43 @@ def test_files_hold_the_bases(tmp_path):
     assert io.plan_from_json(io.plan_to_json(adapters), like=plan).parts == plan.parts
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", slow("bfloat16")])
+def test_a_file_has_as_many_bytes_as_the_dtype(dtype, tmp_path):
+    """For each number of a direction, and it gives back the same directions."""
+    plan = gradient_bases(gradients(), planned(), dtype=dtype)
+    mora_jax.save(tmp_path, mora_jax.init(plan))
+    tensors = TensorFile(tmp_path / "adapter_model.safetensors").arrays()
+    stored = [a for name, a in tensors.items() if name.startswith("subspace/")]
+    assert {array.dtype.name for array in stored} == {dtype}
+    assert len(stored) == 2 * len(plan)
+    for name, adapter in flatten_dict(mora_jax.load(tmp_path), sep="/").items():
+        op = plan[name.removesuffix("_mora")].operator
+        assert adapter.operator == op
+        for side in "in_basis", "out_basis":
+            loaded, first = getattr(adapter.operator, side), getattr(op, side)
+            assert loaded.dtype == first.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(loaded, first)
+
+
+def test_directions_in_eight_bits_are_near_those_in_sixteen():
+    """Each number moves by at most 2**-4 of itself, or the least step of the dtype."""
+    few, many = (
+        gradient_bases(gradients(), planned(), dtype=dtype)
+        for dtype in (jnp.float8_e4m3fn, jnp.bfloat16)
+    )
+    for name, spec in few.items():
+        for side in "in_basis", "out_basis":
+            got, exact = (wide(getattr(s.operator, side)) for s in (spec, many[name]))
+            assert (np.abs(got - exact) <= 2**-4 * np.abs(exact) + 2**-17).all()
+            assert (got != exact).any()
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_gradients():
     plan, grads = planned(), gradients()
+    for dtype, error in ("float32", ValueError), ("int8", TypeError):
+        with pytest.raises(error, match=f"dtype must .*got {dtype}|'{dtype}'"):
+            gradient_bases(grads, plan, dtype=dtype)
     rest = {name: g for name, g in grads.items() if name != "a"}
 
     def with_a(gradient):
@@ -317,12 +357,12 @@ def test_bad_bases():
 def test_damaged_bases(tmp_path):
     """A file of other bases is not this adapter's."""
     from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     plan = single(Subspace(6, 6, 2, in_basis=np.eye(6, 2), out_basis=np.eye(6, 2)))
     mora_jax.save(tmp_path, mora_jax.init(plan))
     file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = TensorFile(file).arrays()
     m, name = sorted(tensors)  # both sides are equal, and are stored once
     assert m == "a/kernel_mora" and name.startswith("subspace/")
     tensors[name] = tensors[name][::-1].copy()

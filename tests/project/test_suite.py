@@ -266,7 +266,7 @@ def test_a_method_beside_lora():
 
 
 def test_the_suite_from_its_options_to_its_file(monkeypatch, tmp_path, capsys):
-    """The rate of a method is the best on the ladder's tasks, and the only one."""
+    """The rate is the best on the ladder's tasks, an M's is full fine-tuning's."""
     computed = []
 
     def compute(cell):
@@ -285,7 +285,7 @@ def test_the_suite_from_its_options_to_its_file(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(suite, "compute", compute)
     monkeypatch.setattr(suite.jax.config, "update", lambda *_: None)
-    damped = "block_diagonal, damped"
+    damped = "block_diagonal, damped 0"
     options = ["--methods", "lora", damped, "--tasks", "tense", "gcd", "--seeds", "2"]
     first = main(*options)
     learned = {(c["method"], c["task"], c["rate"]) for c in computed if c["seed"]}
@@ -294,8 +294,11 @@ def test_the_suite_from_its_options_to_its_file(monkeypatch, tmp_path, capsys):
     assert {c["task"] for c in computed} == {"tense", "gcd", *suite.LADDER}
     assert {c["method"]: c.get("text") for c in computed} == {
         "lora": None,
+        "full": None,
         damped: "own",
     }
+    tried = {c["method"] for c in computed if c["task"] in suite.LADDER}
+    assert tried == {"lora", "full"}
     printed = capsys.readouterr().out
     assert suite.LADDER[0] in printed and "| LoRA |" in printed
     assert (tmp_path / "suite.png").exists()

@@ -62,6 +62,19 @@ def wide(array: Any) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 
+def orthonormal(basis: Any) -> np.ndarray:
+    """Columns that are orthonormal and span what those of a rounded basis span.
+
+    A basis in eight bits is orthonormal to `ROUNDED` alone. A model uses its span.
+    """
+    columns, triangle = np.linalg.qr(wide(basis))
+    return columns * np.sign(np.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
+
+
+ROUNDED = 2**-3 + 2**-8
+"""A product of two columns of length 1 moves by as much, if each moves by 2**-4."""
+
+
 def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
     """Two trees are equal within `tolerance` of each array's largest value."""
     chex.assert_trees_all_equal_structs(got, expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from adapter_files import slow
 from flax import nnx
-from helpers import close, made_for, random, wide
+from helpers import ROUNDED, close, made_for, orthonormal, random, wide
 
 import mora_jax
 from mora_jax import MoRAConfig, directions, gradient_bases, linen
@@ -59,7 +59,7 @@ def losses(dtype="float32", **settings):
 def held(gradient, op):
     """The share of its squares between directions, and between the best."""
     rows = wide(gradient)
-    between = wide(op.in_basis).T @ rows @ wide(op.out_basis)
+    between = orthonormal(op.in_basis).T @ rows @ orthonormal(op.out_basis)
     values = np.linalg.svd(rows, compute_uv=False)
     return np.sum(between**2), np.sum(values[: op.square_rank] ** 2)
 
@@ -91,7 +91,7 @@ def test_several_batches_have_the_directions_of_their_sum(dtype):
         assert spec.scale == again[name].scale and op.m_shape == other.m_shape
         if dtype == "float32":  # in the same order, with one sign or the other
             along = (wide(op.in_basis) * wide(other.in_basis)).sum(0)
-            close(abs(along), np.ones(4), 1e-2)
+            close(abs(along), np.ones(4), ROUNDED)
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ def task(dtype="float32", operator=None, **settings):
     params = variables["params"]
     adapters = mora_jax.init(plan, params=params)
     if operator is None:
-        adapters = directions(loss, adapters, [(params, X, Y)])
+        batches = [(params, X, Y)]
+        adapters = directions(loss, adapters, batches, dtype="bfloat16")
     return loss, params, adapters
 
 
@@ -63,7 +64,7 @@ def restarted(loss, params, adapters, opt_state: Any):
     params = mora_jax.merge(params, found.kernels.tree())
     for path, adapter in found.kernels.items():
         found[path] = adapter.replace(m=0 * adapter.m)
-    adapters = directions(loss, found.tree(), [(params, X, Y)])
+    adapters = directions(loss, found.tree(), [(params, X, Y)], dtype="bfloat16")
     new: Any = TX.init(adapters)
     for name in ("mu", "nu"):  # the bias goes on, and so does the count of its steps
         old = getattr(opt_state[0], name)["down"]["bias"]

@@ -20,6 +20,7 @@ from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, toge
 from mora_jax.io._json import Field, dump, plain, short
 from mora_jax.io._tensors import Arrays, TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
+from mora_jax.io.native._directions import narrowed
 from mora_jax.io.native._records import Record
 from mora_jax.sharding import adapter_shardings
 
@@ -208,7 +209,8 @@ def save(
         for path, adapter in found.items():
             name = "/".join(paths.place_of(path, adapter.spec))
             arrays[name] = to_numpy(name, adapter.m)
-        arrays |= _records.given_arrays(a.operator for a in found.kernels.values())
+        given = _records.given_arrays(a.operator for a in found.kernels.values())
+        arrays |= {name: narrowed(array) for name, array in given.items()}
         digest = _digest(arrays)
         alike["the M's"] = digest
         more = {"format": FORMAT, "metadata": kept, "tensors_sha256": digest}

@@ -27,7 +27,8 @@ from mora_jax._plan.spec import AdapterSpec, TrainedArray, operator_settings
 from mora_jax._tree.paths import Found, place_of
 from mora_jax.io._files import TENSORS, AdapterFileError
 from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
-from mora_jax.io._tensors import Arrays
+from mora_jax.io._tensors import DTYPES, Arrays
+from mora_jax.io.native._directions import widened
 from mora_jax.operators import OPERATORS, Damped, Operator, Subspace, make_operator
 from mora_jax.operators._pytree import by_layer
 
@@ -161,9 +162,13 @@ class Reading(NamedTuple):
             return None
         if name not in self.arrays:
             raise ValueError(f"the file lacks {name}")
-        check_finite(self.arrays[name], name, " in the file")
+        array = self.arrays[name]
+        if array.dtype not in DTYPES.values():
+            rule = f"{name} in the file must be one of {list(DTYPES)}"
+            raise ValueError(f"{rule}, got {array.dtype}")
+        check_finite(array, name, " in the file")
         self.taken.add(name)
-        return self.arrays[name]
+        return array
 
 
 def restore(
@@ -315,7 +320,7 @@ def _given(kind: type[Operator], record: Record, file: Reading) -> dict[str, Any
                 f"the arrays of its {'plan' if file.arrays is None else 'file'}, got "
                 f"{short(sorted(n for n in file.given if n.startswith(kind.name)))}"
             )
-        array = file.given[name]
+        array = widened(file.given[name])
         check_concrete(array, f"the directions {name}", np.shape(array))
         check_finite(array, f"the directions {name}")
         file.taken.add(name)
