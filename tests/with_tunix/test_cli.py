@@ -90,7 +90,7 @@ def run(folder, launcher, program, config, *arguments):
 
 SFT = {"dataset_name": "Helsinki-NLP/opus-100", "max_target_length": 16}
 SFT |= {"batch_size": 4, "num_train_epochs": None, "tfds_download": False}
-SFT |= {"optimizer_config": {"opt_type": "adamw", "learning_rate": 3e-2}}
+SFT |= {"optimizer_config": {"opt_type": "adamw", "learning_rate": 0.1}}
 SFT |= {"training_config": {"eval_every_n_steps": 100, "max_steps": 2}}
 
 
