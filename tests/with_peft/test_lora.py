@@ -214,9 +214,10 @@ def test_without_a_task_peft_takes_a_causal_model(tmp_path):
     model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path).eval()
     ids = torch.tensor(IDS[:1], dtype=torch.long)
     with torch.no_grad():
-        text = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        three = {"min_new_tokens": 3, "max_new_tokens": 3}  # also after an end of text
+        text = model.generate(input_ids=ids, do_sample=False, **three)
         best = model.merge_and_unload().generate(
-            input_ids=ids, max_new_tokens=3, do_sample=False
+            input_ids=ids, do_sample=False, **three
         )
     assert text.shape == (1, 12) and (text == best).all()
 
