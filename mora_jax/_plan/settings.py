@@ -263,10 +263,11 @@ class MoRAConfig(KernelConfig):
       rank: The budget r, 8 by default. A plan trains at most the parameters of LoRAs of
         rank r. Blocks of its kernels share that; no other M has more than a LoRA of its
         own kernel: q <= sqrt((in + out) r).
-      operator: The fixed maps around M: "block_diagonal", "rotation", "sharing",
-        "signed_sharing", "decoupling", "signed_decoupling", "truncation", "orthogonal",
-        "hadamard", "low_rank"; or "auto", which is "block_diagonal" below a rank of 128
-        and "sharing" from there on; or a mapping with further settings,
+      operator: The fixed maps around M: "block_diagonal", "rotation", "sharing" or
+        "low_rank", which is a LoRA. "auto" is "block_diagonal" below a rank of 128 and
+        "sharing" from there on. To reproduce papers there are "decoupling",
+        "signed_decoupling", "signed_sharing", "truncation", "orthogonal" and
+        "hadamard". A mapping has further settings too:
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, above 0: 1
         is usual, and above 4 a `MoRAWarning` is given.

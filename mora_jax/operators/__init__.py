@@ -15,6 +15,7 @@ __all__ += ["Operator", "Orthogonal", "Rotation", "Sharing", "SignedDecoupling"]
 __all__ += ["SignedSharing", "Subspace", "Truncation", "make_operator", "square_rank"]
 
 # In the order in which messages list them; `Subspace` and `Damped` are made, not named.
-_NAMED = [Truncation, Sharing, SignedSharing, Decoupling, SignedDecoupling, Rotation]
-_NAMED += [Orthogonal, Hadamard, BlockDiagonal, LowRank]
+_NAMED = [BlockDiagonal, Rotation, Sharing, LowRank]
+_NAMED += [Decoupling, SignedDecoupling, SignedSharing]
+_NAMED += [Truncation, Orthogonal, Hadamard]
 OPERATORS.update((cls.name, cls) for cls in _NAMED)

@@ -12,6 +12,9 @@ from mora_jax.operators._base import Operator
 OPERATORS: dict[str, type[Operator]] = {}
 """Every operator class by its name; `mora_jax.operators` puts them here."""
 
+RECOMMENDED = ("auto", "block_diagonal", "rotation", "sharing", "low_rank")
+"""The names to choose from; the other operators are there to reproduce papers."""
+
 SHARING_FROM_RANK = 128  # from here on "auto" is sharing, the paper's best at r=256
 MADE_BY = {
     "damped": "; mora_jax.input_damping(call, adapters) damps new adapters",
@@ -36,9 +39,13 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     if name == "auto" and not settings:
         return name, settings
     if not isinstance(name, str) or name not in OPERATORS:
-        known = ["auto", *OPERATORS]
+        of_papers = [known for known in OPERATORS if known not in RECOMMENDED]
+        known = [*RECOMMENDED, *of_papers]
         hint = MADE_BY.get(str(name)) or did_you_mean(str(name), known)
-        raise ValueError(f"operator must be one of {known}, got {name!r}{hint}")
+        raise ValueError(
+            f"operator must be one of {list(RECOMMENDED)}, or to reproduce papers one "
+            f"of {of_papers}, got {name!r}{hint}"
+        )
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
     for setting, value in settings.items():

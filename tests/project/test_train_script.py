@@ -195,7 +195,8 @@ def parts(base):
 
 def split(batch, size):
     """As one device has it."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.P())
     return train.placed(batch, size, place)
 
 

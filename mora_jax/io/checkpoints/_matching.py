@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.checks import patterns_of
@@ -60,6 +60,16 @@ class Part(NamedTuple):
         return array.transpose(self.rows + self.columns).reshape(self.shape)
 
 
+def _on_device(device: jax.Device, memory_kind: str | None) -> NamedSharding:
+    """The sharding of an array that one device holds whole.
+
+    It has a mesh of that device: the name of JAX's sharding of one device differs
+    between the versions that are supported.
+    """
+    mesh = Mesh(np.array([device]), ("device",))
+    return NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
+
+
 class Leaf(NamedTuple):
     """An array, and {index in its stack: the tensor that holds its numbers there}.
 
@@ -82,8 +92,9 @@ class Leaf(NamedTuple):
             parts.setdefault(str(index), (index or (), []))[1].append(device)
         for index, devices in parts.values():
             array = self._read(index)
-            where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
-            copies = [jax.device_put(array, sharding) for sharding in where]
+            copies = [
+                jax.device_put(array, _on_device(device, memory)) for device in devices
+            ]
             # A transfer that is under way keeps the part that it reads.
             data += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, data)
