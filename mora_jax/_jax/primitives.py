@@ -41,15 +41,16 @@ _PRINTS = frozenset("debug_callback debug_print inspect_sharding print_layout".s
 # Each number of the outputs is made of numbers in the same place. What only steers, as
 # the first operand of `select_n` or the bounds of `clamp`, counts like all others.
 _OF_NUMBERS = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos
-    cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor from_edtype ge
-    gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log
-    log1p log2 logistic lt lt_to max min mul mulhi ne neg nextafter not
-    one_minus_square or polygamma polynomial population_count pow real reciprocal
-    reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-    stop_gradient sub tan tanh tie to_edtype xor zeta
+    abs acos acosh acospi add add_any and asin asinh asinpi atan atan2 atan2pi atanh
+    atanpi bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz complex
+    conj convert_element_type cos cosh cospi digamma div eq eq_to erf erf_inv erfc
+    exp exp2 exp2m1 expm1 floor fma fmuladd from_edtype ge gt igamma igamma_grad_a
+    igammac imag integer_pow is_finite le le_to lgamma log log1p log2 log2p1
+    logistic lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or
+    polygamma polynomial population_count pow real reciprocal reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sinpi sqrt square
+    stop_gradient sub tan tanh tanpi tie to_edtype xor zeta
 """
 
 # These move, join or choose along axes, by indices, keys or masks that count as well.
@@ -89,16 +90,17 @@ _OF_MATRICES = """
 # Random numbers, which are functions of a key.
 _OF_RANDOM_NUMBERS = """
     iota_2x32_shape philox2x32 philox4x32 random_bits random_clone random_fold_in
-    random_gamma random_seed random_split random_unwrap random_wrap
-    rng_bit_generator rng_uniform threefry2x32 threefry4x32
+    random_gamma random_gamma_grad random_poisson random_seed random_split
+    random_unwrap random_wrap raw_bits rng_bit_generator rng_uniform threefry2x32
+    threefry4x32
 """
 
 # Exchanges between devices that run the same program.
 _OF_DEVICES = """
     all_gather all_gather_invariant all_gather_reduced all_to_all pbroadcast
-    pbroadcast_dynamic pgather pmax pmin ppermute psum psum_invariant
-    ragged_all_to_all reduce_scatter unreduced_pmax unreduced_pmin unreduced_psum
-    unreduced_reduce_scatter
+    pbroadcast_dynamic pgather pmax pmax_scatter pmin pmin_scatter ppermute psum
+    psum_invariant pxor ragged_all_to_all reduce_scatter unreduced_pmax
+    unreduced_pmin unreduced_psum unreduced_reduce_scatter
 """
 
 # Constants, and what depends on no more than a shape.
@@ -159,14 +161,14 @@ _OF_CHIPS = """
     mosaic_gpu_reduce_min mosaic_gpu_reduce_prod mosaic_gpu_reduce_sum
     multimem_load_reduce multimem_store multiple_of num_programs pack_dtype
     pack_elementwise pipeline_body prng_join prng_random_bits prng_seed prng_split
-    program_id query_cluster_cancel remove_memory_space repeat roll semaphore_read
-    semaphore_signal semaphore_signal_multicast semaphore_signal_parallel
-    semaphore_wait set_max_registers set_max_registers_p stochastic_round store
-    tcgen05_commit_arrive tcgen05_mma tpu_custom_call trace_value try_cluster_cancel
-    unpack_dtype unpack_elementwise wait_gmem_to_smem wait_load_tmem
-    wait_smem_to_gmem wgmma wgmma_accumulator_deref wgmma_accumulator_deref_p
-    wgmma_accumulator_store wgmma_accumulator_store_p wgmma_ref wgmma_wait
-    with_memory_space_constraint
+    program_id query_cluster_cancel remove_memory_space repeat request_p_state roll
+    semaphore_read semaphore_signal semaphore_signal_multicast
+    semaphore_signal_parallel semaphore_wait set_max_registers set_max_registers_p
+    stochastic_round store tcgen05_commit_arrive tcgen05_mma tpu_custom_call
+    trace_value try_cluster_cancel unpack_dtype unpack_elementwise wait_gmem_to_smem
+    wait_load_tmem wait_smem_to_gmem wgmma wgmma_accumulator_deref
+    wgmma_accumulator_deref_p wgmma_accumulator_store wgmma_accumulator_store_p
+    wgmma_ref wgmma_wait with_memory_space_constraint
 """
 
 _KNOWN = (

@@ -168,6 +168,10 @@ class MoRAProvider(qwix.PtqProvider):
 
     def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
         """The output of qwix's operation `op`, with the delta if a kernel is in it."""
+        # JAX 0.12.1 gives its products an argument that qwix's do not know. None is
+        # the default.
+        if settings.get("reduction_order", 0) is None:
+            del settings["reduction_order"]
         own = partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):

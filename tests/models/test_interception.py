@@ -1,5 +1,6 @@
 """What other libraries do to JAX's products while a model runs does not reach ours."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -92,6 +93,18 @@ class Raw(nnx.Module):
         return jnp.matmul(x, self.w[...])
 
 
+def knows_arguments_of_jax():
+    """True if qwix's products take all that JAX's matmul gives to a product."""
+    ours, theirs = (
+        inspect.signature(call).parameters.keys()
+        for call in (qwix.QtProvider.dot_general, jax.lax.dot_general)
+    )
+    return "reduction_order" in ours or "reduction_order" not in theirs
+
+
+@pytest.mark.skipif(
+    not knows_arguments_of_jax(), reason="this qwix cannot quantize jnp.matmul of JAX"
+)
 def test_a_quantized_product_in_jax_own_caches_is_not_ours():
     q, x = 11, jax.random.normal(jax.random.key(0), (13, 11))
     quantize(Raw(q), x)

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Part(NamedTuple):
         return array.transpose(self.rows + self.columns).reshape(self.shape)
 
 
-def _on_device(device: jax.Device, memory_kind: str | None) -> NamedSharding:
+def _on_device(device: Any, memory_kind: str | None) -> NamedSharding:
     """The sharding of an array that one device holds whole.
 
     It has a mesh of that device: the name of JAX's sharding of one device differs
