@@ -36,7 +36,7 @@ SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY} --operator rota
 
 
 @contextlib.contextmanager
-def running(path, options="--host-devices 2", log="log", steps=STEPS):
+def running(path, options="--host-devices 2", log="log", steps=STEPS, **variables):
     """The example as a process, which is killed if it has not ended by then."""
     options = f"-m examples.train_sharded {SETTINGS} {options} --steps {steps}"
     command = [sys.executable, *options.split(), "--checkpoint", path / "run"]
@@ -44,6 +44,7 @@ def running(path, options="--host-devices 2", log="log", steps=STEPS):
         JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        **variables,
     )
     with (path / log).open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=ROOT)
@@ -61,9 +62,12 @@ def running_pair(path, steps=STEPS):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"--host-devices 2 --model 2 --coordinator 127.0.0.1:{port} --processes 2"
+    # With JAX 0.12.1, processes on CPUs wait for each other forever in a program with
+    # collectives that one of them has read from the cache.
+    alone = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with (
-        running(path, f"{options} --process 0", "log", steps) as first,
-        running(path, f"{options} --process 1", "other", steps) as second,
+        running(path, f"{options} --process 0", "log", steps, **alone) as first,
+        running(path, f"{options} --process 1", "other", steps, **alone) as second,
     ):
         yield first, second
 
