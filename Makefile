@@ -28,8 +28,8 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  EXPERIMENT    what bench-quality runs: recipe, pairs, bases, loads, facts, pretraining, reasoning, suite, restarts, renewals,'
-	@echo '                stored, spectra, one_rate, unscaled_rates, bfloat16, merging'
+	@echo '  EXPERIMENT    what bench-quality runs: recipe, recipe_losses, pairs, bases, loads, facts, pretraining, reasoning, suite, restarts,'
+	@echo '                renewals, stored, spectra, one_rate, unscaled_rates, bfloat16, merging'
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import mora_jax
-from benchmarks.quality import earlier, recipe, teaching
+from benchmarks.quality import earlier, recipe, recipe_losses, teaching
 from mora_jax import MoRAConfig
 
 
@@ -89,3 +89,48 @@ def test_methods_of_earlier_runs_are_named(monkeypatch):
     assert (cell["method"], cell["scale"]) == ("rotation", earlier.SCALE)
     assert teaching.title("rotation aligned") == "MoRA, rotation"
     assert teaching.style("rotation aligned") == teaching.style("rotation")
+
+
+def test_losses_of_the_recipe_from_options_to_its_file(monkeypatch, tmp_path, capsys):
+    computed = []
+
+    def compute(cell):
+        computed.append(cell)
+        lora = cell["method"] == "lora"
+        loss = (2.0 if lora else 1.0) + cell["seed"]
+        return {
+            "scores": [{"definitions": loss, "loss": loss, "other": 1.0}],
+            "parameters": 7,
+            "forgetting": {"divergence": 0.5 if lora else 0.1},
+        }
+
+    def main(*options):
+        computed.clear()
+        out = ["--out", str(tmp_path / "recipe_losses.json")]
+        monkeypatch.setattr(sys, "argv", ["recipe_losses", *out, *options])
+        recipe_losses.main()
+        return json.loads((tmp_path / "recipe_losses.json").read_text())
+
+    for task in recipe_losses.TASKS.values():
+        monkeypatch.setattr(task.module, "compute", compute)
+    monkeypatch.setattr(teaching, "RESULTS", tmp_path)
+    damped = "block_diagonal, damped 0"
+    options = ["--methods", "lora", damped, "--seeds", "2"]
+    first = main(*options)["settings"]["summaries"]
+    assert len(computed) == 2 * 2 * 2
+    for name, task in recipe_losses.TASKS.items():
+        of_task = [cell for cell in computed if cell["task"] == name]
+        rates = {cell["method"]: cell["rate"] for cell in of_task}
+        assert rates == {"lora": task.lora, damped: task.full}
+        assert {c.get("text") for c in of_task if c["method"] == damped} == {"own"}
+    lora, blocks = first[:2]
+    # Means are geometric: of losses 2 and 3, and of 1 and 2.
+    assert lora["loss"] == pytest.approx(math.sqrt(6))
+    assert (lora["loss_ratio"], lora["forgotten_ratio"]) == (1, 1)
+    assert blocks["loss"] == pytest.approx(math.sqrt(2))
+    assert blocks["loss_ratio"] == pytest.approx(math.sqrt(2 / 6))
+    assert blocks["forgotten_ratio"] == pytest.approx(0.2)
+    assert "| LoRA |" in capsys.readouterr().out
+    store = str(tmp_path / "recipe_losses.jsonl")
+    again = main(*options, "--report", store)["settings"]["summaries"]
+    assert not computed and again == first
