@@ -64,17 +64,16 @@ def cell_of(task: Task, method: str, seed: int) -> cells.Cell:
 def runs_of(args: argparse.Namespace, name: str, method: str) -> list[cells.Cell]:
     """The runs of a method, all that are finished with --report."""
     task = TASKS[name]
+    store = teaching.store_of(args)
     kept_before = teaching.RESULTS / f"{name}.jsonl"
     found = []
     for seed in range(args.seeds):
         cell = cell_of(task, method, seed)
-        # Both tasks are in one file of runs, and their steps may be the same one day.
+        # This program keeps both tasks in one file, so that a cell has to name its task.
         named = {"task": name, **cell}
-        rows = cells.kept(kept_before, cell) or cells.kept(
-            teaching.store_of(args), named
-        )
+        rows = cells.kept(kept_before, cell) or cells.kept(store, named)
         if not rows and not args.report:
-            rows = cells.run([named], task.module.compute, teaching.store_of(args))
+            rows = cells.run([named], task.module.compute, store)
         found += [{**row, "task": name} for row in rows]
     return found
 
@@ -82,26 +81,28 @@ def runs_of(args: argparse.Namespace, name: str, method: str) -> list[cells.Cell
 def summary(
     module: ModuleType, rows: list[cells.Cell], others: list[cells.Cell]
 ) -> cells.Cell:
-    """A method beside LoRA, over the seeds that both have."""
+    """A method's means, and their ratios to LoRA's over the streams that both have."""
     loss, forgotten = _means(module, rows)
+    loss_ratio = forgotten_ratio = None
     seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
-    mine = _means(module, [row for row in rows if row["seed"] in seeds])
-    theirs = _means(module, [row for row in others if row["seed"] in seeds])
+    if seeds:
+        mine = _means(module, [row for row in rows if row["seed"] in seeds])
+        theirs = _means(module, [row for row in others if row["seed"] in seeds])
+        loss_ratio = mine[0] / theirs[0]
+        forgotten_ratio = mine[1] / theirs[1]
     return {
         "parameters": rows[0]["parameters"],
         "rate": rows[0]["rate"],
         "runs": len(rows),
         "loss": loss,
         "forgotten": forgotten,
-        "loss_ratio": mine[0] / theirs[0] if seeds else None,
-        "forgotten_ratio": mine[1] / theirs[1] if seeds else None,
+        "loss_ratio": loss_ratio,
+        "forgotten_ratio": forgotten_ratio,
     }
 
 
 def _means(module: ModuleType, rows: list[cells.Cell]) -> tuple[float, float]:
     """Geometric means: the loss at the end, and nats a token that were forgotten."""
-    if not rows:
-        return float("nan"), float("nan")
     loss = ladders.mean(map(module.final, rows))
     return loss, ladders.mean(row["forgetting"]["divergence"] for row in rows)
 
@@ -129,6 +130,8 @@ def main() -> None:
             for method, rows in found.items()
             if rows
         ]
+    if not summaries:
+        raise SystemExit(f"{args.report} holds no finished run: leave out --report")
     columns = {
         "task": "{task}",
         "method": "{title}",
