@@ -69,7 +69,7 @@ def runs_of(args: argparse.Namespace, name: str, method: str) -> list[cells.Cell
     found = []
     for seed in range(args.seeds):
         cell = cell_of(task, method, seed)
-        # This program keeps both tasks in one file, so that a cell has to name its task.
+        # Both tasks are kept in one file, so that a cell has to name its task.
         named = {"task": name, **cell}
         rows = cells.kept(kept_before, cell) or cells.kept(store, named)
         if not rows and not args.report:
